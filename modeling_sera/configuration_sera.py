@@ -1,0 +1,196 @@
+"""Configuration of SERA: which towers, where the experts sit, how wide everything is."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+NUM_FUSION_EXPERTS = 4  # spatial, context, boundary, shape: the set is the architecture's, so its size is no option
+
+
+@strict
+class SeraConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`SeraModel`] and [`SeraForReferringSegmentation`]. `SeraConfig()` is SERA-B: DINOv2-B/14 with four
+    register tokens, the CLIP-B text tower, 448×448 pictures. Values come from the paper where it states them; the rest are
+    ours.
+
+    Args:
+        vision_config (`dict` or `PreTrainedConfig`, *optional*):
+            A `dinov2` or `dinov2_with_registers` configuration. Default: DINOv2-B/14 with registers.
+        text_config (`dict` or `PreTrainedConfig`, *optional*):
+            A `clip_text_model` configuration. Default: CLIP-B.
+        image_size (`int`, *optional*, defaults to 448):
+            Side in pixels that the model is meant for; the processor that training builds letterboxes to it. Any picture
+            whose sides are multiples of the patch works.
+        projection_dim (`int`, *optional*, defaults to 512):
+            Length of the sentence feature, the projected end-of-text feature.
+        adapter_layers (`list[int]`, *optional*):
+            Blocks, counted from 0, that carry a SERA-Adapter. Default: six spread evenly (1, 3, 5, 7, 9, 11 of 12 blocks;
+            2, 6, 10, 14, 18, 22 of 24), half as many as blocks in towers of fewer than twelve. `[]` means none.
+        adapter_dim (`int`, *optional*, defaults to 128): Width `d` inside an adapter; a multiple of four.
+        adapter_num_heads (`int`, *optional*, defaults to 8): Heads of the adapters' attention to the text.
+        adapter_scale (`float`, *optional*, defaults to 0.2): Factor `s` on an adapter's output.
+        tap_layers (`list[int]`, *optional*):
+            Depths, as a number of blocks passed, whose feature maps are fused and decoded. Default: a third, two thirds and
+            all of the blocks. The last depth gives the normed output.
+        fusion_dim (`int`, *optional*, defaults to 256): Channels of the fused feature maps.
+        fusion_num_heads (`int`, *optional*, defaults to 8): Heads of the context expert.
+        num_selected_experts (`int`, *optional*, defaults to 4): `k`, how many of the four fusion experts a sample uses.
+        router_hidden_dim (`int`, *optional*, defaults to 128): Hidden width of the fusion routers.
+        router_noise_std (`float`, *optional*, defaults to 0.1): Standard deviation of the noise on routing logits in training.
+        expression_aware_routing (`bool`, *optional*, defaults to `False`):
+            Whether both kinds of router see the sentence feature beside the pooled picture.
+        router_logit_loss_weight (`float`, *optional*, defaults to 1e-3): λz, weight of the mean squared routing logit.
+        router_balance_loss_weight (`float`, *optional*, defaults to 1e-2): λb, weight of the squared coefficient of variation.
+        router_token_loss_weight (`float`, *optional*, defaults to 1e-2): λt, weight of the selection-times-probability term.
+        decoder_dim (`int`, *optional*, defaults to 512): Width of the mask decoder; a multiple of eight.
+        decoder_num_layers (`int`, *optional*, defaults to 3): Decoder layers.
+        decoder_num_heads (`int`, *optional*, defaults to 8): Heads of the decoder's attentions.
+        decoder_ffn_dim (`int`, *optional*, defaults to 1024): Hidden width of the decoder's feed-forward parts.
+        decoder_dropout (`float`, *optional*, defaults to 0.1): Dropout on the decoder's residual branches.
+        bce_loss_weight (`float`, *optional*, defaults to 1.0): Weight of the binary cross-entropy.
+        dice_loss_weight (`float`, *optional*, defaults to 1.0): Weight of the Dice loss.
+    """
+
+    model_type = "sera"
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(
+            config_class=AutoConfig,
+            model_type="dinov2_with_registers",
+            init_kwargs={"image_size": 518, "patch_size": 14, "num_register_tokens": 4},
+        ),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_text_model", init_kwargs={}),
+    }
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    image_size: int = 448
+    projection_dim: int = 512
+    adapter_layers: list[int] | None = None
+    adapter_dim: int = 128
+    adapter_num_heads: int = 8
+    adapter_scale: float = 0.2
+    tap_layers: list[int] | None = None
+    fusion_dim: int = 256
+    fusion_num_heads: int = 8
+    num_selected_experts: int = NUM_FUSION_EXPERTS
+    router_hidden_dim: int = 128
+    router_noise_std: float = 0.1
+    expression_aware_routing: bool = False
+    router_logit_loss_weight: float = 1e-3
+    router_balance_loss_weight: float = 1e-2
+    router_token_loss_weight: float = 1e-2
+    decoder_dim: int = 512
+    decoder_num_layers: int = 3
+    decoder_num_heads: int = 8
+    decoder_ffn_dim: int = 1024
+    decoder_dropout: float = 0.1
+    bce_loss_weight: float = 1.0
+    dice_loss_weight: float = 1.0
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        depth = self.vision_config.num_hidden_layers
+        if self.adapter_layers is None:
+            count = 6 if depth >= 12 else max(depth // 2, 1)
+            step = depth // count
+            self.adapter_layers = [step // 2 + step * i for i in range(count)]
+        if self.tap_layers is None:
+            self.tap_layers = sorted({max(round(depth / 3), 1), max(round(2 * depth / 3), 1), depth})
+
+    def validate_architecture(self):
+        """Called by `@strict` after initialisation: refuses what cannot be built, naming the value and what is accepted."""
+        if isinstance(self.vision_config, PreTrainedConfig):
+            self._validate_towers()
+        if not 1 <= self.num_selected_experts <= NUM_FUSION_EXPERTS:
+            raise ValueError(
+                f"num_selected_experts is {self.num_selected_experts}; it must lie in 1..{NUM_FUSION_EXPERTS}."
+            )
+        for width, heads in (
+            ("adapter_dim", "adapter_num_heads"),
+            ("fusion_dim", "fusion_num_heads"),
+            ("decoder_dim", "decoder_num_heads"),
+        ):
+            if getattr(self, width) % getattr(self, heads):
+                raise ValueError(
+                    f"{width} ({getattr(self, width)}) must be a multiple of {heads} ({getattr(self, heads)})."
+                )
+        if self.adapter_dim % 4:
+            raise ValueError(
+                f"adapter_dim is {self.adapter_dim}; it must be a multiple of 4 (d/2 + d/4 + d/4 channels)."
+            )
+        if self.decoder_dim % 8:
+            raise ValueError(
+                f"decoder_dim is {self.decoder_dim}; it must be a multiple of 8 (the projector's channels)."
+            )
+
+    def _validate_towers(self):
+        if self.vision_config.model_type not in ("dinov2", "dinov2_with_registers"):
+            raise ValueError(
+                f"vision_config is a '{self.vision_config.model_type}' configuration; SERA takes 'dinov2' or 'dinov2_with_registers'."
+            )
+        if self.text_config.model_type != "clip_text_model":
+            raise ValueError(
+                f"text_config is a '{self.text_config.model_type}' configuration; SERA takes 'clip_text_model'."
+            )
+        depth = self.vision_config.num_hidden_layers
+        if self.adapter_layers is not None and not all(0 <= i < depth for i in self.adapter_layers):
+            raise ValueError(
+                f"adapter_layers {self.adapter_layers} must lie in 0..{depth - 1}: the vision tower has {depth} blocks."
+            )
+        if self.tap_layers is not None and (not self.tap_layers or not all(1 <= i <= depth for i in self.tap_layers)):
+            raise ValueError(f"tap_layers {self.tap_layers} must be one or more depths in 1..{depth}.")
+
+    @property
+    def patch_size(self) -> int:
+        """Side in pixels of the vision tower's (square) patches."""
+        patch = self.vision_config.patch_size
+        return patch if isinstance(patch, int) else patch[0]
+
+    @classmethod
+    def tiny(cls, **overrides) -> "SeraConfig":
+        """A configuration of about 0.2 M parameters with every part present, for tests and first steps.
+
+        Args:
+            **overrides: Any field of the configuration; `vision_config` and `text_config` are dicts that update the tiny
+                towers' own values.
+        """
+        vision = {
+            "model_type": "dinov2_with_registers",
+            "hidden_size": 32,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "mlp_ratio": 2,
+            "image_size": 56,
+            "patch_size": 14,
+            "num_register_tokens": 2,
+        } | overrides.pop("vision_config", {})
+        text = {
+            "model_type": "clip_text_model",
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "projection_dim": 24,
+            "vocab_size": 1000,
+            "bos_token_id": 998,
+            "eos_token_id": 999,
+            "pad_token_id": 999,
+        } | overrides.pop("text_config", {})
+        small = {
+            "image_size": 56,
+            "projection_dim": 24,
+            "adapter_dim": 16,
+            "adapter_num_heads": 4,
+            "fusion_dim": 16,
+            "fusion_num_heads": 4,
+            "router_hidden_dim": 8,
+            "decoder_dim": 32,
+            "decoder_num_layers": 1,
+            "decoder_num_heads": 4,
+            "decoder_ffn_dim": 64,
+        }
+        return cls(vision_config=vision, text_config=text, **(small | overrides))
+
+
+__all__ = ["SeraConfig"]

@@ -1,0 +1,138 @@
+"""Mask decoder: gate the fused maps by the sentence, merge them, decode against the text, project to mask logits (ours)."""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate, pad
+
+from .configuration_sera import SeraConfig
+from .layers_sera import (
+    SeraAttention,
+    SeraConvUnit,
+    SeraFeedForward,
+    SeraGridCache,
+    coordinate_grid,
+    grid_to_tokens,
+    sine_positions,
+    tokens_to_grid,
+)
+
+
+class SeraSentenceGate(nn.Linear):
+    """`F · (W·sentence + b)`: what cross-attention to the sentence as a single key comes to. b starts at one, letting F through."""
+
+    def forward(self, grid: Tensor, sentence: Tensor) -> Tensor:
+        """Map (N, fusion_dim, H, W) and sentence (N, projection_dim) to the gated map."""
+        return grid * super().forward(sentence)[:, :, None, None]
+
+
+class SeraMerge(nn.Module):
+    """Sentence-gated maps of all taps to one map: concat → 1×1 → coordinate convolution, residual."""
+
+    def __init__(self, config: SeraConfig):
+        super().__init__()
+        num_taps = len(config.tap_layers)
+        self.gates = nn.ModuleList(SeraSentenceGate(config.projection_dim, config.fusion_dim) for _ in range(num_taps))
+        self.reduce = SeraConvUnit(num_taps * config.fusion_dim, config.decoder_dim, 1)
+        self.coordinate_conv = SeraConvUnit(config.decoder_dim + 2, config.decoder_dim, 3)
+        self.coordinates = SeraGridCache(coordinate_grid)
+
+    def forward(self, maps: list[Tensor], sentence: Tensor) -> Tensor:
+        """Maps (N, fusion_dim, H, W) and sentence (N, projection_dim) to (N, decoder_dim, H, W)."""
+        gated = [gate(grid, sentence) for grid, gate in zip(maps, self.gates, strict=True)]
+        merged = self.reduce(torch.cat(gated, dim=1))
+        coordinates = self.coordinates(*merged.shape[-2:], merged).expand(len(merged), -1, -1, -1)
+        return merged + self.coordinate_conv(torch.cat([merged, coordinates], dim=1))
+
+
+class SeraDecoderLayer(nn.Module):
+    """Self-attention over positions, cross-attention to the text tokens, feed-forward; pre-norm residual branches."""
+
+    def __init__(self, config: SeraConfig):
+        super().__init__()
+        dim, heads = config.decoder_dim, config.decoder_num_heads
+        self.self_norm = nn.LayerNorm(dim)
+        self.self_attention = SeraAttention(config, dim=dim, num_heads=heads)
+        self.text_norm = nn.LayerNorm(dim)
+        self.text_attention = SeraAttention(
+            config, dim=dim, num_heads=heads, context_dim=config.text_config.hidden_size
+        )
+        self.ffn_norm = nn.LayerNorm(dim)
+        self.ffn = SeraFeedForward(dim, config.decoder_ffn_dim)
+        self.dropout = nn.Dropout(config.decoder_dropout)
+
+    def forward(self, tokens: Tensor, positions: Tensor, text_states: Tensor, text_mask: Tensor | None) -> Tensor:
+        """(N, H·W, decoder_dim) to the same shape; `positions` (H·W, decoder_dim), `text_states` (N, L, text hidden size)."""
+        tokens = tokens + self.dropout(self.self_attention(self.self_norm(tokens), positions=positions))
+        tokens = tokens + self.dropout(self.text_attention(self.text_norm(tokens) + positions, text_states, text_mask))
+        return tokens + self.dropout(self.ffn(self.ffn_norm(tokens)))
+
+
+class SeraProjector(nn.Module):
+    """Two ×2 upsamplings, then a 3×3 kernel predicted from the sentence: mask logits at four times the grid."""
+
+    def __init__(self, config: SeraConfig):
+        super().__init__()
+        dim = config.decoder_dim
+        self.channels = dim // 8
+        self.reduce = SeraConvUnit(dim, dim // 2, 1)
+        self.refine = nn.ModuleList([SeraConvUnit(dim // 2, dim // 4, 3), SeraConvUnit(dim // 4, dim // 8, 3)])
+        self.predict_kernel = nn.Linear(config.projection_dim, 9 * self.channels + 1)
+
+    def forward(self, grid: Tensor, sentence: Tensor) -> Tensor:
+        """Map (N, decoder_dim, H, W) and sentence (N, projection_dim) to logits (N, 4H, 4W)."""
+        grid = self.reduce(grid)
+        for refine in self.refine:
+            grid = refine(interpolate(grid, scale_factor=2, mode="bilinear", align_corners=False))
+        predicted = self.predict_kernel(sentence)
+        # scaled so that logits of a fresh model have unit size whatever the width
+        kernel = predicted[:, :-1].unflatten(1, (9, self.channels)) * (9 * self.channels) ** -0.5
+        return self._correlate(grid, kernel) + predicted[:, -1, None, None]
+
+    @staticmethod
+    def _correlate(grid: Tensor, kernel: Tensor) -> Tensor:
+        """3×3 cross-correlation of each (C, H, W) row of `grid` with its own (9, C) kernel.
+
+        One matrix product gives the nine taps' responses everywhere; the shifted responses are then summed. This is several
+        times cheaper than a grouped convolution with one group per sample.
+        """
+        height, width = grid.shape[-2:]
+        responses = torch.einsum("nkc,nchw->nkhw", kernel, grid)
+        responses = pad(responses, (1, 1, 1, 1))
+        shifted = [responses[:, k, k // 3 : k // 3 + height, k % 3 : k % 3 + width] for k in range(9)]
+        return torch.stack(shifted).sum(dim=0)
+
+
+class SeraMaskDecoder(nn.Module):
+    """Fused maps, text tokens and sentence to mask logits."""
+
+    def __init__(self, config: SeraConfig):
+        super().__init__()
+        dim = config.decoder_dim
+        self.merge = SeraMerge(config)
+        self.positions = SeraGridCache(partial(sine_positions, dim=dim))
+        self.layers = nn.ModuleList(SeraDecoderLayer(config) for _ in range(config.decoder_num_layers))
+        self.norm = nn.LayerNorm(dim)
+        self.projector = SeraProjector(config)
+
+    def forward(self, maps: list[Tensor], text_states: Tensor, text_mask: Tensor | None, sentence: Tensor) -> Tensor:
+        """
+        Args:
+            maps: One (N, fusion_dim, H, W) per tap.
+            text_states: (N, L, text hidden size).
+            text_mask: Attention mask that hides the padding, for (N, 1, H·W, L).
+            sentence: (N, projection_dim).
+
+        Returns:
+            Logits (N, 4H, 4W).
+        """
+        grid = self.merge(maps, sentence)
+        grid_size = grid.shape[-2:]
+        tokens, positions = grid_to_tokens(grid), self.positions(*grid_size, grid)
+        for layer in self.layers:
+            tokens = layer(tokens, positions, text_states, text_mask)
+        return self.projector(tokens_to_grid(self.norm(tokens), grid_size), sentence)
+
+
+__all__ = ["SeraMaskDecoder"]

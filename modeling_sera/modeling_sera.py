@@ -1,0 +1,346 @@
+"""SERA: from pictures and expressions to mask logits (arXiv 2603.12538)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits, interpolate
+from transformers import AutoConfig, AutoModel, CLIPTextModelWithProjection, PreTrainedModel
+from transformers import initialization as init
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.utils import ModelOutput, logging
+
+from .adapter_sera import SeraUpProjection
+from .configuration_sera import SeraConfig
+from .decoder_sera import SeraMaskDecoder, SeraSentenceGate
+from .fusion_sera import SeraFixedFilters, SeraFusion, SeraSpatialExpert
+from .routing_sera import SeraRouting, router_auxiliary_loss
+from .vision_sera import SeraVisionEncoder
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class SeraModelOutput(ModelOutput):
+    """
+    Output of [`SeraModel`]. N is the number of expressions.
+
+    Attributes:
+        fused_maps: One (N, fusion_dim, H/patch, W/patch) map per tap, refined by SERA-Fusion.
+        text_states: (N, L, text hidden size) token features of the expressions.
+        text_mask: Attention mask that hides the padding, in the form the attention kernel takes; `None` without padding.
+        sentence: (N, projection_dim) sentence features.
+        fusion_routings: One [`SeraRouting`] per tap.
+        adapter_router_weights: One (N, 2) per adapter: weights of the spatial and of the boundary expert.
+    """
+
+    fused_maps: tuple[Tensor, ...] | None = None
+    text_states: Tensor | None = None
+    text_mask: Tensor | None = None
+    sentence: Tensor | None = None
+    fusion_routings: tuple[SeraRouting, ...] | None = None
+    adapter_router_weights: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class SeraReferringSegmentationOutput(ModelOutput):
+    """
+    Output of [`SeraForReferringSegmentation`]. N is the number of expressions.
+
+    Attributes:
+        loss: Scalar, `mask_loss` plus, in training, `router_aux_loss`. With labels only.
+        logits: (N, h, w) mask logits over the (letterboxed) input; h and w are four times the grid of patches.
+        mask_loss: Scalar, weighted binary cross-entropy plus Dice. With labels only.
+        router_aux_loss: Scalar, auxiliary losses of the fusion routers, averaged over the taps. In training only.
+        adapter_router_weights: One (N, 2) per adapter, shares of the spatial and boundary expert. On request.
+        fusion_router_weights: One (N, 4) per tap, shares of the spatial, context, boundary and shape expert. On request.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    mask_loss: Tensor | None = None
+    router_aux_loss: Tensor | None = None
+    adapter_router_weights: tuple[Tensor, ...] | None = None
+    fusion_router_weights: tuple[Tensor, ...] | None = None
+
+
+class SeraPreTrainedModel(PreTrainedModel):
+    """What the SERA models have in common: configuration, initialisation, supported attention kernels."""
+
+    config: SeraConfig
+    base_model_prefix = "model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["SeraAdaptedBlock", "SeraFusion", "SeraMaskDecoder"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialise what no checkpoint holds; also called for buffers that are constants. The towers initialise themselves."""
+        super()._init_weights(module)
+        # Only modules with parameters or buffers of their own arrive here, so each rule hangs on such a module's class.
+        if isinstance(module, SeraUpProjection):
+            init.zeros_(module.weight)
+        elif isinstance(module, (nn.Linear, nn.Conv2d)):
+            init.lecun_normal_(module.weight)  # the base class's fixed 0.02 starves layers as narrow as the adapters'
+            if isinstance(module, SeraSentenceGate):
+                init.ones_(module.bias)
+        elif isinstance(module, SeraSpatialExpert):
+            init.constant_(module.alpha, 0.1)
+        elif isinstance(module, SeraFixedFilters):
+            module.reset_kernels()
+
+
+class SeraModel(SeraPreTrainedModel):
+    """Pictures and expressions to fused, expression-conditioned feature maps: all of SERA but the mask decoder."""
+
+    def __init__(self, config: SeraConfig):
+        super().__init__(config)
+        self.text_tower = AutoModel.from_config(config.text_config)
+        self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_dim, bias=False)
+        self.vision = SeraVisionEncoder(config)
+        self.fusions = nn.ModuleList(SeraFusion(config) for _ in config.tap_layers)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The text tower's token embedding."""
+        return self.text_tower.embeddings.token_embedding
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(N, L) token ids to token features (N, L, text hidden size) and sentence features (N, projection_dim).
+
+        The sentence feature is the projection of the end-of-text token's feature.
+        """
+        encoded = self.text_tower(input_ids=input_ids, attention_mask=attention_mask)
+        return encoded.last_hidden_state, self.text_projection(encoded.pooler_output)
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        image_index: Tensor | None = None,
+        **kwargs,
+    ) -> SeraModelOutput:
+        """
+        Args:
+            pixel_values: (B, 3, H, W), normalised with the ImageNet mean and standard deviation; H and W are multiples of the
+                patch.
+            input_ids: (N, L) CLIP token ids.
+            attention_mask: (N, L), 1 for tokens and 0 for padding. `None` means no padding.
+            image_index: (N,) row of `pixel_values` that each expression is about. `None` means N = B, one each.
+            **kwargs: Ignored, so that everything the processor returns can be handed on.
+
+        Raises:
+            ValueError: Where sizes do not fit each other or the patch.
+        """
+        _check_batch(pixel_values, input_ids, image_index)
+        grid_size = self.vision.grid_size(pixel_values)
+        text_states, sentence = self.encode_text(input_ids, attention_mask)
+        text_mask = create_bidirectional_mask(
+            config=self.config,
+            inputs_embeds=text_states[:, :1].expand(-1, grid_size[0] * grid_size[1], -1),
+            attention_mask=attention_mask,
+            encoder_hidden_states=text_states,
+        )
+        condition = {
+            "grid_size": grid_size,
+            "text_states": text_states,
+            "text_mask": text_mask,
+            "sentence": sentence,
+        }
+        taps, adapter_weights = self.vision(pixel_values, image_index=image_index, condition=condition)
+        fused = [
+            fusion(tap.tokens, grid_size=grid_size, sentence=sentence, image_index=image_index if tap.shared else None)
+            for fusion, tap in zip(self.fusions, taps, strict=True)
+        ]
+        return SeraModelOutput(
+            fused_maps=tuple(grid for grid, _ in fused),
+            text_states=text_states,
+            text_mask=text_mask,
+            sentence=sentence,
+            fusion_routings=tuple(routing for _, routing in fused),
+            adapter_router_weights=adapter_weights,
+        )
+
+
+class SeraForReferringSegmentation(SeraPreTrainedModel):
+    """SERA with its mask decoder: the mask of the one thing that an expression means."""
+
+    def __init__(self, config: SeraConfig):
+        super().__init__(config)
+        self.model = SeraModel(config)
+        self.decoder = SeraMaskDecoder(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The text tower's token embedding."""
+        return self.model.get_input_embeddings()
+
+    @classmethod
+    def from_vision_text_pretrained(
+        cls,
+        vision_model: str | PathLike,
+        text_model: str | PathLike,
+        *,
+        dtype: torch.dtype = torch.float32,
+        attn_implementation: str | None = None,
+        **config_overrides,
+    ) -> "SeraForReferringSegmentation":
+        """A SERA whose towers are pretrained and whose other parts are fresh.
+
+        Args:
+            vision_model: Folder or Hub id of a DINOv2, with or without register tokens.
+            text_model: Folder or Hub id of a CLIP text tower, or of a whole CLIP. Where the checkpoint has a text projection,
+                it is taken too; else the projection starts fresh.
+            dtype: Of all weights.
+            attn_implementation: Attention kernel of all parts, such as "eager" or "sdpa".
+            **config_overrides: Fields of [`SeraConfig`].
+
+        Raises:
+            ValueError: Where a checkpoint is of another kind, or a field is unknown.
+        """
+        unknown = sorted(set(config_overrides) - set(SeraConfig.__dataclass_fields__))
+        if unknown:
+            raise ValueError(f"SeraConfig has no field {unknown[0]!r}; it has {sorted(SeraConfig.__annotations__)}.")
+        text_config = AutoConfig.from_pretrained(text_model)
+        text_config = getattr(text_config, "text_config", text_config)
+        config = SeraConfig(
+            vision_config=AutoConfig.from_pretrained(vision_model).to_dict(),
+            text_config=text_config.to_dict(),
+            **{"projection_dim": text_config.projection_dim or 512} | config_overrides,
+        )
+        if attn_implementation is not None:
+            config._attn_implementation = attn_implementation
+        model = cls(config).to(dtype)
+        model.model.vision.tower.load_state_dict(
+            AutoModel.from_pretrained(vision_model, config=config.vision_config, dtype=dtype).state_dict()
+        )
+        model._load_text_tower(text_model)
+        return model
+
+    def _load_text_tower(self, checkpoint: str | PathLike) -> None:
+        pretrained, info = CLIPTextModelWithProjection.from_pretrained(
+            checkpoint, config=self.config.text_config, dtype=self.dtype, output_loading_info=True
+        )
+        missing = set(info["missing_keys"])
+        lost = sorted(missing - {"text_projection.weight"})
+        if lost:
+            raise ValueError(f"{checkpoint} lacks weights of the CLIP text tower, the first being {lost[0]!r}.")
+        self.model.text_tower.load_state_dict(pretrained.text_model.state_dict())
+        projection = pretrained.text_projection.weight
+        if missing:
+            logger.warning(f"{checkpoint} has no text projection; the sentence feature starts from a random one.")
+        elif projection.shape == self.model.text_projection.weight.shape:
+            with torch.no_grad():
+                self.model.text_projection.weight.copy_(projection)
+        else:
+            raise ValueError(
+                f"projection_dim is {self.config.projection_dim}, but the text projection of {checkpoint} gives "
+                f"{projection.shape[0]} features; leave projection_dim out to take it."
+            )
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        image_index: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_router_weights: bool = False,
+        **kwargs,
+    ) -> SeraReferringSegmentationOutput:
+        """
+        Args:
+            pixel_values: (B, 3, H, W), as the processor makes them; H and W are multiples of the patch.
+            input_ids: (N, L) CLIP token ids.
+            attention_mask: (N, L), 1 for tokens and 0 for padding. `None` means no padding.
+            image_index: (N,) row of `pixel_values` that each expression is about. `None` means N = B, one each.
+            labels: (N, H, W) masks over the input in [0, 1], of any dtype.
+            output_router_weights: Whether to return what the routers decided.
+            **kwargs: Ignored, so that everything the processor returns (such as `original_sizes`) can be handed on.
+
+        Raises:
+            ValueError: Where sizes do not fit each other or the patch.
+        """
+        if labels is not None and labels.shape != (len(input_ids), *pixel_values.shape[-2:]):
+            raise ValueError(
+                f"labels have shape {tuple(labels.shape)}; expected {(len(input_ids), *pixel_values.shape[-2:])}, one mask per "
+                "expression over the input picture."
+            )
+        encoded = self.model(pixel_values, input_ids, attention_mask, image_index)
+        logits = self.decoder(encoded.fused_maps, encoded.text_states, encoded.text_mask, encoded.sentence)
+
+        mask_loss = mask_segmentation_loss(logits, labels, self.config) if labels is not None else None
+        router_aux_loss = self._router_loss(encoded.fusion_routings) if self.training else None
+        loss = mask_loss if router_aux_loss is None or mask_loss is None else mask_loss + router_aux_loss
+        return SeraReferringSegmentationOutput(
+            loss=loss,
+            logits=logits,
+            mask_loss=mask_loss,
+            router_aux_loss=router_aux_loss,
+            adapter_router_weights=encoded.adapter_router_weights if output_router_weights else None,
+            fusion_router_weights=tuple(r.weights for r in encoded.fusion_routings) if output_router_weights else None,
+        )
+
+    def _router_loss(self, routings: Sequence[SeraRouting]) -> Tensor:
+        losses = [
+            router_auxiliary_loss(
+                routing,
+                logit_weight=self.config.router_logit_loss_weight,
+                balance_weight=self.config.router_balance_loss_weight,
+                token_weight=self.config.router_token_loss_weight,
+            )
+            for routing in routings
+        ]
+        return torch.stack(losses).mean()
+
+
+def mask_segmentation_loss(logits: Tensor, labels: Tensor, config: SeraConfig) -> Tensor:
+    """Weighted binary cross-entropy plus Dice on area-averaged targets (ours).
+
+    Args:
+        logits: (N, h, w).
+        labels: (N, H, W) masks in [0, 1]; each logit's target is their mean over the area that it covers.
+        config: For the two weights.
+
+    Returns:
+        A scalar in float32.
+    """
+    logits = logits.float()
+    targets = interpolate(labels[:, None].float(), size=logits.shape[-2:], mode="area")[:, 0]
+    bce = binary_cross_entropy_with_logits(logits, targets)
+    probability = logits.sigmoid()
+    overlap = (probability * targets).sum(dim=(1, 2))
+    total = probability.sum(dim=(1, 2)) + targets.sum(dim=(1, 2))
+    dice = 1 - (2 * overlap + 1) / (total + 1)
+    return config.bce_loss_weight * bce + config.dice_loss_weight * dice.mean()
+
+
+def _check_batch(pixel_values: Tensor, input_ids: Tensor, image_index: Tensor | None) -> None:
+    if pixel_values.ndim != 4:
+        raise ValueError(f"pixel_values have shape {tuple(pixel_values.shape)}; expected (pictures, 3, height, width).")
+    if input_ids.ndim != 2:
+        raise ValueError(f"input_ids have shape {tuple(input_ids.shape)}; expected (expressions, tokens).")
+    if image_index is None:
+        if len(input_ids) != len(pixel_values):
+            raise ValueError(
+                f"{len(input_ids)} expressions for {len(pixel_values)} pictures need image_index, which says the picture that "
+                "each expression is about."
+            )
+    elif image_index.shape != (len(input_ids),):
+        raise ValueError(f"image_index has shape {tuple(image_index.shape)}; expected ({len(input_ids)},).")
+    elif (
+        not torch.compiler.is_compiling() and image_index.device.type == "cpu"
+    ):  # elsewhere reading it would stall the device
+        low, high = int(image_index.min()), int(image_index.max())
+        if low < 0 or high >= len(pixel_values):
+            raise ValueError(f"image_index holds {low if low < 0 else high}; there are {len(pixel_values)} pictures.")
+
+
+__all__ = ["SeraForReferringSegmentation", "SeraModel", "SeraPreTrainedModel"]

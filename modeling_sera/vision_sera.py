@@ -1,0 +1,116 @@
+"""The vision tower: a DINOv2 whose chosen blocks carry a SERA-Adapter, read out at several depths."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .adapter_sera import SeraAdapter
+from .configuration_sera import SeraConfig
+
+
+class SeraTap(NamedTuple):
+    """Patch tokens read out of the tower.
+
+    Attributes:
+        tokens: (B or N, H·W, hidden_size).
+        shared: Whether rows are pictures (B), because no text-conditioned block came before; else rows are expressions (N).
+    """
+
+    tokens: Tensor
+    shared: bool
+
+
+class SeraAdaptedBlock(GradientCheckpointingLayer):
+    """One transformer block with an adapter on its feed-forward path: `x + LS2(MLP(norm2 x) + s·Adapter(norm2 x, text))`.
+
+    The block itself stays a part of the tower, under the tower's own parameter names, and is handed in.
+    """
+
+    def __init__(self, config: SeraConfig):
+        super().__init__()
+        self.scale = config.adapter_scale
+        self.adapter = SeraAdapter(config)
+
+    def forward(
+        self, hidden_states: Tensor, block: nn.Module, num_prefix: int, image_index: Tensor | None, condition: dict
+    ) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            hidden_states: (B, num_prefix + H·W, hidden_size).
+            block: The DINOv2 block.
+            num_prefix: Number of class and register tokens, which the adapter does not touch.
+            image_index: (N,) row of `hidden_states` each expression is about, or `None` where rows are expressions already.
+            condition: `grid_size`, `text_states`, `text_mask` and `sentence` for the adapter.
+
+        Returns:
+            (N, num_prefix + H·W, hidden_size) and the router weights (N, 2).
+        """
+        attended, _ = block.attention(block.norm1(hidden_states))
+        hidden_states = block.drop_path(block.layer_scale1(attended)) + hidden_states
+
+        normed = block.norm2(hidden_states)
+        correction, weights = self.adapter(normed[:, num_prefix:], image_index=image_index, **condition)
+        update = block.mlp(normed)
+        if image_index is not None:
+            update, hidden_states = update[image_index], hidden_states[image_index]
+        update = torch.cat([update[:, :num_prefix], update[:, num_prefix:] + self.scale * correction], dim=1)
+        return block.drop_path(block.layer_scale2(update)) + hidden_states, weights
+
+
+class SeraVisionEncoder(nn.Module):
+    """DINOv2 with SERA-Adapters. Blocks before the first adapter run once per picture, the others once per expression."""
+
+    def __init__(self, config: SeraConfig):
+        super().__init__()
+        self.tower = AutoModel.from_config(config.vision_config)
+        self.adapted_blocks = nn.ModuleDict({str(i): SeraAdaptedBlock(config) for i in sorted(config.adapter_layers)})
+        self.patch_size = config.patch_size
+        self.tap_layers = tuple(config.tap_layers)
+        registers = config.vision_config.model_type == "dinov2_with_registers"
+        self.num_prefix = 1 + (config.vision_config.num_register_tokens if registers else 0)
+
+    def grid_size(self, pixel_values: Tensor) -> tuple[int, int]:
+        """Rows and columns of patches of (B, 3, H, W) pictures; `ValueError` where a side is no multiple of the patch."""
+        height, width = pixel_values.shape[-2:]
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(
+                f"pixel_values are {height}×{width} pixels; both sides must be multiples of the patch size {self.patch_size}."
+            )
+        return height // self.patch_size, width // self.patch_size
+
+    def forward(
+        self, pixel_values: Tensor, *, image_index: Tensor | None, condition: dict
+    ) -> tuple[list[SeraTap], tuple[Tensor, ...]]:
+        """
+        Args:
+            pixel_values: (B, 3, H, W), normalised; sides are multiples of the patch.
+            image_index: (N,) row of `pixel_values` each expression is about; `None` means one each.
+            condition: What conditions the adapters; see [`SeraAdaptedBlock`].
+
+        Returns:
+            One tap per configured depth, and per adapter its router weights (N, 2).
+        """
+        hidden_states = self.tower.embeddings(pixel_values)
+        shared = image_index is not None  # rows are pictures until a block has seen the text
+        taps, router_weights = [], []
+        for i, block in enumerate(self.tower.encoder.layer):
+            if str(i) in self.adapted_blocks:
+                hidden_states, weights = self.adapted_blocks[str(i)](
+                    hidden_states, block, self.num_prefix, image_index if shared else None, condition
+                )
+                shared = False
+                router_weights.append(weights)
+            else:
+                hidden_states = block(hidden_states)
+            depth = i + 1
+            if depth in self.tap_layers:
+                is_last = depth == len(self.tower.encoder.layer)
+                tapped = self.tower.layernorm(hidden_states) if is_last else hidden_states
+                taps.append(SeraTap(tapped[:, self.num_prefix :], shared))
+        return taps, tuple(router_weights)
+
+
+__all__ = ["SeraVisionEncoder"]

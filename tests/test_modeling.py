@@ -1,0 +1,300 @@
+"""The whole model: identity at the start, invariances, saving, gradients, sizes, loss."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_inputs, make_model
+
+from modeling_sera import SeraConfig, SeraForReferringSegmentation
+from modeling_sera.modeling_sera import mask_segmentation_loss
+
+
+def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 2e-5) -> bool:
+    return a.shape == b.shape and bool((a - b).abs().max() < tolerance)
+
+
+@pytest.mark.parametrize("model_type", ["dinov2", "dinov2_with_registers"])
+def test_fresh_model_gives_the_bare_towers_features_bit_for_bit(model_type):
+    torch.manual_seed(0)
+    model = SeraForReferringSegmentation(SeraConfig.tiny(vision_config={"model_type": model_type})).eval()
+    inputs = make_inputs(2)
+    encoder = model.model.vision
+    seen = []
+    model.model.fusions[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    model.model.fusions[1].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    model.model.fusions[2].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        bare = encoder.tower(inputs["pixel_values"], output_hidden_states=True)
+        model(**(inputs | {"image_index": None}))
+    depths = model.config.tap_layers
+    expected = [bare.hidden_states[depth] for depth in depths[:-1]] + [bare.last_hidden_state]
+    for tapped, state in zip(seen, expected, strict=True):
+        assert torch.equal(tapped, state[:, encoder.num_prefix :])
+
+
+def test_adapters_change_the_features_once_they_are_trained(model):
+    inputs = make_inputs(2)
+    with torch.no_grad():
+        with_adapters = model(**inputs).logits
+        for block in model.model.vision.adapted_blocks.values():
+            block.adapter.up_proj.weight.zero_()
+            block.adapter.up_proj.bias.zero_()
+        without = model(**inputs).logits
+    assert not close(with_adapters, without, 1e-3)
+
+
+@pytest.mark.parametrize("aware", [False, True])
+@pytest.mark.parametrize("k", [2, 4])
+def test_result_does_not_depend_on_the_rest_of_the_batch(aware, k):
+    model = make_model(expression_aware_routing=aware, num_selected_experts=k)
+    index = [0, 0, 1, 2, 2, 2]
+    inputs = make_inputs(3, index)
+    with torch.no_grad():
+        together = model(**inputs, output_router_weights=True)
+        for n, picture in enumerate(index):
+            alone = model(
+                pixel_values=inputs["pixel_values"][picture : picture + 1],
+                input_ids=inputs["input_ids"][n : n + 1],
+                attention_mask=inputs["attention_mask"][n : n + 1],
+                output_router_weights=True,
+            )
+            assert close(together.logits[n : n + 1], alone.logits)
+            for a, b in zip(together.fusion_router_weights, alone.fusion_router_weights, strict=True):
+                assert close(a[n : n + 1], b)
+            for a, b in zip(together.adapter_router_weights, alone.adapter_router_weights, strict=True):
+                assert close(a[n : n + 1], b)
+
+
+def test_expressions_of_one_picture_in_any_order(model):
+    inputs = make_inputs(2, [0, 1, 0, 1])
+    order = torch.tensor([2, 0, 3, 1])
+    with torch.no_grad():
+        plain = model(**inputs).logits
+        moved = model(
+            pixel_values=inputs["pixel_values"],
+            **{key: inputs[key][order] for key in ("input_ids", "attention_mask", "image_index")},
+        ).logits
+    assert close(plain[order], moved)
+
+
+def test_result_does_not_depend_on_the_padding(model):
+    inputs = make_inputs(2)
+    longer = inputs | {
+        "input_ids": torch.nn.functional.pad(inputs["input_ids"], (0, 9), value=999),
+        "attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (0, 9)),
+    }
+    with torch.no_grad():
+        assert close(model(**inputs).logits, model(**longer).logits)
+
+
+def test_the_text_matters(model):
+    inputs = make_inputs(2, [0, 0])
+    with torch.no_grad():
+        first, second = model(**inputs).logits
+    assert not close(first, second, 1e-2)
+
+
+def test_late_adapters_share_the_taps_before_them():
+    model = make_model(adapter_layers=[3], tap_layers=[1, 3, 4])
+    inputs = make_inputs(2, [0, 0, 0, 1])
+    rows = []
+    for fusion in model.model.fusions:
+        fusion.experts["context"].register_forward_hook(lambda module, args, out: rows.append(len(out)))
+    with torch.no_grad():
+        together = model(**inputs).logits
+        separate = model(
+            **(inputs | {"pixel_values": inputs["pixel_values"][inputs["image_index"]], "image_index": None})
+        )
+    assert rows[:3] == [2, 2, 4]  # one row per picture before the first adapter, one per expression after it
+    assert close(together, separate.logits)
+
+
+@pytest.mark.parametrize("aware", [False, True])
+def test_save_and_load_give_identical_logits(tmp_path, aware):
+    model = make_model(expression_aware_routing=aware)
+    inputs = make_inputs(2, [0, 1, 1])
+    model.save_pretrained(tmp_path)
+    assert [f.name for f in tmp_path.glob("*.safetensors")] and not list(tmp_path.glob("*.bin"))
+    loaded, info = SeraForReferringSegmentation.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    buffers = dict(model.named_buffers())
+    assert any("sobel" in name for name in buffers) and any("laplacian" in name for name in buffers)
+    for name, buffer in loaded.named_buffers():
+        assert torch.equal(buffer, buffers[name]), name
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(**inputs).logits, model(**inputs).logits)
+    for field in model.config.__class__.__annotations__:
+        if not field.endswith("_config"):
+            assert getattr(loaded.config, field) == getattr(model.config, field)
+
+
+def test_copies_and_pickles_compute_the_same(model):
+    inputs = make_inputs(1)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        assert torch.equal(copy.deepcopy(model)(**inputs).logits, expected)
+        assert torch.equal(pickle.loads(pickle.dumps(model))(**inputs).logits, expected)
+
+
+def test_training_works_after_inference_mode(model):
+    inputs = make_inputs(2)
+    with torch.inference_mode():
+        model(**inputs)  # fills the per-size caches
+    model.train()
+    model(**inputs, labels=torch.rand(2, 56, 56)).loss.backward()
+
+
+def test_eager_and_sdpa_agree(tmp_path):
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    inputs = make_inputs(2, [0, 1, 1])
+    outputs = {}
+    for kernel in ("eager", "sdpa"):
+        loaded = SeraForReferringSegmentation.from_pretrained(tmp_path, attn_implementation=kernel).eval()
+        assert loaded.model.vision.tower.config._attn_implementation == kernel
+        assert loaded.model.text_tower.config._attn_implementation == kernel
+        with torch.no_grad():
+            outputs[kernel] = loaded(**inputs).logits
+    assert close(outputs["eager"], outputs["sdpa"])
+
+
+@pytest.mark.parametrize("k", [2, 4])
+def test_every_new_parameter_receives_a_gradient(k):
+    model = make_model(num_selected_experts=k, expression_aware_routing=True).train()
+    inputs = make_inputs(4, [0, 1, 2, 3, 3])
+    model(**inputs, labels=torch.rand(5, 56, 56)).loss.backward()
+    towers = ("model.vision.tower.", "model.text_tower.")
+    new = {name: p for name, p in model.named_parameters() if not name.startswith(towers)}
+    assert [name for name, p in new.items() if p.grad is None] == []
+    if k == 4:  # below that an expert may be chosen by nobody; its gradient is then zero, but there
+        still = [name for name, p in new.items() if not p.grad.abs().max() > 0]
+        assert still == []
+
+
+def test_first_step_of_a_fresh_model_trains_the_up_projections():
+    torch.manual_seed(0)
+    model = SeraForReferringSegmentation(SeraConfig.tiny()).train()
+    model(**make_inputs(2), labels=torch.rand(2, 56, 56)).loss.backward()
+    for block in model.model.vision.adapted_blocks.values():
+        assert block.adapter.up_proj.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("size", [(28, 28), (28, 84), (84, 42), (14, 140)])
+def test_sizes(model, size):
+    inputs = make_inputs(1, size=size)
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    assert logits.shape == (1, size[0] // 14 * 4, size[1] // 14 * 4)
+    assert logits.isfinite().all()
+
+
+def test_activation_checkpointing_changes_no_gradient():
+    gradients = []
+    for checkpointing in (False, True):
+        model = make_model().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable() if not hasattr(
+                model, "activation_checkpointing_enable"
+            ) else model.activation_checkpointing_enable()
+        torch.manual_seed(3)
+        for module in model.modules():  # dropout and routing noise off: checkpointing must be the only difference
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+            if hasattr(module, "noise_std"):
+                module.noise_std = 0.0
+        model(**make_inputs(2), labels=torch.ones(2, 56, 56)).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(close(gradients[0][name], gradients[1][name], 1e-4) for name in gradients[0])
+
+
+def test_loss_equals_a_numpy_computation(model):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(3, 8, 12))
+    labels = (rng.random((3, 32, 48)) > 0.6).astype(np.float64)
+    targets = labels.reshape(3, 8, 4, 12, 4).mean(axis=(2, 4))
+    probability = 1 / (1 + np.exp(-logits))
+    bce = -(targets * np.log(probability) + (1 - targets) * np.log(1 - probability)).mean()
+    dice = [1 - (2 * (p * t).sum() + 1) / (p.sum() + t.sum() + 1) for p, t in zip(probability, targets, strict=True)]
+    config = SeraConfig.tiny(bce_loss_weight=2.0, dice_loss_weight=0.5)
+    got = mask_segmentation_loss(torch.tensor(logits), torch.tensor(labels), config)
+    assert float(got) == pytest.approx(2.0 * bce + 0.5 * np.mean(dice), abs=1e-6)
+
+
+def test_loss_in_forward_is_the_sum_of_its_parts(model):
+    inputs, labels = make_inputs(2), torch.rand(2, 56, 56)
+    evaluated = model(**inputs, labels=labels)
+    assert evaluated.router_aux_loss is None and torch.equal(evaluated.loss, evaluated.mask_loss)
+    trained = model.train()(**inputs, labels=labels)
+    assert float(trained.loss) == pytest.approx(float(trained.mask_loss + trained.router_aux_loss))
+    assert float(trained.router_aux_loss) > 0
+    assert model(**inputs).loss is None
+
+
+def test_half_precision_runs(model):
+    inputs = make_inputs(2)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = model(**inputs).logits
+        whole = model.to(torch.bfloat16)(**(inputs | {"pixel_values": inputs["pixel_values"].bfloat16()})).logits
+    spread = expected.std()
+    assert (mixed.float() - expected).abs().mean() < 0.1 * spread
+    assert (whole.float() - expected).abs().mean() < 0.1 * spread
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pixel_values": torch.zeros(2, 3, 50, 56)}, "50×56"),
+        ({"pixel_values": torch.zeros(3, 56, 56)}, "pixel_values have shape"),
+        (
+            {"image_index": None, "input_ids": torch.zeros(3, 4, dtype=torch.long), "attention_mask": None},
+            "3 expressions",
+        ),
+        ({"image_index": torch.tensor([0, 2])}, "holds 2"),
+        ({"image_index": torch.tensor([0, -1])}, "holds -1"),
+        ({"image_index": torch.tensor([0])}, "image_index has shape"),
+        ({"labels": torch.zeros(2, 28, 28)}, "labels have shape"),
+    ],
+)
+def test_wrong_sizes_are_named(model, change, message):
+    with pytest.raises(ValueError, match=message):
+        model(**(make_inputs(2) | change))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"num_selected_experts": 0}, "num_selected_experts is 0"),
+        ({"num_selected_experts": 5}, "num_selected_experts is 5"),
+        ({"adapter_layers": [1, 4]}, r"adapter_layers \[1, 4\]"),
+        ({"tap_layers": []}, r"tap_layers \[\]"),
+        ({"fusion_dim": 18}, "fusion_dim"),
+        ({"vision_config": {"model_type": "vit"}}, "'vit'"),
+    ],
+)
+def test_configurations_that_cannot_be_built_are_refused(overrides, message):
+    with pytest.raises(Exception, match=message):
+        SeraConfig.tiny(**overrides)
+
+
+def test_default_configuration_is_sera_b():
+    config = SeraConfig()
+    assert config.vision_config.model_type == "dinov2_with_registers" and config.patch_size == 14
+    assert config.adapter_layers == [1, 3, 5, 7, 9, 11] and config.tap_layers == [4, 8, 12]
+    large = SeraConfig(vision_config={"model_type": "dinov2", "num_hidden_layers": 24, "patch_size": 14})
+    assert large.adapter_layers == [2, 6, 10, 14, 18, 22] and large.tap_layers == [8, 16, 24]
+
+
+def test_fresh_weights_start_as_documented():
+    model = SeraForReferringSegmentation(SeraConfig.tiny())
+    for block in model.model.vision.adapted_blocks.values():
+        assert not block.adapter.up_proj.weight.any() and not block.adapter.up_proj.bias.any()
+    for gate in model.decoder.merge.gates:
+        assert (gate.bias == 1).all() and gate.weight.std() > 0.1
+    deviation = model.decoder.layers[0].ffn[0].weight.std() * 32**0.5
+    assert 0.8 < float(deviation) < 1.2  # variance 1 / fan-in
