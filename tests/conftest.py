@@ -1,11 +1,15 @@
-"""What several tests need: a small model, and inputs for it."""
+"""What several tests need: a small model with inputs for it, a small processor, and a picture."""
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from builders import tiny_tokenizer
+from PIL import Image
 
 from modeling_sera import SeraConfig, SeraForReferringSegmentation
+from processing_sera import SeraImageProcessor, SeraProcessor
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 REFER_MINI = REPOSITORY.parent / "shared" / "data" / "refer-mini"
@@ -54,3 +58,16 @@ def make_inputs(
 @pytest.fixture
 def model() -> SeraForReferringSegmentation:
     return make_model()
+
+
+@pytest.fixture
+def processor() -> SeraProcessor:
+    return SeraProcessor(SeraImageProcessor(size={"height": 56, "width": 56}), tiny_tokenizer())
+
+
+@pytest.fixture
+def picture() -> Image.Image:
+    """Smooth colours, so that lossy formats stay near; 40 high and 30 wide."""
+    rows, columns = np.mgrid[0:40, 0:30]
+    channels = [6 * rows, 255 - 8 * columns, 3 * (rows + columns)]
+    return Image.fromarray(np.stack(channels, -1).astype(np.uint8))

@@ -1,0 +1,15 @@
+"""Processing for SERA: pictures and expressions to tensors, logits to masks, and the pipeline over both."""
+
+from transformers import AutoImageProcessor, AutoProcessor
+
+from .image_processing_sera import SeraImageProcessor
+from .pipeline_sera import ReferringImageSegmentationPipeline
+from .processing_sera import SeraProcessor
+
+# A saved folder names its classes, and transformers finds registered classes by name. The key is meant to be
+# the model's configuration class; that one lives in the other package, and the lookup by name does not need
+# it.
+AutoImageProcessor.register(SeraImageProcessor, image_processor_classes={"pil": SeraImageProcessor}, exist_ok=True)
+AutoProcessor.register(SeraProcessor, SeraProcessor, exist_ok=True)
+
+__all__ = ["ReferringImageSegmentationPipeline", "SeraImageProcessor", "SeraProcessor"]

@@ -1,0 +1,335 @@
+"""The image processor: a letterbox that masks share, exact pixel values, every kind of picture, and its options."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from builders import GEOMETRIES, centroid, disc
+from conftest import REPOSITORY
+from PIL import Image
+from transformers import AutoImageProcessor
+
+from processing_sera import SeraImageProcessor
+from processing_sera.image_processing_sera import letterbox_box, letterbox_masks, to_rgb_image
+
+
+def denormalised(pixel_values: np.ndarray, processor: SeraImageProcessor) -> np.ndarray:
+    std, mean = (np.array(v)[:, None, None] for v in (processor.image_std, processor.image_mean))
+    return pixel_values * std + mean
+
+
+# geometry
+# --------
+
+
+@pytest.mark.parametrize("original, frame", [*GEOMETRIES, ((40, 10_000), (448, 448)), ((1, 1), (7, 9))])
+def test_the_box_fits_is_centred_and_keeps_the_aspect(original, frame):
+    box = letterbox_box(original, frame)
+    assert box.height == frame[0] or box.width == frame[1]
+    assert 1 <= box.height <= frame[0] and 1 <= box.width <= frame[1]
+    assert 0 <= frame[0] - box.height - 2 * box.top <= 1 and 0 <= frame[1] - box.width - 2 * box.left <= 1
+    scale = min(frame[0] / original[0], frame[1] / original[1])
+    assert abs(box.height - original[0] * scale) <= 0.5 and abs(box.width - original[1] * scale) <= 0.5
+
+
+def test_a_side_never_vanishes():
+    assert letterbox_box((1, 10_000), (448, 448))[2:] == (1, 448)
+
+
+@pytest.mark.parametrize("original, frame", GEOMETRIES)
+def test_picture_and_mask_stay_aligned(original, frame):
+    height, width = original
+    mask = disc(original, (height * 0.55, width * 0.45), min(original) * 0.3)
+    image_processor = SeraImageProcessor(size={"height": frame[0], "width": frame[1]})
+    pixel_values = image_processor(Image.fromarray(mask.astype(np.uint8) * 255))["pixel_values"][0]
+    label = image_processor.preprocess_masks([mask])[0]
+    box = letterbox_box(original, frame)
+    content = np.s_[box.top : box.top + box.height, box.left : box.left + box.width]
+    seen, labelled = (
+        centroid(denormalised(pixel_values, image_processor)[0][content]),
+        centroid(label[content]),
+    )
+    expected = centroid(mask) * (box.height / height, box.width / width)
+    assert np.abs(labelled - expected).max() < 0.01
+    assert np.abs(seen - expected).max() < 0.05
+    assert label[content].mean() == pytest.approx(mask.mean(), rel=1e-4)
+    assert label.sum() == pytest.approx(label[content].sum())
+
+
+@pytest.mark.parametrize("original, frame", [((6, 10), (4, 4)), ((5, 3), (7, 7)), ((9, 9), (6, 6))])
+def test_labels_are_exact_area_averages(original, frame):
+    mask = np.random.default_rng(0).random(original) < 0.5
+    box = letterbox_box(original, frame)
+    # repeat pixels until the label's pixels are whole blocks of them
+    fine = np.kron(mask, np.ones((box.height, box.width)))
+    blocks = fine.reshape(box.height, original[0], box.width, original[1]).mean((1, 3))
+    label = letterbox_masks([mask], frame)[0]
+    content = label[box.top : box.top + box.height, box.left : box.left + box.width]
+    assert np.allclose(content, blocks, atol=1e-6)
+
+
+def test_mirroring_the_picture_mirrors_the_frame(picture):
+    image_processor = SeraImageProcessor(size={"height": 40, "width": 56})  # even padding
+    plain = image_processor(picture)["pixel_values"]
+    mirrored = image_processor(picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT))["pixel_values"]
+    assert np.array_equal(mirrored, plain[..., ::-1])
+
+
+# pixel values
+# ------------
+
+
+def test_pixels_are_normalised_and_the_padding_is_zero():
+    colour = (200, 100, 50)
+    image_processor = SeraImageProcessor(size={"height": 28, "width": 28})
+    batch = image_processor(Image.new("RGB", (40, 20), colour), return_tensors="pt")
+    values = batch["pixel_values"]
+    assert values.dtype == torch.float32 and values.shape == (1, 3, 28, 28)
+    assert batch["original_sizes"].dtype == torch.int64 and batch["original_sizes"].tolist() == [[20, 40]]
+    for channel, (value, mean, std) in enumerate(
+        zip(colour, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), strict=True)
+    ):
+        assert torch.allclose(values[0, channel, 7:21], torch.tensor((value / 255 - mean) / std), atol=1e-5)
+    assert (values[0, :, :7] == 0).all() and (values[0, :, 21:] == 0).all()
+
+
+def test_a_picture_of_the_frames_size_is_not_resampled(picture):
+    image_processor = SeraImageProcessor(size={"height": 40, "width": 30})
+    values = denormalised(image_processor(picture)["pixel_values"][0], image_processor)
+    assert np.allclose(values * 255, np.asarray(picture).transpose(2, 0, 1), atol=1e-3)
+
+
+def test_large_reductions_are_anti_aliased():
+    checkerboard = np.indices((1500, 2000)).sum(0) % 2 * 255
+    image_processor = SeraImageProcessor(size=112)
+    values = denormalised(image_processor(checkerboard.astype(np.uint8))["pixel_values"][0], image_processor)
+    assert np.abs(values[:, 20:-20, 5:-5] - 0.5).max() < 0.03
+
+
+def test_extreme_shapes(processor):
+    batch = processor.image_processor([Image.new("RGB", (10_000, 40), "red"), Image.new("L", (1, 1), 255)])
+    assert batch["original_sizes"].tolist() == [[40, 10_000], [1, 1]]
+    assert (batch["pixel_values"][0, 0] > 0).sum() == 56  # one row of red
+    assert (batch["pixel_values"][1] > 0).all()
+
+
+# kinds of pictures
+# -----------------
+
+
+def saved(path: Path, image: Image.Image, **options) -> Path:
+    image.save(path, **options)
+    return path
+
+
+def test_modes_that_hold_the_same_picture_give_the_same_values(tmp_path, processor, picture):
+    reference = processor.image_processor(picture)["pixel_values"]
+    opaque = picture.copy()
+    opaque.putalpha(255)
+    few_colours = picture.quantize(16)
+    same = [
+        (saved(tmp_path / "rgb.png", picture), reference, 0),
+        (saved(tmp_path / "rgba.png", opaque), reference, 0),
+        (saved(tmp_path / "cmyk.tif", picture.convert("CMYK")), reference, 0.05),
+        (saved(tmp_path / "cmyk.jpg", picture.convert("CMYK"), quality=95), reference, 0.2),
+        (
+            saved(tmp_path / "palette.png", few_colours),
+            processor.image_processor(few_colours.convert("RGB"))["pixel_values"],
+            0,
+        ),
+    ]
+    for path, expected, tolerance in same:
+        for image in (path, str(path), Image.open(path)):
+            values = processor.image_processor(image)["pixel_values"]
+            assert np.abs(values - expected).max() <= tolerance, path.name
+
+
+def test_grey_pictures_of_every_depth(tmp_path, processor):
+    grey = np.linspace(0, 255, 40 * 30).astype(np.uint8).reshape(40, 30)
+    expected = processor.image_processor(np.stack([grey] * 3, -1))["pixel_values"]
+    deep = grey.astype(np.uint16) * 257
+    kinds = {
+        "8-bit": Image.fromarray(grey),
+        "8-bit file": saved(tmp_path / "grey.png", Image.fromarray(grey)),
+        "with alpha": Image.merge("LA", [Image.fromarray(grey), Image.new("L", (30, 40), 255)]),
+        "16-bit file": saved(tmp_path / "deep.png", Image.fromarray(deep)),
+        "16-bit array": deep,
+        "16-bit array, other byte order": deep.astype(">u2"),
+        "32-bit, 8 used": Image.fromarray(grey.astype(np.int32)),
+        "32-bit, 16 used": Image.fromarray(deep.astype(np.int32)),
+        "float of 255": Image.fromarray(grey.astype(np.float32)),
+        "float of 1": Image.fromarray(grey.astype(np.float32) / 255),
+        "float array": grey / 255,
+        "one channel": grey[..., None],
+        "one channel first": torch.from_numpy(grey)[None],
+    }
+    for kind, image in kinds.items():
+        assert np.array_equal(processor.image_processor(image)["pixel_values"], expected), kind
+
+
+def test_a_dark_16_bit_picture_stays_dark():
+    dark = np.full((3, 4), 200)
+    for image in (dark.astype("<u2"), dark.astype(">u2"), Image.fromarray(dark.astype("<u2"))):
+        assert to_rgb_image(image).getpixel((0, 0)) == (1, 1, 1)
+
+
+def test_bilevel_pictures(processor):
+    bits = disc((40, 30), (20, 15), 9)
+    expected = processor.image_processor(bits.astype(np.uint8) * 255)["pixel_values"]
+    for image in (bits, Image.fromarray(bits), torch.from_numpy(bits)):
+        assert np.array_equal(processor.image_processor(image)["pixel_values"], expected)
+
+
+def test_transparency_is_composited_on_white(tmp_path):
+    clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    half = Image.new("RGBA", (4, 4), (0, 0, 0, 128))
+    palette = Image.new("P", (4, 4), 3)
+    palette.putpalette([10, 20, 30] * 256)
+    hidden = saved(tmp_path / "hidden.png", palette, transparency=3)
+    key_colour = saved(tmp_path / "key.png", Image.new("RGB", (4, 4), (1, 2, 3)), transparency=(1, 2, 3))
+    for image in (clear, np.asarray(clear), hidden, key_colour, Image.new("LA", (4, 4), (0, 0))):
+        assert to_rgb_image(image).getpixel((0, 0)) == (255, 255, 255)
+    assert to_rgb_image(half).getpixel((0, 0)) == (127, 127, 127)
+
+
+def test_exif_rotation_is_applied(tmp_path, processor, picture):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn clockwise to see it upright
+    path = saved(tmp_path / "turned.jpg", picture, exif=exif, quality=95)
+    upright = np.rot90(np.asarray(Image.open(path)), -1)
+    for image in (path, Image.open(path)):
+        batch = processor.image_processor(image)
+        assert batch["original_sizes"].tolist() == [[30, 40]]
+        assert np.array_equal(batch["pixel_values"], processor.image_processor(upright)["pixel_values"])
+
+
+def test_arrays_and_tensors_of_every_layout(processor, picture):
+    expected = processor.image_processor(picture)["pixel_values"]
+    array = np.asarray(picture)
+    opaque = np.concatenate([array, np.full((40, 30, 1), 255, np.uint8)], -1)
+    layouts = [
+        array,
+        array.transpose(2, 0, 1),
+        array / 255,
+        (array / 255).astype(np.float32),
+        array.astype(np.int64),
+        opaque,
+        opaque.transpose(2, 0, 1),
+        torch.from_numpy(array.copy()),
+        torch.from_numpy(array.copy()).permute(2, 0, 1),
+        torch.from_numpy(array / 255).permute(2, 0, 1).requires_grad_(),
+        array[None],
+        torch.from_numpy(array.copy()).permute(2, 0, 1)[None],
+    ]
+    for image in layouts:
+        assert np.array_equal(processor.image_processor(image)["pixel_values"], expected)
+    half = torch.from_numpy(array / 255).permute(2, 0, 1).bfloat16()
+    assert np.abs(processor.image_processor(half)["pixel_values"] - expected).max() < 0.02
+
+
+def test_ambiguous_layouts_follow_each_librarys_convention():
+    values = np.arange(3 * 5 * 3, dtype=np.uint8).reshape(3, 5, 3)
+    assert np.array_equal(np.asarray(to_rgb_image(values)), values)
+    assert np.array_equal(np.asarray(to_rgb_image(torch.from_numpy(values))), values.transpose(1, 2, 0))
+
+
+def test_the_callers_picture_is_left_alone(processor, picture):
+    before = np.array(picture)
+    processor.image_processor(picture)
+    assert np.array_equal(np.asarray(picture), before)
+
+
+@pytest.mark.parametrize(
+    "image, message",
+    [
+        (np.zeros((0, 4, 3), np.uint8), "image is empty"),
+        (np.zeros((5, 6, 7), np.uint8), r"1, 3 or 4 channels, its shape is \(5, 6, 7\)"),
+        (np.zeros(5, np.uint8), "its shape is"),
+        (np.full((4, 4), np.nan), "nan"),
+        (np.full((4, 4), 3.5), "from 3.5 to 3.5"),
+        (np.full((4, 4), -1), "from -1 to -1"),
+        (np.full((4, 4), 70_000), "70000"),
+        (np.full((4, 4), 1j), "complex"),
+        (Image.new("F", (4, 4), math.nan), "nan"),
+        ([], "at least one picture"),
+        ([Image.new("L", (2, 2)), np.zeros((0, 1))], r"images\[1\] is empty"),
+    ],
+)
+def test_values_that_are_no_picture(processor, image, message):
+    with pytest.raises(ValueError, match=message):
+        processor.image_processor(image)
+
+
+def test_types_that_are_no_picture(processor):
+    with pytest.raises(TypeError, match="got int"):
+        processor.image_processor(5)
+    with pytest.raises(TypeError, match=r"images\[1\] must be a PIL image.* got NoneType"):
+        processor.image_processor([Image.new("L", (2, 2)), None])
+
+
+def test_a_corrupt_picture_names_its_file(tmp_path, processor, picture):
+    whole = saved(tmp_path / "whole.jpg", picture.resize((300, 400))).read_bytes()
+    truncated, text = tmp_path / "truncated.jpg", tmp_path / "text.png"
+    truncated.write_bytes(whole[: len(whole) // 2])
+    text.write_text("not a picture")
+    for images, name in (
+        (truncated, "truncated.jpg"),
+        (Image.open(truncated), "truncated.jpg"),
+        (text, "text.png"),
+    ):
+        with pytest.raises(ValueError, match=rf"{name} is not a readable picture"):
+            processor.image_processor([picture, images])
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.png"):
+        processor.image_processor(str(tmp_path / "nowhere.png"))
+
+
+# the image processor's options
+# -----------------------------
+
+
+@pytest.mark.parametrize(
+    "size", [0, -3, {"height": 448}, {"height": 0, "width": 4}, {"shortest_edge": 4, "width": 3}, 4.5, "448"]
+)
+def test_impossible_sizes(size):
+    with pytest.raises(ValueError, match="size must be"):
+        SeraImageProcessor(size=size)
+
+
+def test_other_impossible_options():
+    with pytest.raises(ValueError, match="image_std"):
+        SeraImageProcessor(image_std=[0.2, 0.2, 0.0])
+    with pytest.raises(ValueError, match="image_mean"):
+        SeraImageProcessor(image_mean=[0.5])
+    with pytest.raises(TypeError, match="no option 'do_center_crop'"):
+        SeraImageProcessor(do_center_crop=True)
+
+
+def test_image_processor_round_trip(tmp_path, picture):
+    options = {
+        "size": {"height": 42, "width": 28},
+        "resample": 2,
+        "image_mean": [0.1, 0.2, 0.3],
+        "image_std": [1, 2, 3],
+    }
+    original = SeraImageProcessor(**options)
+    original.save_pretrained(tmp_path)
+    expected = original(picture)["pixel_values"]
+    for loaded in (
+        SeraImageProcessor.from_pretrained(tmp_path),
+        AutoImageProcessor.from_pretrained(tmp_path),
+    ):
+        assert type(loaded) is SeraImageProcessor and loaded.to_dict() == original.to_dict()
+        assert np.array_equal(loaded(picture)["pixel_values"], expected)
+    assert SeraImageProcessor.from_pretrained(tmp_path, size={"height": 14, "width": 14}).frame_size == (
+        14,
+        14,
+    )
+
+
+def test_torchvision_is_not_needed():
+    code = "import sys; sys.modules['torchvision'] = None; import processing_sera as p; p.SeraImageProcessor()"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY)

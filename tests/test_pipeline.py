@@ -1,0 +1,202 @@
+"""The pipeline: every way to call it, against a model whose answer is known."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import PreTrainedConfig, PreTrainedModel, pipeline
+from transformers.utils import ModelOutput
+
+from processing_sera import ReferringImageSegmentationPipeline, SeraProcessor
+
+
+class BrightnessConfig(PreTrainedConfig):
+    model_type = "brightness"
+
+
+class BrightnessModel(PreTrainedModel):
+    """An expression that begins with "d" means the dark part of its picture, any other the bright part."""
+
+    config: BrightnessConfig
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: BrightnessConfig, dark: int = 0):
+        super().__init__(config)
+        self.gain = torch.nn.Parameter(torch.tensor(4.0))
+        self.dark = dark
+        self.post_init()
+
+    def forward(self, pixel_values, input_ids, attention_mask, image_index, original_sizes):
+        assert pixel_values.dtype == self.gain.dtype
+        assert input_ids.shape == attention_mask.shape and len(original_sizes) == len(pixel_values)
+        grey = torch.nn.functional.avg_pool2d(pixel_values.mean(1, keepdim=True), 2)[:, 0]
+        sign = torch.where(input_ids[:, 1] == self.dark, -1.0, 1.0).to(grey.dtype)
+        # longer expressions are surer, so that a wrong padding mask would show
+        return ModelOutput(logits=self.gain * (sign * attention_mask.sum(1))[:, None, None] * grey[image_index])
+
+
+@pytest.fixture
+def model(processor: SeraProcessor) -> BrightnessModel:
+    return BrightnessModel(BrightnessConfig(), dark=processor.tokenizer.convert_tokens_to_ids("d"))
+
+
+@pytest.fixture
+def pipe(model: BrightnessModel, processor: SeraProcessor) -> ReferringImageSegmentationPipeline:
+    return ReferringImageSegmentationPipeline(model=model, processor=processor)
+
+
+def two_sided(size: tuple[int, int]) -> Image.Image:
+    """White on the left, black on the right; size is (width, height)."""
+    array = np.zeros((size[1], size[0]), np.uint8)
+    array[:, : size[0] // 2] = 255
+    return Image.fromarray(array)
+
+
+def check(result: dict, image: Image.Image, label: str) -> None:
+    bright = np.asarray(image) > 127
+    mask = result["mask"]
+    assert set(result) == {"label", "score", "mask"} and result["label"] == label
+    assert mask.mode == "L" and mask.size == image.size and set(np.unique(mask)) <= {0, 255}
+    expected = ~bright if label.startswith("d") else bright
+    assert ((np.asarray(mask) == 255) == expected).mean() > 0.97
+    assert isinstance(result["score"], float) and 0.8 < result["score"] <= 1
+
+
+def test_one_expression_and_several(pipe):
+    image = two_sided((100, 60))
+    (result,) = pipe(image, text="bright part")
+    check(result, image, "bright part")
+    texts = ["dark", "bright part", "dark part of it"]
+    for results in (
+        pipe(image, text=texts),
+        pipe({"image": image, "text": texts}),
+        pipe(image, text=tuple(texts)),
+    ):
+        assert len(results) == 3
+        for result, text in zip(results, texts, strict=True):
+            check(result, image, text)
+
+
+def test_pictures_of_every_form(pipe, tmp_path):
+    image = two_sided((100, 60))
+    image.save(tmp_path / "image.png")
+    path = tmp_path / "image.png"
+    for form in (path, str(path), np.asarray(image), torch.from_numpy(np.array(image))):
+        check(pipe(form, text="dark")[0], image, "dark")
+
+
+def examples() -> list[dict]:
+    sizes_and_texts = [((100, 60), "bright"), ((40, 90), ["dark thing", "bright"]), ((64, 64), ["dark"])]
+    return [{"image": two_sided(size), "text": text} for size, text in sizes_and_texts]
+
+
+def check_all(results: list[list[dict]]) -> None:
+    assert len(results) == 3
+    for example, found in zip(examples(), results, strict=True):
+        texts = [example["text"]] if isinstance(example["text"], str) else example["text"]
+        assert len(found) == len(texts)
+        for result, text in zip(found, texts, strict=True):
+            check(result, example["image"], text)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_lists_and_generators_in_batches(pipe, batch_size):
+    from_list = pipe(examples(), batch_size=batch_size)
+    from_generator = list(pipe((example for example in examples()), batch_size=batch_size))
+    check_all(from_list)
+    check_all(from_generator)
+    alone = [pipe(example) for example in examples()]
+    for batched, single in zip(from_list, alone, strict=True):
+        for a, b in zip(batched, single, strict=True):
+            assert a["score"] == pytest.approx(b["score"], abs=1e-6)
+            assert np.array_equal(a["mask"], b["mask"])
+
+
+def test_several_pictures_asked_the_same(pipe):
+    images = [two_sided((100, 60)), two_sided((30, 50))]
+    for image, results in zip(images, pipe(images, text=["dark", "bright"]), strict=True):
+        check(results[0], image, "dark")
+        check(results[1], image, "bright")
+
+
+def test_text_given_at_construction(model, processor):
+    image = two_sided((100, 60))
+    pipe = ReferringImageSegmentationPipeline(model=model, processor=processor, text="dark", threshold=0.6)
+    check(pipe(image)[0], image, "dark")
+    check(pipe(image, text="bright")[0], image, "bright")
+    check(pipe({"image": image, "text": "bright"})[0], image, "bright")
+
+
+def test_threshold(pipe):
+    ramp = Image.fromarray(np.tile(np.linspace(60, 180, 80).astype(np.uint8), (80, 1)))
+    shares = [np.asarray(pipe(ramp, text="b", threshold=t)[0]["mask"]).mean() for t in (0.1, 0.5, 0.9)]
+    assert shares[0] > shares[1] > shares[2]
+    pipe.processor.mask_threshold = 0.9
+    assert np.asarray(pipe(ramp, text="b")[0]["mask"]).mean() == shares[2]
+
+
+def test_half_precision(model, processor):
+    image = two_sided((100, 60))
+    pipe = ReferringImageSegmentationPipeline(model=model.to(torch.bfloat16), processor=processor)
+    check(pipe(image, text="dark")[0], image, "dark")
+
+
+def test_through_the_library_factory(model, processor):
+    pipe = pipeline(
+        "image-segmentation",
+        model=model,
+        processor=processor,
+        pipeline_class=ReferringImageSegmentationPipeline,
+        device="cpu",
+    )
+    image = two_sided((100, 60))
+    assert type(pipe) is ReferringImageSegmentationPipeline
+    check(pipe(image, text="dark")[0], image, "dark")
+
+
+def test_what_is_missing_is_named(pipe, model):
+    image = two_sided((100, 60))
+    for call in (lambda: pipe(image), lambda: pipe({"image": image}), lambda: pipe([image, image])):
+        with pytest.raises(ValueError, match="argument text is missing"):
+            call()
+    for call in (lambda: pipe({"text": "dark"}), lambda: pipe(None, text="dark")):
+        with pytest.raises(ValueError, match="argument image is missing"):
+            call()
+    with pytest.raises(ValueError, match="argument processor is missing"):
+        ReferringImageSegmentationPipeline(model=model)
+    with pytest.raises(TypeError, match="treshold"):
+        pipe(image, text="dark", treshold=0.4)
+
+
+def test_bad_expressions_are_named(pipe, tmp_path):
+    image = two_sided((100, 60))
+    with pytest.raises(ValueError, match=r"text\[0\]\[1\] is an empty expression"):
+        pipe(image, text=["dark", " "])
+    with pytest.raises(ValueError, match="every image needs at least one expression"):
+        pipe(image, text=[])
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"broken\.png is not a readable picture"):
+        pipe(tmp_path / "broken.png", text="dark")
+
+
+def test_with_sera_itself(processor):
+    """Masks, and the same ones as without the pipeline."""
+    from modeling_sera import SeraConfig, SeraForReferringSegmentation
+
+    tokenizer = processor.tokenizer
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    config = SeraConfig.tiny(text_config={"vocab_size": len(tokenizer), **ids})
+    torch.manual_seed(0)
+    model = SeraForReferringSegmentation(config).eval()
+    pipe = ReferringImageSegmentationPipeline(model=model, processor=processor)
+    images, texts = [two_sided((100, 60)), two_sided((33, 47))], [["dark", "the bright one"], ["left"]]
+    found = pipe([{"image": i, "text": t} for i, t in zip(images, texts, strict=True)], batch_size=2)
+    inputs = processor(images=images, text=texts, return_tensors="pt")
+    with torch.no_grad():
+        outputs = model(**inputs)
+    expected = processor.post_process_referring_segmentation(outputs, inputs)
+    results = [result for results in found for result in results]
+    assert [result["label"] for result in results] == [text for group in texts for text in group]
+    for result, reference in zip(results, expected, strict=True):
+        assert result["score"] == pytest.approx(reference["score"], abs=1e-5)
+        assert ((np.asarray(result["mask"]) == 255) == reference["mask"].numpy()).mean() > 0.999
