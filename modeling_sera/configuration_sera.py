@@ -127,7 +127,8 @@ class SeraConfig(PreTrainedConfig):
     def _validate_towers(self):
         if self.vision_config.model_type not in ("dinov2", "dinov2_with_registers"):
             raise ValueError(
-                f"vision_config is a '{self.vision_config.model_type}' configuration; SERA takes 'dinov2' or 'dinov2_with_registers'."
+                f"vision_config is a '{self.vision_config.model_type}' configuration; SERA takes 'dinov2' or "
+                "'dinov2_with_registers'."
             )
         if self.text_config.model_type != "clip_text_model":
             raise ValueError(

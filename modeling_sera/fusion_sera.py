@@ -35,14 +35,12 @@ class SeraFixedFilters(nn.Module):
         """Write the constants again: a buffer made while a checkpoint loads holds no values yet."""
         init.copy_(self.kernels, torch.tensor(self.values)[:, None])
 
-    def forward(self, grid: Tensor) -> Tensor:
-        """(B, C, H, W) to (K, B, C, H, W), one map per kernel; cross-correlation, as in a convolution layer."""
-        size, radius = grid.shape, self.kernels.shape[-1] // 2
-        padded = pad(grid, (radius,) * 4, mode="replicate").reshape(
-            size[0] * size[1], 1, *(s + 2 * radius for s in size[2:])
-        )
-        filtered = conv2d(padded, self.kernels.to(grid.dtype))
-        return filtered.reshape(*size[:2], -1, *size[2:]).permute(2, 0, 1, 3, 4)
+    def forward(self, grid: Tensor) -> list[Tensor]:
+        """(B, C, H, W) to one such map per kernel; cross-correlation, as in a convolution layer."""
+        channels, radius = grid.shape[1], self.kernels.shape[-1] // 2
+        padded = pad(grid, (radius,) * 4, mode="replicate")
+        kernels = self.kernels.to(grid.dtype)[:, None]
+        return [conv2d(padded, kernel.expand(channels, -1, -1, -1), groups=channels) for kernel in kernels]
 
 
 class SeraSpatialExpert(nn.Module):

@@ -185,8 +185,8 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
     @classmethod
     def from_vision_text_pretrained(
         cls,
-        vision_model: str | PathLike,
-        text_model: str | PathLike,
+        vision_model: str | PathLike | None,
+        text_model: str | PathLike | None,
         *,
         dtype: torch.dtype = torch.float32,
         attn_implementation: str | None = None,
@@ -195,46 +195,55 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
         """A SERA whose towers are pretrained and whose other parts are fresh.
 
         Args:
-            vision_model: Folder or Hub id of a DINOv2, with or without register tokens.
-            text_model: Folder or Hub id of a CLIP text tower, or of a whole CLIP. Where the checkpoint has a text projection,
-                it is taken too; else the projection starts fresh.
+            vision_model: Folder or Hub id of a DINOv2, with or without register tokens. `None`: a fresh tower of the
+                configuration given as `vision_config`.
+            text_model: Folder or Hub id of a CLIP text tower, or of a whole CLIP. Where the checkpoint has a text
+                projection, it is taken too; else the projection starts fresh. `None`: a fresh tower of the configuration
+                given as `text_config`.
             dtype: Of all weights.
             attn_implementation: Attention kernel of all parts, such as "eager" or "sdpa".
             **config_overrides: Fields of [`SeraConfig`].
 
         Raises:
-            ValueError: Where a checkpoint is of another kind, or a field is unknown.
+            ValueError: Where a checkpoint is of another kind, a field is unknown, or a tower is described twice.
         """
-        unknown = sorted(set(config_overrides) - set(SeraConfig.__dataclass_fields__))
+        fields = dict(config_overrides)
+        unknown = sorted(set(fields) - set(SeraConfig.__annotations__))
         if unknown:
-            raise ValueError(f"SeraConfig has no field {unknown[0]!r}; it has {sorted(SeraConfig.__annotations__)}.")
-        text_config = AutoConfig.from_pretrained(text_model)
-        text_config = getattr(text_config, "text_config", text_config)
-        config = SeraConfig(
-            vision_config=AutoConfig.from_pretrained(vision_model).to_dict(),
-            text_config=text_config.to_dict(),
-            **{"projection_dim": text_config.projection_dim or 512} | config_overrides,
-        )
+            raise ValueError(f"SeraConfig has no field {unknown[0]!r}; it has {', '.join(SeraConfig.__annotations__)}.")
+        for name, checkpoint in (("vision", vision_model), ("text", text_model)):
+            if checkpoint is None:
+                continue
+            if f"{name}_config" in fields:
+                raise ValueError(
+                    f"{name}_config is given beside the pretrained {name} tower {checkpoint}; leave one out."
+                )
+            config = AutoConfig.from_pretrained(checkpoint)
+            fields[f"{name}_config"] = getattr(config, f"{name}_config", config).to_dict()  # a whole CLIP holds two
+        if text_model is not None:
+            fields.setdefault("projection_dim", fields["text_config"]["projection_dim"])
+
+        model = cls(SeraConfig(**fields)).to(dtype)
         if attn_implementation is not None:
-            config._attn_implementation = attn_implementation
-        model = cls(config).to(dtype)
-        model.model.vision.tower.load_state_dict(
-            AutoModel.from_pretrained(vision_model, config=config.vision_config, dtype=dtype).state_dict()
-        )
-        model._load_text_tower(text_model)
+            model.set_attn_implementation(attn_implementation)
+        if vision_model is not None:
+            tower = model.model.vision.tower
+            pretrained = AutoModel.from_pretrained(vision_model, config=tower.config, dtype=dtype)
+            tower.load_state_dict(pretrained.state_dict())
+        if text_model is not None:
+            model._load_text_tower(text_model)
         return model
 
     def _load_text_tower(self, checkpoint: str | PathLike) -> None:
         pretrained, info = CLIPTextModelWithProjection.from_pretrained(
             checkpoint, config=self.config.text_config, dtype=self.dtype, output_loading_info=True
         )
-        missing = set(info["missing_keys"])
-        lost = sorted(missing - {"text_projection.weight"})
+        lost = sorted(set(info["missing_keys"]) - {"text_projection.weight"})
         if lost:
             raise ValueError(f"{checkpoint} lacks weights of the CLIP text tower, the first being {lost[0]!r}.")
         self.model.text_tower.load_state_dict(pretrained.text_model.state_dict())
         projection = pretrained.text_projection.weight
-        if missing:
+        if info["missing_keys"]:
             logger.warning(f"{checkpoint} has no text projection; the sentence feature starts from a random one.")
         elif projection.shape == self.model.text_projection.weight.shape:
             with torch.no_grad():
