@@ -1,0 +1,72 @@
+"""Variations of training examples that keep an expression true of its object (ours)."""
+
+import re
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
+
+from training.configuration import AugmentationSettings
+
+_SIDES = {"left": "right", "right": "left"}
+_SIDE_WORD = re.compile(r"\b(left|right)(?=\b|most|hand|er\b|side)", re.IGNORECASE)
+
+
+def swap_left_right(sentence: str) -> str:
+    """The sentence that is true of the mirrored picture: "left" and "right" change places, also in "leftmost" and the like."""
+    return _SIDE_WORD.sub(lambda match: _SIDES[match.group(1).lower()], sentence)
+
+
+def drop_words(sentence: str, probability: float, rng: np.random.Generator) -> str:
+    """Drop each word with a probability; where all would go, one stays."""
+    words = sentence.split()
+    kept = [word for word in words if rng.random() >= probability]
+    return " ".join(kept) if kept else words[rng.integers(len(words))]
+
+
+def augment(
+    image: Image.Image,
+    masks: list[np.ndarray],
+    sentences: list[list[str]],
+    settings: AugmentationSettings,
+    rng: np.random.Generator,
+) -> tuple[Image.Image, list[np.ndarray], list[list[str]]]:
+    """Vary one picture with its objects.
+
+    Args:
+        image: The picture (W, H).
+        masks: One (H, W) boolean mask per object.
+        sentences: The sentences of each object.
+        settings: How much.
+        rng: Source of all randomness.
+
+    Returns:
+        Picture, masks and sentences, in new objects; every mask keeps all its pixels.
+    """
+    if settings.flip and rng.random() < settings.flip:
+        image, masks = ImageOps.mirror(image), [mask[:, ::-1] for mask in masks]
+        sentences = [[swap_left_right(sentence) for sentence in group] for group in sentences]
+    if settings.min_crop:
+        left, top, right, bottom = _random_crop(np.any(masks, axis=0), settings.min_crop, rng)
+        image = image.crop((left, top, right, bottom))
+        masks = [mask[top:bottom, left:right] for mask in masks]
+    if settings.color_jitter:
+        for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+            change = settings.color_jitter * rng.uniform(-1, 1)
+            image = enhance(image.convert("RGB")).enhance(1 + change)
+    if settings.word_dropout:
+        sentences = [[drop_words(sentence, settings.word_dropout, rng) for sentence in group] for group in sentences]
+    return image, masks, sentences
+
+
+def _random_crop(covered: np.ndarray, min_share: float, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom of a crop that holds all covered pixels and at least `min_share` of each side."""
+    bounds = []
+    for axis in (0, 1):  # first the columns, then the rows
+        size = covered.shape[1 - axis]
+        used = np.flatnonzero(covered.any(axis=axis))
+        first, last = (int(used[0]), int(used[-1]) + 1) if used.size else (size // 2, size // 2 + 1)
+        length = max(round(size * rng.uniform(min_share, 1)), last - first)
+        start = int(rng.integers(max(last - length, 0), min(first, size - length) + 1))
+        bounds.append((start, start + length))
+    (left, right), (top, bottom) = bounds
+    return left, top, right, bottom

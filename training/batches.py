@@ -1,0 +1,171 @@
+"""From rows (one referred object each) to batches that the model takes: grouping by picture, drawing sentences, collating."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import datasets
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
+from transformers import BatchFeature
+
+from processing_sera import SeraProcessor
+from training.augmentation import augment
+from training.configuration import AugmentationSettings
+from training.data import decode_mask, open_image
+
+
+@dataclass
+class PictureExample:
+    """One picture with what is asked about it.
+
+    Attributes:
+        image: PIL picture.
+        masks: One (H, W) boolean mask per expression, in the picture's own pixels.
+        text: The expressions.
+        sources: (row, sentence) number of each expression in the split.
+    """
+
+    image: Image.Image
+    masks: list[np.ndarray]
+    text: list[str]
+    sources: list[tuple[int, int]]
+
+
+def group_by_picture(rows: datasets.Dataset, objects_per_picture: int | None) -> list[list[int]]:
+    """Row numbers grouped by `image_id`, at most `objects_per_picture` (`None`: all) in a group, in the order of the rows."""
+    by_picture: dict[int, list[int]] = defaultdict(list)
+    for row, image_id in enumerate(rows["image_id"]):
+        by_picture[image_id].append(row)
+    size = objects_per_picture or len(rows)
+    return [group[i : i + size] for group in by_picture.values() for i in range(0, len(group), size)]
+
+
+def picture_as_annotated(row: dict) -> Image.Image:
+    """A row's picture on the pixel grid that its annotations use: the file's own, whatever an orientation tag says."""
+    return Image.fromarray(np.asarray(open_image(row["image"]).convert("RGB")))  # a fresh picture carries no tag
+
+
+class TrainingExamples(Dataset):
+    """Pictures of a split with freshly drawn sentences and variations.
+
+    What is drawn depends on (seed, epoch, picture) alone: not on the order of access, the worker or the process.
+    """
+
+    def __init__(
+        self,
+        rows: datasets.Dataset,
+        *,
+        objects_per_picture: int,
+        sentences_per_object: int,
+        augmentation: AugmentationSettings,
+        seed: int,
+    ):
+        self.rows = rows
+        self.groups = group_by_picture(rows, objects_per_picture)
+        self.sentences_per_object = sentences_per_object
+        self.augmentation = augmentation
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose sentences and variations are drawn."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, index: int) -> PictureExample:
+        rng = np.random.default_rng((self.seed, self.epoch, index))
+        rows = [self.rows[row] for row in self.groups[index]]
+        drawn = [rng.permutation(len(row["sentences"]))[: self.sentences_per_object].tolist() for row in rows]
+        image, masks, sentences = augment(
+            picture_as_annotated(rows[0]),
+            [decode_mask(row["mask"]) for row in rows],
+            [[row["sentences"][i] for i in chosen] for row, chosen in zip(rows, drawn, strict=True)],
+            self.augmentation,
+            rng,
+        )
+        return PictureExample(
+            image=image,
+            masks=[mask for mask, group in zip(masks, sentences, strict=True) for _ in group],
+            text=[sentence for group in sentences for sentence in group],
+            sources=[(row, i) for row, chosen in zip(self.groups[index], drawn, strict=True) for i in chosen],
+        )
+
+
+class EvaluationExamples(Dataset):
+    """Pictures of a split, each with every sentence of every object; nothing drawn, nothing varied."""
+
+    def __init__(self, rows: datasets.Dataset, sentences: list[list[str]] | None = None):
+        """
+        Args:
+            rows: The split.
+            sentences: Sentences to ask instead of each row's own (as many), such as shuffled ones.
+        """
+        self.rows = rows
+        self.groups = group_by_picture(rows, None)
+        self.sentences = sentences
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, index: int) -> PictureExample:
+        numbers = self.groups[index]
+        rows = [self.rows[row] for row in numbers]
+        asked = [
+            row["sentences"] if self.sentences is None else self.sentences[n]
+            for n, row in zip(numbers, rows, strict=True)
+        ]
+        masks = [decode_mask(row["mask"]) for row in rows]
+        return PictureExample(
+            image=picture_as_annotated(rows[0]),
+            masks=[mask for mask, group in zip(masks, asked, strict=True) for _ in group],
+            text=[sentence for group in asked for sentence in group],
+            sources=[(n, i) for n, group in zip(numbers, asked, strict=True) for i in range(len(group))],
+        )
+
+
+def shuffled_sentences(rows: datasets.Dataset, seed: int = 0) -> list[list[str]]:
+    """Every sentence handed to another object, of another picture where there is one: the text-blind control.
+
+    Sentences are moved among all places by one rotation of a random order of the pictures, so each is asked exactly once.
+    """
+    order = np.random.default_rng(seed).permutation(len(groups := group_by_picture(rows, None)))
+    sentences = rows["sentences"]
+    places = [(row, i) for g in order for row in groups[g] for i in range(len(sentences[row]))]
+    largest = max(sum(len(sentences[row]) for row in group) for group in groups)
+    shift = min(largest, len(places) - 1)  # past every sentence of one's own picture
+    shuffled = [list(group) for group in sentences]
+    for k, (row, i) in enumerate(places):
+        source_row, source_i = places[(k + shift) % len(places)]
+        shuffled[row][i] = sentences[source_row][source_i]
+    return shuffled
+
+
+class Collator:
+    """Examples to model inputs, through the processor, once for each distinct picture."""
+
+    def __init__(self, processor: SeraProcessor, with_labels: bool):
+        self.processor = processor
+        self.with_labels = with_labels
+
+    def __call__(self, examples: list[PictureExample]) -> tuple[BatchFeature, list[PictureExample]]:
+        """Model inputs (with `labels` in training) and the examples they come from."""
+        inputs = self.processor(
+            images=[example.image for example in examples],
+            text=[example.text for example in examples],
+            masks=[example.masks for example in examples] if self.with_labels else None,
+            return_tensors="pt",
+        )
+        return inputs, examples
+
+
+__all__ = [
+    "Collator",
+    "EvaluationExamples",
+    "PictureExample",
+    "TrainingExamples",
+    "group_by_picture",
+    "shuffled_sentences",
+]

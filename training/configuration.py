@@ -1,0 +1,165 @@
+"""Everything a training run can be told, in one place: a YAML file under `configs/`, overridden on the command line."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from jsonargparse import ArgumentParser
+
+Tuning = Literal["frozen", "norm_bias", "full"]
+
+
+@dataclass
+class ModelSettings:
+    """What is trained.
+
+    Args:
+        pretrained: Folder or Hub id of a whole SERA to go on from; the towers below are then not needed.
+        vision_model: Folder or Hub id of a DINOv2. None: a fresh tower of the size that `config` gives.
+        text_model: Folder or Hub id of a CLIP or of its text tower. None: a fresh tower of the size that `config` gives.
+        tokenizer: Folder or Hub id of a CLIP tokenizer. None: the one beside `text_model`, or, for scenes, one trained on them.
+        config: Fields of SeraConfig that differ from its defaults.
+        vision_tuning: What of the vision tower is trained.
+        text_tuning: What of the text tower is trained.
+    """
+
+    pretrained: str | None = None
+    vision_model: str | None = None
+    text_model: str | None = None
+    tokenizer: str | None = None
+    config: dict = field(default_factory=dict)
+    vision_tuning: Tuning = "norm_bias"
+    text_tuning: Tuning = "norm_bias"
+
+
+@dataclass
+class DataSettings:
+    """What it is trained and scored on.
+
+    Args:
+        source: "refer" for a folder in the REFER layout, "scenes" for the embedded scenes, which need no files.
+        root: The REFER folder.
+        image_dir: Folder of the pictures, where they do not lie under `root`.
+        dataset: Name of the REFER set, such as "refcoco" or "refcoco+".
+        split_by: Whose split, such as "unc" or "umd".
+        train_split: Split that is trained on.
+        val_split: Split that chooses the best epoch; the only one that training looks at.
+        num_scenes: Number of embedded scenes for training, validation and test.
+        scene_size: Side in pixels of the embedded scenes.
+        scene_seed: Seed of the embedded scenes.
+        image_size: Height and width in pixels that pictures are letterboxed to.
+        objects_per_picture: Objects of one picture that share a forward pass of it; 1 is the field's one object, one picture.
+        sentences_per_object: Sentences drawn for an object in each epoch.
+    """
+
+    source: Literal["refer", "scenes"] = "refer"
+    root: str | None = None
+    image_dir: str | None = None
+    dataset: str = "refcoco"
+    split_by: str = "unc"
+    train_split: str = "train"
+    val_split: str = "val"
+    num_scenes: tuple[int, int, int] = (4000, 200, 200)
+    scene_size: int = 96
+    scene_seed: int = 0
+    image_size: tuple[int, int] = (448, 448)
+    objects_per_picture: int = 1
+    sentences_per_object: int = 1
+
+
+@dataclass
+class AugmentationSettings:
+    """How training pictures and sentences are varied. Zeros leave them as they are.
+
+    Args:
+        flip: Probability of mirroring a picture, with "left" and "right" swapped in its sentences.
+        min_crop: Smallest share of each side that a random crop around the objects keeps; 0 crops nothing.
+        color_jitter: Largest relative change of brightness, contrast and saturation.
+        word_dropout: Probability of dropping each word of a sentence (at least one stays).
+    """
+
+    flip: float = 0.0
+    min_crop: float = 0.0
+    color_jitter: float = 0.0
+    word_dropout: float = 0.0
+
+
+@dataclass
+class OptimizationSettings:
+    """How it is trained. The defaults are the paper's recipe where it states one.
+
+    Args:
+        epochs: Passes over the training objects.
+        batch_size: Pictures in a batch of one process.
+        learning_rate: Adam's learning rate after warm-up.
+        schedule: "multistep" multiplies the rate by 0.1 at each milestone, "cosine" lowers it to zero.
+        milestones: Shares of training at which "multistep" acts.
+        warmup: Share of training in which the rate rises linearly.
+        weight_decay: Decoupled weight decay on matrices and kernels.
+        max_grad_norm: Norm that gradients are clipped to; 0 clips nothing.
+        gradient_accumulation_steps: Batches whose gradients are summed before a step.
+    """
+
+    epochs: int = 50
+    batch_size: int = 16
+    learning_rate: float = 1e-4
+    schedule: Literal["multistep", "cosine"] = "multistep"
+    milestones: list[float] = field(default_factory=lambda: [0.7])
+    warmup: float = 0.0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    gradient_accumulation_steps: int = 1
+
+
+@dataclass
+class TrainingSettings:
+    """Train SERA. Run with `accelerate launch training/train.py --config FILE [--option value ...]`.
+
+    Args:
+        output_dir: Folder for everything the run writes; a run that was interrupted goes on from what it finds there.
+        model: What is trained.
+        data: What it is trained and scored on.
+        augmentation: How training examples are varied.
+        optimization: How it is trained.
+        seed: Seed of everything random.
+        mixed_precision: Arithmetic of the forward pass.
+        num_workers: Processes per process that prepare batches.
+        evaluate_every: Epochs between evaluations on the validation split.
+    """
+
+    output_dir: str = "outputs/run"
+    model: ModelSettings = field(default_factory=ModelSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    augmentation: AugmentationSettings = field(default_factory=AugmentationSettings)
+    optimization: OptimizationSettings = field(default_factory=OptimizationSettings)
+    seed: int = 0
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    num_workers: int = 1
+    evaluate_every: int = 1
+
+
+def settings_parser() -> ArgumentParser:
+    """The command line of `train.py`: every field of [`TrainingSettings`], and `--config FILE`."""
+    parser = ArgumentParser(description=TrainingSettings.__doc__.splitlines()[0])
+    parser.add_argument("--config", action="config", help="YAML file of settings; options after it override it")
+    parser.add_class_arguments(TrainingSettings)
+    return parser
+
+
+def read_settings(arguments: list[str] | None = None) -> TrainingSettings:
+    """Settings from command-line arguments (`None`: the process's own). Exits with a message where one is not accepted."""
+    parser = settings_parser()
+    parsed = parser.instantiate(parser.parse_args(arguments))
+    return TrainingSettings(**{name: parsed[name] for name in TrainingSettings.__dataclass_fields__})
+
+
+def load_settings(path: Path) -> TrainingSettings:
+    """Settings from a YAML file alone."""
+    return read_settings(["--config", str(path)])
+
+
+def dump_settings(settings: TrainingSettings) -> str:
+    """Settings as YAML that [`load_settings`] reads back to the same settings."""
+    return yaml.safe_dump(json.loads(json.dumps(asdict(settings))), sort_keys=False)  # JSON turns tuples to lists

@@ -1,0 +1,26 @@
+"""The splits that a run's settings name."""
+
+import os
+
+import datasets
+
+from training.configuration import DataSettings
+from training.data import load_refer
+from training.scenes import generate_scenes
+
+
+def load_split(data: DataSettings, split: str) -> datasets.Dataset:
+    """One split, one referred object per row (`training.data.REFER_FEATURES`).
+
+    Raises:
+        ValueError: Where the settings name no such split.
+    """
+    if data.source == "scenes":
+        sizes = dict(zip(("train", "val", "test"), data.num_scenes, strict=True))
+        if split not in sizes:
+            raise ValueError(f"The embedded scenes have no split {split!r}; they have {', '.join(sizes)}.")
+        workers = os.cpu_count() or 1
+        return generate_scenes(sizes[split], data.scene_seed, data.scene_size, split=split, num_workers=workers)
+    if data.root is None:
+        raise ValueError("data.root is not set; name the folder that holds the REFER sets.")
+    return load_refer(data.root, data.dataset, data.split_by, image_dir=data.image_dir, splits=[split])[split]
