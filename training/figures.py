@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from modeling_sera import SeraForReferringSegmentation
+from modeling_sera.modeling_sera import SeraReferringSegmentationOutput
 from processing_sera import SeraProcessor
 from training.batches import picture_as_annotated
 from training.data import decode_mask
@@ -16,6 +17,7 @@ from training.files import write_binary
 from training.metric import SentenceScore
 
 FUSION_EXPERTS = ("spatial", "context", "boundary", "shape")
+ADAPTER_EXPERTS = ("spatial", "boundary")
 COLORS = (
     (0.90, 0.20, 0.20),
     (0.15, 0.45, 0.90),
@@ -33,6 +35,15 @@ def overlay(image: Image.Image, masks: Sequence[np.ndarray], opacity: float = 0.
         color = np.asarray(COLORS[i % len(COLORS)], dtype=np.float32)
         canvas = np.where(mask[..., None], (1 - opacity) * canvas + opacity * color, canvas)
         canvas = np.where(_outline(mask)[..., None], 1.0, canvas)
+    return Image.fromarray((canvas * 255).round().astype(np.uint8))
+
+
+def spotlight(image: Image.Image, mask: np.ndarray) -> Image.Image:
+    """The picture dimmed outside of a (H, W) boolean mask, the mask outlined in yellow."""
+    canvas = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
+    dimmed = 0.35 * canvas.mean(axis=2, keepdims=True) + 0.15 * canvas
+    canvas = np.where(mask[..., None], canvas, dimmed)
+    canvas = np.where(_outline(mask)[..., None], np.float32([1.0, 0.85, 0.1]), canvas)
     return Image.fromarray((canvas * 255).round().astype(np.uint8))
 
 
@@ -59,9 +70,10 @@ def draw_sheet(
     from matplotlib.figure import Figure
 
     chosen = _evenly_ranked(scores, num_examples)
-    figure = Figure(figsize=(18, 3.1 * ((len(chosen) + 1) // 2)), layout="constrained")
+    num_rows = (len(chosen) + 1) // 2
+    figure = Figure(figsize=(18, 3.2 * num_rows + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots((len(chosen) + 1) // 2, 8, squeeze=False, width_ratios=[1, 1, 1, 0.8] * 2)
+    axes = figure.subplots(num_rows, 8, squeeze=False, width_ratios=[1, 1, 1, 0.8] * 2)
     for axis in axes.flat:
         axis.set_axis_off()
     for i, score in enumerate(chosen):
@@ -72,29 +84,37 @@ def draw_sheet(
             outputs = model(**inputs, output_router_weights=True)
         predicted = processor.post_process_referring_segmentation(outputs, inputs)[0]["mask"].cpu().numpy()
         panels = axes[i // 2, 4 * (i % 2) : 4 * (i % 2) + 4]
-        truth = decode_mask(row["mask"])
-        for axis, picture in zip(panels, (image, overlay(image, [truth]), overlay(image, [predicted])), strict=False):
-            axis.imshow(picture, interpolation="nearest")
-        panels[0].set_title(f"“{text}”", loc="left", fontsize=11)
-        panels[2].set_title(f"IoU {score.iou:.2f}", loc="right", fontsize=11)
-        panels[1].text(0.02, 0.02, "truth", transform=panels[1].transAxes, color="white", fontsize=9)
-        panels[2].text(0.02, 0.02, "prediction", transform=panels[2].transAxes, color="white", fontsize=9)
+        panels[0].imshow(image)
+        panels[1].imshow(spotlight(image, decode_mask(row["mask"])))
+        panels[2].imshow(spotlight(image, predicted))
+        panels[0].set_title(f"“{text}”", loc="left", fontsize=12)
+        for axis, label in zip(panels[1:3], ("truth", f"prediction, IoU {score.iou:.2f}"), strict=True):
+            axis.text(0.5, -0.03, label, transform=axis.transAxes, ha="center", va="top", fontsize=10)
         _draw_routing(panels[3], outputs)
     figure.suptitle(
-        "SERA on held-out data: picture, truth, prediction; bars: share of each fusion expert (three depths, shallow to deep)",
+        "Held-out data, from the worst to the best of each kind. Bars: share of each expert, from shallow (light) to deep",
         fontsize=13,
     )
-    write_binary(path, lambda partial: figure.savefig(partial, format="png", dpi=80))
+    write_binary(path, lambda partial: figure.savefig(partial, format="png", dpi=70))
 
 
-def _draw_routing(axis, outputs) -> None:
-    """Bars of the fusion experts' shares, one bar per tap within each expert."""
+def _draw_routing(axis, outputs: SeraReferringSegmentationOutput) -> None:
+    """Bars of each expert's share: the fusion experts at every tap, the adapter experts in every adapted block."""
     axis.set_axis_on()
-    for tap, weights in enumerate(outputs.fusion_router_weights):
-        positions = np.arange(len(FUSION_EXPERTS)) + 0.25 * (tap - 1)
-        axis.barh(positions, weights[0].cpu().numpy(), height=0.22, color=COLORS[1], alpha=0.45 + 0.27 * tap)
-    axis.set_yticks(range(len(FUSION_EXPERTS)), FUSION_EXPERTS, fontsize=9)
+    names = []
+    for kind, experts, routed in (
+        ("fusion", FUSION_EXPERTS, outputs.fusion_router_weights),
+        ("adapter", ADAPTER_EXPERTS, outputs.adapter_router_weights),
+    ):
+        shares = np.array([weights[0].float().cpu().numpy() for weights in routed])  # (depths, experts)
+        height = 0.8 / max(len(shares), 1)
+        for depth, share in enumerate(shares):
+            positions = len(names) + np.arange(len(experts)) + height * (depth - (len(shares) - 1) / 2)
+            axis.barh(positions, share, height=0.9 * height, color=COLORS[1], alpha=(depth + 1.5) / (len(shares) + 0.5))
+        names += [f"{kind}: {expert}" for expert in experts]
+    axis.set_yticks(range(len(names)), names, fontsize=9)
     axis.set_xlim(0, 1)
+    axis.set_xticks([0, 0.5, 1])
     axis.tick_params(axis="x", labelsize=8)
     axis.invert_yaxis()
     for side in ("top", "right"):

@@ -389,12 +389,9 @@ NOUNS = {
     "square": ("square",),
     "triangle": ("triangle",),
     "star": ("star",),
-    "heart": ("heart",),
-    "cross": ("cross", "cross", "plus"),
     "ring": ("ring", "ring", "hoop"),
     "frame": ("frame",),
     "bar": ("bar", "rod", "stick"),
-    "arch": ("arch",),
     None: ("thing", "object", "shape"),
 }
 SIZES = {"large": ("large", "big", "huge"), "small": ("small", "little", "tiny")}

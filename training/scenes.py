@@ -39,7 +39,7 @@ COLORS = {
     "white": (242, 242, 240),
     "black": (34, 34, 38),
 }
-RADII = {"small": (0.090, 0.105), "medium": (0.125, 0.140), "large": (0.165, 0.195)}  # in units of the side
+RADII = {"small": (0.115, 0.130), "medium": (0.150, 0.160), "large": (0.185, 0.210)}  # in units of the side
 TEXTURES = ("plain", "striped", "dotted")
 SPLITS = ("train", "val", "test")
 MIN_SIZE, MAX_SIZE = 64, 512
@@ -86,7 +86,7 @@ def _triangle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
 def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     fifth = 2 * math.pi / 5
     angle = np.abs((np.arctan2(u, -v) + fifth / 2) % fifth - fifth / 2)  # 0 at a tip, fifth / 2 at a notch
-    tip, notch = 1.1, 0.5
+    tip, notch = 1.1, 0.55
     # the edge from the tip (tip, 0) to the notch, as a line n . p = tip * n_x
     n_x, n_y = notch * math.sin(fifth / 2), tip - notch * math.cos(fifth / 2)
     n_x, n_y = n_x / math.hypot(n_x, n_y), n_y / math.hypot(n_x, n_y)
@@ -94,37 +94,18 @@ def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return tip * n_x - r * (n_x * np.cos(angle) + n_y * np.sin(angle))
 
 
-def _heart(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    u, v = np.abs(u), -v + 0.12
-    half = 0.58  # a square on its corner with a half disc on each of its upper sides
-    c = half / math.sqrt(2)
-    diamond = half - np.maximum(np.abs(u + v), np.abs(u - v)) / math.sqrt(2)
-    return np.maximum(diamond, half - _radius(u - c, v - c))
-
-
-def _cross(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    u, v = np.abs(u), np.abs(v)
-    return np.maximum(np.minimum(0.95 - u, 0.31 - v), np.minimum(0.31 - u, 0.95 - v))
-
-
 def _ring(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     r = _radius(u, v)
-    return np.minimum(1 - r, r - 0.6)
+    return np.minimum(1 - r, r - 0.5)
 
 
 def _frame(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     m = np.maximum(np.abs(u), np.abs(v))
-    return np.minimum(0.88 - m, m - 0.52)
+    return np.minimum(0.88 - m, m - 0.42)
 
 
 def _bar(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return np.minimum(1.2 - np.abs(u), 0.22 - np.abs(v))
-
-
-def _arch(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    v = v + 0.1
-    across = np.where(v < 0, _radius(u, v), np.abs(u))
-    return np.minimum(np.minimum(0.92 - across, across - 0.54), 0.88 - v)
+    return np.minimum(1.2 - np.abs(u), 0.28 - np.abs(v))
 
 
 @dataclass(frozen=True)
@@ -141,12 +122,9 @@ FORMS = {
     "square": _Form(_square, 0.3),
     "triangle": _Form(_triangle, 0.3),
     "star": _Form(_star, math.pi / 5),
-    "heart": _Form(_heart, 0.3),
-    "cross": _Form(_cross, 0.25),
     "ring": _Form(_ring, math.pi, solid=False),
     "frame": _Form(_frame, 0.3, solid=False),
     "bar": _Form(_bar, math.pi / 2, solid=False),
-    "arch": _Form(_arch, 0.25, solid=False),
 }
 
 
@@ -219,7 +197,7 @@ def _draw_objects(size: int, rng: np.random.Generator) -> tuple[np.ndarray, list
 
 def _sample_attributes(rng: np.random.Generator) -> list[dict[str, Any]]:
     """Attributes of 4 to 8 objects, from so few shapes and colors that most are shared. Radius in units of the side."""
-    count = int(rng.choice(5, p=(0.22, 0.24, 0.22, 0.17, 0.15))) + 4
+    count = int(rng.choice(5, p=(0.34, 0.28, 0.18, 0.12, 0.08))) + 4
     most = 3 if count < 6 else 4
     shapes = rng.permutation(list(FORMS))[: rng.integers(2, most, endpoint=True)].tolist()
     colors = rng.permutation(list(COLORS))[: rng.integers(2, most, endpoint=True)].tolist()
@@ -288,7 +266,7 @@ def _arrange(tiles: list[_Tile], size: int, rng: np.random.Generator) -> list[tu
         if area < needed[i]:
             return None
         for _ in range(20):
-            if corners and rng.random() < 0.35:  # seek company, so that objects overlap
+            if corners and rng.random() < 0.2:  # seek company, so that objects overlap
                 j = int(rng.random() * i)
                 angle, reach = rng.random() * 2 * math.pi, 0.36 * (extent + len(tiles[j].coverage))
                 top = round(corners[j][0] + (len(tiles[j].coverage) - extent) / 2 + reach * math.sin(angle))

@@ -3,6 +3,7 @@
 import os
 
 import datasets
+from accelerate import PartialState
 
 from training.configuration import DataSettings
 from training.data import load_refer
@@ -19,7 +20,7 @@ def load_split(data: DataSettings, split: str) -> datasets.Dataset:
         sizes = dict(zip(("train", "val", "test"), data.num_scenes, strict=True))
         if split not in sizes:
             raise ValueError(f"The embedded scenes have no split {split!r}; they have {', '.join(sizes)}.")
-        workers = os.cpu_count() or 1
+        workers = max((os.cpu_count() or 1) // PartialState().num_processes, 1)  # every process draws its own
         return generate_scenes(sizes[split], data.scene_seed, data.scene_size, split=split, num_workers=workers)
     if data.root is None:
         raise ValueError("data.root is not set; name the folder that holds the REFER sets.")

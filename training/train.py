@@ -7,6 +7,7 @@ model by mIoU on the validation split kept as a folder that `from_pretrained` lo
 import json
 import logging
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -21,7 +22,13 @@ from modeling_sera import SeraForReferringSegmentation
 from processing_sera import SeraProcessor
 from training.batches import Collator, TrainingExamples
 from training.building import build_model, build_processor
-from training.configuration import OptimizationSettings, dump_settings, read_settings
+from training.configuration import (
+    OptimizationSettings,
+    TrainingSettings,
+    dump_settings,
+    load_settings,
+    read_settings,
+)
 from training.evaluation import score_sentences
 from training.files import partial_folder, recover_folder, replace_folder, write_text
 from training.metric import summarize
@@ -45,9 +52,8 @@ def main() -> None:
     set_seed(settings.seed)
 
     # Data: rows of one referred object each, grouped to pictures.
-    with accelerator.main_process_first():
-        train_rows = load_split(settings.data, settings.data.train_split)
-        val_rows = load_split(settings.data, settings.data.val_split)
+    train_rows = load_split(settings.data, settings.data.train_split)
+    val_rows = load_split(settings.data, settings.data.val_split)
     processor = build_processor(settings, train_rows)
     examples = TrainingExamples(
         train_rows,
@@ -72,6 +78,8 @@ def main() -> None:
     model = build_model(settings, processor)
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    elif accelerator.num_processes > 1:
+        logger.info(f"batch norm statistics are each process's own: {accelerator.device.type} cannot synchronise them")
     report = apply_tuning(model, vision=settings.model.vision_tuning, text=settings.model.text_tuning)
     logger.info(str(report))
 
@@ -88,8 +96,9 @@ def main() -> None:
     accelerator.register_for_checkpointing(progress, scheduler)
     checkpoint = output / "checkpoint"
     if recover_folder(checkpoint):
+        check_same_run(settings, load_settings(output / "settings.yaml"))
         accelerator.load_state(str(checkpoint))
-        logger.info(f"going on after epoch {progress.epoch} of {optimization.epochs} from {checkpoint}")
+        logger.info(f"{checkpoint} is there: going on after epoch {progress.epoch} of {optimization.epochs}")
     elif accelerator.is_main_process:
         write_text(output / "settings.yaml", dump_settings(settings))
         write_text(output / "tuning.json", json.dumps(vars(report) | {"tower_share": report.tower_share}, indent=1))
@@ -135,6 +144,17 @@ def main() -> None:
     bar.close()
     logger.info(f"best val mIoU {progress.best_miou:.4f}; the model is in {output / 'model'}")
     accelerator.end_training()
+
+
+def check_same_run(now: TrainingSettings, before: TrainingSettings) -> None:
+    """`ValueError` where a run would go on under other settings than it began with; how fast it runs may change."""
+    free = {"output_dir", "num_workers"}
+    for name, value in asdict(now).items():
+        if name not in free and value != asdict(before)[name]:
+            raise ValueError(
+                f"{now.output_dir} holds a run begun with other settings: {name} was {asdict(before)[name]}, now it is {value}. "
+                "Choose another output_dir, or remove that one."
+            )
 
 
 class Progress:
