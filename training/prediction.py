@@ -68,12 +68,15 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    image = ImageOps.exif_transpose(open_image({"path": options.image, "bytes": None})).convert("RGB")
-    model = SeraForReferringSegmentation.from_pretrained(options.model).eval()
-    processor = SeraProcessor.from_pretrained(options.model)
-    results = predict(model, processor, image, options.expressions, options.threshold)
     output = Path(options.output)
-    write_prediction(image, options.expressions, results, output)
+    try:
+        image = ImageOps.exif_transpose(open_image({"path": options.image, "bytes": None})).convert("RGB")
+        model = SeraForReferringSegmentation.from_pretrained(options.model).eval()
+        processor = SeraProcessor.from_pretrained(options.model)
+        results = predict(model, processor, image, options.expressions, options.threshold)
+        write_prediction(image, options.expressions, results, output)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))  # what was wrong with the input, without a traceback; exit code 2
     for i, (text, result) in enumerate(zip(options.expressions, results, strict=True), start=1):
         logger.info(
             f"{output / f'mask-{i}.png'}: {text!r}, score {result['score']:.3f}, {int(result['mask'].sum())} pixels"

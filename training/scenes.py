@@ -196,16 +196,16 @@ def _draw_objects(size: int, rng: np.random.Generator) -> tuple[np.ndarray, list
 
 
 def _sample_attributes(rng: np.random.Generator) -> list[dict[str, Any]]:
-    """Attributes of 4 to 8 objects, from so few shapes and colors that most are shared. Radius in units of the side."""
+    """Attributes of 4 to 8 objects, from so few shapes and colors that many are shared. Radius in units of the side."""
     count = int(rng.choice(5, p=(0.34, 0.28, 0.18, 0.12, 0.08))) + 4
     most = 3 if count < 6 else 4
     shapes = rng.permutation(list(FORMS))[: rng.integers(2, most, endpoint=True)].tolist()
-    colors = rng.permutation(list(COLORS))[: rng.integers(2, most, endpoint=True)].tolist()
+    colors = rng.permutation(list(COLORS))[: rng.integers(3, 5, endpoint=True)].tolist()
     drafts = []
     for _ in range(count):
         shape, color = (pool[int(rng.random() * len(pool))] for pool in (shapes, colors))
         size = ("small", "medium", "large")[int(np.searchsorted((0.42, 0.58), rng.random()))]
-        texture = TEXTURES[int(np.searchsorted((0.5, 0.78), rng.random()))]
+        texture = TEXTURES[int(np.searchsorted((0.6, 0.82), rng.random()))]
         if texture == "dotted" and not FORMS[shape].solid:
             texture = "striped"
         rgb = np.clip(np.array(COLORS[color]) * rng.uniform(0.92, 1.05) + rng.normal(0, 5, 3), 0, 255).astype(int)
