@@ -5,11 +5,12 @@ from dataclasses import dataclass
 
 import datasets
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 from torch.utils.data import Dataset
 from transformers import BatchFeature
 
 from processing_sera import SeraProcessor
+from processing_sera.image_processing_sera import to_rgb_image
 from training.augmentation import augment
 from training.configuration import AugmentationSettings
 from training.data import decode_mask, open_image
@@ -43,7 +44,9 @@ def group_by_picture(rows: datasets.Dataset, objects_per_picture: int | None) ->
 
 def picture_as_annotated(row: dict) -> Image.Image:
     """A row's picture on the pixel grid that its annotations use: the file's own, whatever an orientation tag says."""
-    return Image.fromarray(np.asarray(open_image(row["image"]).convert("RGB")))  # a fresh picture carries no tag
+    image = open_image(row["image"])
+    image.getexif().pop(ExifTags.Base.Orientation, None)
+    return Image.fromarray(np.asarray(to_rgb_image(image)))  # a fresh picture carries no tag at all
 
 
 class TrainingExamples(Dataset):
