@@ -21,6 +21,8 @@ from .vision_sera import SeraVisionEncoder
 
 logger = logging.get_logger(__name__)
 
+TOWER_TYPES = {"vision": ("dinov2", "dinov2_with_registers"), "text": ("clip_text_model",)}
+
 
 @dataclass
 class SeraModelOutput(ModelOutput):
@@ -218,17 +220,26 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
                 raise ValueError(
                     f"{name}_config is given beside the pretrained {name} tower {checkpoint}; leave one out."
                 )
-            config = AutoConfig.from_pretrained(checkpoint)
-            fields[f"{name}_config"] = getattr(config, f"{name}_config", config).to_dict()  # a whole CLIP holds two
-        if text_model is not None:
-            fields.setdefault("projection_dim", fields["text_config"]["projection_dim"])
+            whole = AutoConfig.from_pretrained(checkpoint)
+            config = getattr(whole, f"{name}_config", whole)  # a whole CLIP holds two
+            if config.model_type not in TOWER_TYPES[name]:
+                raise ValueError(
+                    f"{checkpoint} is a {config.model_type!r}; the {name} tower must be one of {TOWER_TYPES[name]}."
+                )
+            if name == "text":
+                config.projection_dim = whole.projection_dim
+                fields.setdefault("projection_dim", whole.projection_dim)
+            fields[f"{name}_config"] = config.to_dict()
 
         model = cls(SeraConfig(**fields)).to(dtype)
         if attn_implementation is not None:
             model.set_attn_implementation(attn_implementation)
         if vision_model is not None:
             tower = model.model.vision.tower
-            pretrained = AutoModel.from_pretrained(vision_model, config=tower.config, dtype=dtype)
+            pretrained, info = AutoModel.from_pretrained(
+                vision_model, config=tower.config, dtype=dtype, output_loading_info=True
+            )
+            _refuse_missing(info["missing_keys"], vision_model, "DINOv2")
             tower.load_state_dict(pretrained.state_dict())
         if text_model is not None:
             model._load_text_tower(text_model)
@@ -238,9 +249,7 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
         pretrained, info = CLIPTextModelWithProjection.from_pretrained(
             checkpoint, config=self.config.text_config, dtype=self.dtype, output_loading_info=True
         )
-        lost = sorted(set(info["missing_keys"]) - {"text_projection.weight"})
-        if lost:
-            raise ValueError(f"{checkpoint} lacks weights of the CLIP text tower, the first being {lost[0]!r}.")
+        _refuse_missing(set(info["missing_keys"]) - {"text_projection.weight"}, checkpoint, "CLIP text tower")
         self.model.text_tower.load_state_dict(pretrained.text_model.state_dict())
         projection = pretrained.text_projection.weight
         if info["missing_keys"]:
@@ -329,6 +338,11 @@ def mask_segmentation_loss(logits: Tensor, labels: Tensor, config: SeraConfig) -
     total = probability.sum(dim=(1, 2)) + targets.sum(dim=(1, 2))
     dice = 1 - (2 * overlap + 1) / (total + 1)
     return config.bce_loss_weight * bce + config.dice_loss_weight * dice.mean()
+
+
+def _refuse_missing(keys: set[str], checkpoint: str | PathLike, tower: str) -> None:
+    if keys:
+        raise ValueError(f"{checkpoint} lacks weights of the {tower}, the first being {sorted(keys)[0]!r}.")
 
 
 def _check_batch(pixel_values: Tensor, input_ids: Tensor, image_index: Tensor | None) -> None:

@@ -46,6 +46,11 @@ def picture_as_annotated(row: dict) -> Image.Image:
     """A row's picture on the pixel grid that its annotations use: the file's own, whatever an orientation tag says."""
     image = open_image(row["image"])
     image.getexif().pop(ExifTags.Base.Orientation, None)
+    height, width = row["mask"]["size"]
+    if image.size != (width, height):
+        raise ValueError(
+            f"the picture {row['image']['path']} is {image.width}×{image.height}, its mask {width}×{height} pixels."
+        )
     return Image.fromarray(np.asarray(to_rgb_image(image)))  # a fresh picture carries no tag at all
 
 

@@ -38,7 +38,12 @@ def build_model(settings: TrainingSettings, processor: SeraProcessor) -> SeraFor
     overrides = {"image_size": max(settings.data.image_size)} | model.config
     if not model.text_model:
         overrides["text_config"] = _text_config(overrides.get("text_config", {}), processor.tokenizer)
-    return SeraForReferringSegmentation.from_vision_text_pretrained(model.vision_model, model.text_model, **overrides)
+    built = SeraForReferringSegmentation.from_vision_text_pretrained(model.vision_model, model.text_model, **overrides)
+    if any(side % built.config.patch_size for side in settings.data.image_size):
+        raise ValueError(
+            f"data.image_size is {settings.data.image_size}; both sides must be multiples of the patch, {built.config.patch_size}."
+        )
+    return built
 
 
 def _text_config(overrides: dict, tokenizer: CLIPTokenizer) -> dict:

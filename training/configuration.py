@@ -7,6 +7,7 @@ from typing import Literal
 
 import yaml
 from jsonargparse import ArgumentParser
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 Tuning = Literal["frozen", "norm_bias", "full"]
 
@@ -62,11 +63,11 @@ class DataSettings:
     train_split: str = "train"
     val_split: str = "val"
     num_scenes: tuple[int, int, int] = (4000, 200, 200)
-    scene_size: int = 96
-    scene_seed: int = 0
+    scene_size: PositiveInt = 96
+    scene_seed: NonNegativeInt = 0
     image_size: tuple[int, int] = (448, 448)
-    objects_per_picture: int = 1
-    sentences_per_object: int = 1
+    objects_per_picture: PositiveInt = 1
+    sentences_per_object: PositiveInt = 1
 
 
 @dataclass
@@ -80,10 +81,10 @@ class AugmentationSettings:
         word_dropout: Probability of dropping each word of a sentence (at least one stays).
     """
 
-    flip: float = 0.0
-    min_crop: float = 0.0
-    color_jitter: float = 0.0
-    word_dropout: float = 0.0
+    flip: ClosedUnitInterval = 0.0
+    min_crop: ClosedUnitInterval = 0.0
+    color_jitter: ClosedUnitInterval = 0.0
+    word_dropout: ClosedUnitInterval = 0.0
 
 
 @dataclass
@@ -102,15 +103,15 @@ class OptimizationSettings:
         gradient_accumulation_steps: Batches whose gradients are summed before a step.
     """
 
-    epochs: int = 50
-    batch_size: int = 16
-    learning_rate: float = 1e-4
+    epochs: PositiveInt = 50
+    batch_size: PositiveInt = 16
+    learning_rate: PositiveFloat = 1e-4
     schedule: Literal["multistep", "cosine"] = "multistep"
     milestones: list[float] = field(default_factory=lambda: [0.7])
-    warmup: float = 0.0
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    gradient_accumulation_steps: int = 1
+    warmup: ClosedUnitInterval = 0.0
+    weight_decay: NonNegativeFloat = 0.0
+    max_grad_norm: NonNegativeFloat = 1.0
+    gradient_accumulation_steps: PositiveInt = 1
 
 
 @dataclass
@@ -134,10 +135,10 @@ class TrainingSettings:
     data: DataSettings = field(default_factory=DataSettings)
     augmentation: AugmentationSettings = field(default_factory=AugmentationSettings)
     optimization: OptimizationSettings = field(default_factory=OptimizationSettings)
-    seed: int = 0
+    seed: NonNegativeInt = 0
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    num_workers: int = 1
-    evaluate_every: int = 1
+    num_workers: NonNegativeInt = 1
+    evaluate_every: PositiveInt = 1
 
 
 def settings_parser() -> ArgumentParser:
@@ -152,6 +153,8 @@ def read_settings(arguments: list[str] | None = None) -> TrainingSettings:
     """Settings from command-line arguments (`None`: the process's own). Exits with a message where one is not accepted."""
     parser = settings_parser()
     parsed = parser.instantiate(parser.parse_args(arguments))
+    fields = parsed["model"].config  # a free dict: what the command line gave for one of its fields is still text
+    fields.update({name: yaml.safe_load(value) for name, value in fields.items() if isinstance(value, str)})
     return TrainingSettings(**{name: parsed[name] for name in TrainingSettings.__dataclass_fields__})
 
 

@@ -5,6 +5,7 @@ As a command: `python training/evaluation.py RUN/model --split test`; prints a t
 
 import json
 import logging
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -118,4 +119,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        logging.getLogger(__name__).debug("the error's traceback", exc_info=True)
+        sys.exit(f"error: {error}")

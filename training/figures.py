@@ -1,5 +1,6 @@
 """Pictures of results: masks laid over photographs, and the sheet of examples (ours)."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -87,7 +88,7 @@ def draw_sheet(
         panels[0].imshow(image)
         panels[1].imshow(spotlight(image, decode_mask(row["mask"])))
         panels[2].imshow(spotlight(image, predicted))
-        panels[0].set_title(f"“{text}”", loc="left", fontsize=12)
+        panels[0].set_title(textwrap.fill(f"“{text}”", 64), loc="left", fontsize=12, parse_math=False)
         for axis, label in zip(panels[1:3], ("truth", f"prediction, IoU {score.iou:.2f}"), strict=True):
             axis.text(0.5, -0.03, label, transform=axis.transAxes, ha="center", va="top", fontsize=10)
         _draw_routing(panels[3], outputs)

@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from jsonargparse import ArgumentParser
-from PIL import Image, ImageOps
+from PIL import Image
 
 from modeling_sera import SeraForReferringSegmentation
 from processing_sera import SeraProcessor
+from processing_sera.image_processing_sera import to_rgb_image
 from training.data import encode_mask, open_image
 from training.figures import overlay
 from training.files import write_binary, write_text
@@ -70,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     output = Path(options.output)
     try:
-        image = ImageOps.exif_transpose(open_image({"path": options.image, "bytes": None})).convert("RGB")
+        image = to_rgb_image(open_image({"path": options.image, "bytes": None}))
         model = SeraForReferringSegmentation.from_pretrained(options.model).eval()
         processor = SeraProcessor.from_pretrained(options.model)
         results = predict(model, processor, image, options.expressions, options.threshold)

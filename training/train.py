@@ -7,6 +7,7 @@ model by mIoU on the validation split kept as a folder that `from_pretrained` lo
 import json
 import logging
 import math
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -85,7 +86,9 @@ def main() -> None:
 
     # Optimiser and schedule.
     optimization = settings.optimization
-    optimizer = torch.optim.AdamW(parameter_groups(model, optimization.weight_decay), lr=optimization.learning_rate)
+    # plain floats: checkpoints admit nothing else
+    groups = parameter_groups(model, float(optimization.weight_decay))
+    optimizer = torch.optim.AdamW(groups, lr=float(optimization.learning_rate))
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     steps_per_epoch = math.ceil(len(loader) / optimization.gradient_accumulation_steps)
     total_steps = optimization.epochs * steps_per_epoch
@@ -113,13 +116,13 @@ def main() -> None:
             with accelerator.accumulate(model):
                 outputs = model(**inputs)
                 accelerator.backward(outputs.loss)
-                if accelerator.sync_gradients:
-                    if optimization.max_grad_norm:
-                        accelerator.clip_grad_norm_(model.parameters(), optimization.max_grad_norm)
-                    scheduler.step()
-                    bar.update()
+                if accelerator.sync_gradients and optimization.max_grad_norm:
+                    accelerator.clip_grad_norm_(model.parameters(), optimization.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
+                if accelerator.sync_gradients:
+                    scheduler.step()
+                    bar.update()
             losses.append(outputs.loss.detach())
             if len(losses) % 20 == 1:
                 bar.set_postfix(loss=f"{losses[-1].item():.3f}", epoch=epoch + 1)
@@ -189,7 +192,7 @@ def learning_rate_factor(done: float, optimization: OptimizationSettings) -> flo
         return max(done / optimization.warmup, 1e-3)
     if optimization.schedule == "multistep":
         return 0.1 ** sum(done >= milestone for milestone in optimization.milestones)
-    return 0.5 * (1 + math.cos(math.pi * min((done - optimization.warmup) / (1 - optimization.warmup), 1.0)))
+    return 0.5 * (1 + math.cos(math.pi * min((done - optimization.warmup) / max(1 - optimization.warmup, 1e-9), 1.0)))
 
 
 def save_model(model: SeraForReferringSegmentation, processor: SeraProcessor, folder: Path) -> None:
@@ -212,4 +215,8 @@ def save_checkpoint(accelerator: Accelerator, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        logging.getLogger(__name__).debug("the error's traceback", exc_info=True)
+        sys.exit(f"error: {error}")

@@ -1,5 +1,7 @@
 """The metrics of referring segmentation as a local `evaluate` module: `evaluate.load("training/referring_iou")`."""
 
+import math
+
 import datasets
 import evaluate
 import numpy as np
@@ -46,6 +48,6 @@ class ReferringIoU(evaluate.Metric):
             )
         iou = np.where(union > 0, inter / np.maximum(union, 1), 1.0)
         total = int(union.sum())
-        scores = {"mIoU": float(iou.mean()), "oIoU": int(inter.sum()) / total if total else 1.0}
+        scores = {"mIoU": math.fsum(iou) / inter.size, "oIoU": int(inter.sum()) / total if total else 1.0}
         scores |= {f"Pr@{x}": float((iou > x).mean()) for x in THRESHOLDS}
         return scores | {"num_expressions": int(inter.size)}
