@@ -131,6 +131,10 @@ def main() -> None:
 
         if (epoch + 1) % settings.evaluate_every == 0 or epoch + 1 == optimization.epochs:
             unwrapped = accelerator.unwrap_model(model)
+            if accelerator.num_processes > 1:
+                # batch norm's running statistics differ where they cannot be synchronised
+                for buffer in unwrapped.buffers():
+                    torch.distributed.broadcast(buffer, src=0)
             scores = score_sentences(unwrapped, processor, val_rows, accelerator, num_workers=settings.num_workers)
             summary = summarize(scores)
             record["val"] = summary["all"]
