@@ -16,7 +16,7 @@ from .adapter_sera import SeraUpProjection
 from .configuration_sera import SeraConfig
 from .decoder_sera import SeraMaskDecoder, SeraSentenceGate
 from .fusion_sera import SeraFixedFilters, SeraFusion, SeraSpatialExpert
-from .routing_sera import SeraRouting, router_auxiliary_loss
+from .routing_sera import SeraRouterScore, SeraRouting, router_auxiliary_loss
 from .vision_sera import SeraVisionEncoder
 
 logger = logging.get_logger(__name__)
@@ -86,7 +86,7 @@ class SeraPreTrainedModel(PreTrainedModel):
         """Initialise what no checkpoint holds; also called for buffers that are constants. The towers initialise themselves."""
         super()._init_weights(module)
         # Only modules with parameters or buffers of their own arrive here, so each rule hangs on such a module's class.
-        if isinstance(module, SeraUpProjection):
+        if isinstance(module, (SeraUpProjection, SeraRouterScore)):
             init.zeros_(module.weight)
         elif isinstance(module, (nn.Linear, nn.Conv2d)):
             init.lecun_normal_(module.weight)  # the base class's fixed 0.02 starves layers as narrow as the adapters'

@@ -26,14 +26,18 @@ class SeraRouting(NamedTuple):
         return SeraRouting(*(field[rows] for field in self))
 
 
+class SeraRouterScore(nn.Linear):
+    """Scores of an adapter's experts. Starts at zero: the experts start equal, and neither is lost before it has learnt."""
+
+
 class SeraAdapterRouter(nn.Module):
     """Soft router of an adapter: `[w_s, w_b] = softmax(Linear(mean over positions of G))` (paper, SERA-Adapter)."""
 
     def __init__(self, config: SeraConfig):
         super().__init__()
-        self.score = nn.Linear(config.adapter_dim, 2)
+        self.score = SeraRouterScore(config.adapter_dim, 2)
         self.score_sentence = (
-            nn.Linear(config.projection_dim, 2, bias=False) if config.expression_aware_routing else None
+            SeraRouterScore(config.projection_dim, 2, bias=False) if config.expression_aware_routing else None
         )
 
     def forward(self, grid: Tensor, sentence: Tensor | None = None) -> Tensor:
@@ -105,4 +109,4 @@ def router_auxiliary_loss(
     )
 
 
-__all__ = ["SeraAdapterRouter", "SeraRouting", "SeraTopKRouter", "router_auxiliary_loss"]
+__all__ = ["SeraAdapterRouter", "SeraRouterScore", "SeraRouting", "SeraTopKRouter", "router_auxiliary_loss"]

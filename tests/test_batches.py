@@ -56,13 +56,14 @@ def make_rows(pictures: list[dict[str, list[str]]], seed: int = 0) -> datasets.D
                     "image": {"path": None, "bytes": encoded},
                     "image_id": 7 * number + 1,
                     "ref_id": 10 * number + i,
-                    "ann_id": 10 * number + i,
+                    "ann_ids": [10 * number + i],
+                    "no_target": False,
                     "category": color,
                     "sentences": sentences,
                     "sentence_ids": list(range(len(sentences))),
                     "sentence_kinds": ["colour"] * len(sentences),
                     "mask": encode_mask(mask),
-                    "bbox": [0.0, 0.0, 1.0, 1.0],
+                    "boxes": [[0.0, 0.0, 1.0, 1.0]],
                 }
             )
     return datasets.Dataset.from_list(rows, features=REFER_FEATURES)

@@ -172,14 +172,14 @@ def test_refer_mini_joins_exactly(refer_mini, refer_mini_files):
         assert rows.features == REFER_FEATURES
         own = [ref for ref in refs if ref["split"] == split]
         for row, ref in zip(rows, own, strict=True):
-            assert (row["ref_id"], row["ann_id"], row["image_id"]) == tuple(
+            assert (row["ref_id"], *row["ann_ids"], row["image_id"]) == tuple(
                 ref[key] for key in ("ref_id", "ann_id", "image_id")
             )
             assert row["sentence_ids"] == ref["sent_ids"]
             assert row["sentences"] == [sentence["sent"] for sentence in ref["sentences"]]
             assert row["sentence_kinds"] == ["refcoco"] * len(ref["sentences"])
             assert row["category"] == names[ref["category_id"]]
-            assert row["bbox"] == pytest.approx(annotations[ref["ann_id"]]["bbox"])
+            assert row["boxes"] == [pytest.approx(annotations[ref["ann_id"]]["bbox"])]
             image = images[ref["image_id"]]
             assert Path(row["image"]["path"]) == REFER_MINI / "images" / "train2014" / image["file_name"]
             assert row["image"]["bytes"] is None
@@ -200,10 +200,10 @@ def test_refer_mini_masks_agree_with_area_box_and_outline(refer_mini, refer_mini
     annotations = {annotation["id"]: annotation for annotation in refer_mini_files[1]["annotations"]}
     overlaps = []
     for row in (row for rows in refer_mini.values() for row in rows):
-        mask, annotation = decode_mask(row["mask"]), annotations[row["ann_id"]]
+        mask, annotation = decode_mask(row["mask"]), annotations[row["ann_ids"][0]]
         assert mask.any()
         ys, xs = np.nonzero(mask)
-        x, y, width, height = row["bbox"]
+        x, y, width, height = row["boxes"][0]
         assert x - 1.5 <= xs.min() and xs.max() + 1 <= x + width + 1.5
         assert y - 1.5 <= ys.min() and ys.max() + 1 <= y + height + 1.5
         outline = 2 * (width + height) * len(annotation["segmentation"])

@@ -392,8 +392,7 @@ def digest(dataset):
 
 def test_rows_follow_the_shared_contract(dataset):
     assert dataset.features == REFER_FEATURES
-    for ids in ("ref_id", "ann_id"):
-        assert len(set(dataset[ids])) == len(dataset)
+    assert len(set(dataset["ref_id"])) == len({tuple(ids) for ids in dataset["ann_ids"]}) == len(dataset)
     sentence_ids = [i for ids in dataset["sentence_ids"] for i in ids]
     assert len(set(sentence_ids)) == len(sentence_ids)
     image_ids = dataset["image_id"]
@@ -409,7 +408,7 @@ def test_rows_follow_the_shared_contract(dataset):
             assert len(row["sentences"]) == len(row["sentence_ids"]) == len(row["sentence_kinds"]) > 0
             assert set(row["sentence_kinds"]) <= {"location", "appearance", "relation"}
             y, x = np.nonzero(decode_mask(row["mask"]))
-            assert row["bbox"] == [x.min(), y.min(), np.ptp(x) + 1, np.ptp(y) + 1]
+            assert row["boxes"] == [[x.min(), y.min(), np.ptp(x) + 1, np.ptp(y) + 1]]
 
 
 def test_a_scene_depends_on_seed_split_and_number_alone(dataset):
@@ -450,8 +449,8 @@ def test_splits_and_seeds_share_no_scene():
     pictures = [{image["bytes"] for image in split["image"]} for split in splits.values()]
     pictures.append({image["bytes"] for image in generate_scenes(20, seed=3)["image"]})
     assert len(set.union(*pictures)) == sum(len(found) for found in pictures) == 60
-    for column in ("image_id", "ref_id", "ann_id"):
-        ids = [set(split[column]) for split in splits.values()]
+    for column in ("image_id", "ref_id", "ann_ids"):
+        ids = [set(map(str, split[column])) for split in splits.values()]
         assert len(set.union(*ids)) == sum(len(found) for found in ids)
     assert generate_scenes(10, seed=2, split="val")[:] == splits["val"][:]
 
@@ -485,6 +484,19 @@ def test_every_word_of_the_scenes_is_one_token(dataset, tokenizer):
             ids = tokenizer(text)["input_ids"]
             assert ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id
             assert tokenizer.convert_ids_to_tokens(ids[1:-1]) == [word + "</w>" for word in text.split()]
+
+
+def test_every_process_trains_the_same_tokenizer():
+    # each process of a run trains its own, and Python and Rust both hash differently in each
+    code = (
+        "from training.scenes import generate_scenes, train_tokenizer\n"
+        "texts = [text for texts in generate_scenes(5, seed=0)['sentences'] for text in texts]\n"
+        "print(train_tokenizer(texts).get_vocab()['<|endoftext|>'], train_tokenizer(texts).backend_tokenizer.to_str())"
+    )
+    made = {
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True).stdout for _ in range(4)
+    }
+    assert len(made) == 1
 
 
 def test_the_tokenizer_has_clips_form(tokenizer):

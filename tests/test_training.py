@@ -21,7 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, Dinov2Config, Dinov2Mode
 
 from modeling_sera import SeraForReferringSegmentation
 from processing_sera import SeraProcessor
-from training import train
+from training import splits, train
 from training.configuration import (
     AugmentationSettings,
     DataSettings,
@@ -34,7 +34,7 @@ from training.configuration import (
 )
 from training.evaluation import score_sentences
 from training.metric import summarize
-from training.splits import load_split
+from training.splits import load_splits
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 ON_CPU = {"ACCELERATE_USE_CPU": "true"}
@@ -302,7 +302,7 @@ def test_the_saved_model_reproduces_the_best_validation_score(runs, name):
     folder, settings, _ = runs[name]
     model = SeraForReferringSegmentation.from_pretrained(folder / "model")
     processor = SeraProcessor.from_pretrained(folder / "model")
-    rows = load_split(settings.data, "val")
+    (rows,) = load_splits(settings.data, ["val"])
     summary = summarize(score_sentences(model, processor, rows, Accelerator(cpu=True)))["all"]
     best = max((record["val"] for record in history_of(folder) if "val" in record), key=lambda val: val["mIoU"])
     assert summary == pytest.approx(best, abs=1e-3)
@@ -356,7 +356,7 @@ def test_norm_and_bias_tuning_keeps_the_pretrained_matrices(runs):
 # two processes compare what they are about to score with: weights, batch-norm statistics, vocabulary
 PAIR = """
 from accelerate.utils import gather_object
-from training import train
+from training import splits, train
 
 original = train.score_sentences
 
@@ -410,11 +410,13 @@ def say(tmp_path, monkeypatch, capsys):
     return say
 
 
-def test_what_a_run_cannot_use_is_said_before_any_work(say, tmp_path):
+def test_what_a_run_cannot_use_is_said_before_any_work(say, tmp_path, monkeypatch):
     assert "data.root" in say("--data.source", "refer")
     assert str(tmp_path / "no-root") in say("--data.source", "refer", "--data.root", tmp_path / "no-root")
-    assert "'nope'" in say("--data.val_split", "nope")
-    assert "'nope'" in say("--data.train_split", "nope")
+    with monkeypatch.context() as patch:  # the names are looked at before the first scene is drawn
+        patch.setattr(splits, "generate_scenes", lambda *args, **options: pytest.fail("a split was drawn"))
+        assert "'nope'" in say("--data.val_split", "nope")
+        assert "'nope'" in say("--data.train_split", "nope")
     assert "vision_config" in say("--model.vision_model", tmp_path / "vision")
     assert str(tmp_path / "no-model") in say("--model.pretrained", tmp_path / "no-model")
     config = json.dumps(TINY.model.config | {"fusion_dims": 3})

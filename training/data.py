@@ -26,13 +26,16 @@ REFER_FEATURES = datasets.Features(
         "image": datasets.Image(decode=False),
         "image_id": datasets.Value("int64"),
         "ref_id": datasets.Value("int64"),
-        "ann_id": datasets.Value("int64"),
+        "ann_ids": datasets.List(datasets.Value("int64")),  # one; several or none in gRefCOCO
+        "no_target": datasets.Value("bool"),  # nothing in the picture is meant; the mask is then empty
         "category": datasets.Value("string"),
         "sentences": datasets.List(datasets.Value("string")),
         "sentence_ids": datasets.List(datasets.Value("int64")),
         "sentence_kinds": datasets.List(datasets.Value("string")),
         "mask": {"size": datasets.List(datasets.Value("int32")), "counts": datasets.Value("string")},
-        "bbox": datasets.List(datasets.Value("float32")),
+        "boxes": datasets.List(
+            datasets.List(datasets.Value("float32"))
+        ),  # [x, y, width, height] in pixels, one per annotation
     }
 )
 
@@ -306,7 +309,7 @@ def load_refer(
 
     built = {}
     for name, split_refs in chosen.items():
-        rows = [_build_row(ref, instances, pictures[ref["image_id"]], instances_path) for ref in split_refs]
+        rows = [_build_row(ref, instances, pictures[ref["image_id"]], instances_path, dataset) for ref in split_refs]
         columns = {column: [row[column] for row in rows] for column in REFER_FEATURES}
         built[name] = datasets.Dataset.from_dict(columns, features=REFER_FEATURES)
     return datasets.DatasetDict(built)
@@ -387,7 +390,7 @@ def _ref_problem(ref: dict[str, Any], instances: _Instances) -> str | None:
     return None
 
 
-def _build_row(ref: dict[str, Any], instances: _Instances, picture: Path, source: Path) -> dict[str, Any]:
+def _build_row(ref: dict[str, Any], instances: _Instances, picture: Path, source: Path, dataset: str) -> dict[str, Any]:
     """Joins a checked ref with its records and draws its mask; raises ValueError naming the ref."""
     annotation, image = instances["annotations"][ref["ann_id"]], instances["images"][ref["image_id"]]
     where = f"ref {ref['ref_id']}: its annotation {ref['ann_id']} in {source}"
@@ -401,11 +404,12 @@ def _build_row(ref: dict[str, Any], instances: _Instances, picture: Path, source
         "image": {"path": str(picture), "bytes": None},
         "image_id": ref["image_id"],
         "ref_id": ref["ref_id"],
-        "ann_id": ref["ann_id"],
+        "ann_ids": [ref["ann_id"]],
+        "no_target": False,
         "category": instances["categories"][annotation["category_id"]]["name"],
         "sentences": [sentence["sent"].strip() for sentence in ref["sentences"]],
         "sentence_ids": [sentence["sent_id"] for sentence in ref["sentences"]],
-        "sentence_kinds": ["refcoco"] * len(ref["sentences"]),
+        "sentence_kinds": [dataset] * len(ref["sentences"]),
         "mask": rle,
-        "bbox": annotation["bbox"],
+        "boxes": [annotation["bbox"]],
     }

@@ -24,7 +24,7 @@ from training.configuration import load_settings
 from training.figures import draw_sheet
 from training.files import write_text
 from training.metric import SentenceScore, format_table, summarize
-from training.splits import load_split
+from training.splits import load_splits
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not settings_file.is_file():
         parser.error(f"{settings_file} is not there; name the run's settings with --settings.")
     accelerator = Accelerator()
-    rows = load_split(load_settings(settings_file).data, options.split)
+    (rows,) = load_splits(load_settings(settings_file).data, [options.split])
     model = SeraForReferringSegmentation.from_pretrained(options.model).to(accelerator.device)
     processor = SeraProcessor.from_pretrained(options.model)
 

@@ -319,7 +319,7 @@ def generate_scenes(
     """A data set of drawn scenes with the columns REFER_FEATURES: one row per object, a scene's rows adjacent.
 
     Scene number i of split s is `draw_scene(SeedSequence(seed, spawn_key=(s, i)), image_size)`: a larger data set
-    begins with the smaller one, and the number of workers changes nothing. `ref_id` and `ann_id` are ten times the
+    begins with the smaller one, and the number of workers changes nothing. `ref_id` and its annotation are ten times the
     `image_id` plus the object's number; the ids of the splits are disjoint. The pictures are lossless WebP, kept in
     memory: about 60 kB per scene at 96 pixels, as every row holds its scene's.
 
@@ -405,13 +405,14 @@ def _draw_rows(seed: int, split: str, image_size: int, indices: Iterable[int]) -
                     "image": image,
                     "image_id": image_id,
                     "ref_id": ref_id,
-                    "ann_id": ref_id,
+                    "ann_ids": [ref_id],
+                    "no_target": False,
                     "category": item.shape,
                     "sentences": [expression.text for expression in said],
                     "sentence_ids": [10 * ref_id + KINDS.index(expression.kind) for expression in said],
                     "sentence_kinds": [expression.kind for expression in said],
                     "mask": encode_mask(item.mask),
-                    "bbox": [xs[0], ys[0], xs[-1] + 1 - xs[0], ys[-1] + 1 - ys[0]],
+                    "boxes": [[xs[0], ys[0], xs[-1] + 1 - xs[0], ys[-1] + 1 - ys[0]]],
                 }
             )
     return rows
@@ -442,12 +443,13 @@ def train_tokenizer(sentences: Iterable[str], directory: str | Path | None = Non
     pipeline = CLIPTokenizer().backend_tokenizer
     model = Tokenizer(BPE(end_of_word_suffix="</w>"))
     model.normalizer, model.pre_tokenizer = pipeline.normalizer, pipeline.pre_tokenizer
-    model.train_from_iterator(
-        sentences, BpeTrainer(vocab_size=VOCABULARY, end_of_word_suffix="</w>", show_progress=False)
+    # The trainer breaks ties by the symbols' numbers. All are given to it beforehand, or it would number them as it meets them,
+    # in another order in every process.
+    trainer = BpeTrainer(
+        vocab_size=VOCABULARY - 2, special_tokens=symbols, end_of_word_suffix="</w>", show_progress=False
     )
-    # the trainer knows only the bytes that occur, so it may have made more merges than there is room for
+    model.train_from_iterator(sentences, trainer)
     merges = [tuple(pair) for pair in json.loads(model.to_str())["model"]["merges"]]
-    merges = merges[: VOCABULARY - len(symbols) - 2]
     vocabulary = [*symbols, *("".join(pair) for pair in merges), "<|startoftext|>", "<|endoftext|>"]
     tokenizer = CLIPTokenizer(
         vocab={token: i for i, token in enumerate(vocabulary)}, merges=merges, model_max_length=77

@@ -10,18 +10,23 @@ from training.data import load_refer
 from training.scenes import generate_scenes
 
 
-def load_split(data: DataSettings, split: str) -> datasets.Dataset:
-    """One split, one referred object per row (`training.data.REFER_FEATURES`).
+def load_splits(data: DataSettings, splits: list[str]) -> list[datasets.Dataset]:
+    """The named splits, one referred object per row (`training.data.REFER_FEATURES`). All names are checked before any is read.
 
     Raises:
-        ValueError: Where the settings name no such split.
+        ValueError: Where there is no such split.
     """
     if data.source == "scenes":
         sizes = dict(zip(("train", "val", "test"), data.num_scenes, strict=True))
-        if split not in sizes:
-            raise ValueError(f"The embedded scenes have no split {split!r}; they have {', '.join(sizes)}.")
+        for split in splits:
+            if split not in sizes:
+                raise ValueError(f"The embedded scenes have no split {split!r}; they have {', '.join(sizes)}.")
         workers = max((os.cpu_count() or 1) // PartialState().num_processes, 1)  # every process draws its own
-        return generate_scenes(sizes[split], data.scene_seed, data.scene_size, split=split, num_workers=workers)
+        return [
+            generate_scenes(sizes[split], data.scene_seed, data.scene_size, split=split, num_workers=workers)
+            for split in splits
+        ]
     if data.root is None:
         raise ValueError("data.root is not set; name the folder that holds the REFER sets.")
-    return load_refer(data.root, data.dataset, data.split_by, image_dir=data.image_dir, splits=[split])[split]
+    loaded = load_refer(data.root, data.dataset, data.split_by, image_dir=data.image_dir, splits=splits)
+    return [loaded[split] for split in splits]

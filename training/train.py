@@ -33,7 +33,7 @@ from training.configuration import (
 from training.evaluation import score_sentences
 from training.files import partial_folder, recover_folder, replace_folder, write_text
 from training.metric import summarize
-from training.splits import load_split
+from training.splits import load_splits
 from training.tuning import apply_tuning
 
 logger = get_logger(__name__)
@@ -53,8 +53,7 @@ def main() -> None:
     set_seed(settings.seed)
 
     # Data: rows of one referred object each, grouped to pictures.
-    train_rows = load_split(settings.data, settings.data.train_split)
-    val_rows = load_split(settings.data, settings.data.val_split)
+    train_rows, val_rows = load_splits(settings.data, [settings.data.train_split, settings.data.val_split])
     processor = build_processor(settings, train_rows)
     examples = TrainingExamples(
         train_rows,
@@ -88,7 +87,7 @@ def main() -> None:
     optimization = settings.optimization
     # plain floats: checkpoints admit nothing else
     groups = parameter_groups(model, float(optimization.weight_decay))
-    optimizer = torch.optim.AdamW(groups, lr=float(optimization.learning_rate))
+    optimizer = torch.optim.AdamW(groups, lr=float(optimization.learning_rate), fused=True)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     steps_per_epoch = math.ceil(len(loader) / optimization.gradient_accumulation_steps)
     total_steps = optimization.epochs * steps_per_epoch
