@@ -1,4 +1,4 @@
-"""What several tests build: a tokenizer, pictures and masks to measure, and a REFER dataset on disk."""
+"""What several tests build: a tokenizer, pictures and masks to measure, REFER datasets on disk and the Hub's copies of them."""
 
 import io
 import json
@@ -11,7 +11,7 @@ import PIL.Image
 from transformers import CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from training.data import load_refer
+from training.data import load_refer, segmentation_to_rle
 
 WORDS = ["left", "right", "zebra", "cup", "the"]
 # (picture, frame), heights first: down and up, both orientations, odd paddings, frames that are not square
@@ -107,13 +107,117 @@ class Folder:
         self.pictures = [{"id": 10 + i, "file_name": f"COCO_{i}.png", "height": 40, "width": 60} for i in range(2)]
         self.categories = [{"id": 3, "name": "zebra"}]
         self.folder, self.picture_folder = root / dataset, root / images
-        self.picture_folder.mkdir(parents=True)
+        self.picture_folder.mkdir(parents=True, exist_ok=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         for picture in self.pictures:
             (self.picture_folder / picture["file_name"]).write_bytes(picture_bytes("PNG"))
 
-    def load(self, **options) -> datasets.DatasetDict:
+    def write(self) -> None:
         instances = {"images": self.pictures, "annotations": self.annotations, "categories": self.categories}
-        (self.folder / f"refs({self.split_by}).p").write_bytes(pickle.dumps(self.refs, 2))
+        if self.dataset == "grefcoco":
+            (self.folder / f"grefs({self.split_by}).json").write_text(json.dumps(self.refs))
+        else:
+            (self.folder / f"refs({self.split_by}).p").write_bytes(pickle.dumps(self.refs, 2))
         (self.folder / "instances.json").write_text(json.dumps(instances))
+
+    def load(self, **options) -> datasets.DatasetDict:
+        self.write()
         return load_refer(self.root, dataset=self.dataset, split_by=self.split_by, **options)
+
+    def fill(self, pictures: dict[str, list[int]]) -> "Folder":
+        """One to three refs, each to a polygon of its own, in every picture of the splits, by COCO id."""
+        self.refs, self.annotations, self.pictures = [], [], []
+        self.categories = [{"id": 3, "name": "zebra"}, {"id": 4, "name": "cup"}]
+        for split, image_ids in pictures.items():
+            for image_id in image_ids:
+                self._fill_picture(split, image_id)
+        self.refs.sort(key=lambda ref: ref["ref_id"] % 10)  # in real files, too, a picture's refs stand apart
+        self.write()
+        return self
+
+    def _fill_picture(self, split: str, image_id: int) -> None:
+        rng = np.random.default_rng(image_id)  # the same picture in every dataset
+        height, width = int(rng.integers(30, 50)), int(rng.integers(30, 50))
+        name = f"COCO_train2014_{image_id:012d}.png"
+        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        PIL.Image.fromarray(pixels).save(self.picture_folder / name)
+        self.pictures.append({"id": image_id, "file_name": name, "height": height, "width": width})
+        for i in range(1 + image_id % 3):
+            ref_id, (left, top) = 10 * image_id + i, rng.integers(1, 15, 2).tolist()
+            right, bottom = left + 6 + i, top + 9
+            texts = [f"{self.dataset} {ref_id} {j}" for j in range(1 + (image_id + i) % 3)]
+            sentences = [{"sent_id": 10 * ref_id + j, "sent": text, "raw": text} for j, text in enumerate(texts)]
+            polygon = [left, top, right, top, right, bottom, left, bottom]
+            box = [left, top, right - left, bottom - top]
+            record = {"image_id": image_id, "category_id": 3 + i % 2}
+            self.annotations.append(record | {"id": ref_id, "bbox": box, "segmentation": [polygon]})
+            sent_ids = [sentence["sent_id"] for sentence in sentences]
+            ref = {"ref_id": ref_id, "ann_id": ref_id, "split": split, "sent_ids": sent_ids, "sentences": sentences}
+            self.refs.append(record | ref)
+
+
+def write_hub_copy(folder: Folder, layout: str, target: Path, splits: dict[str, str], shards: int = 1) -> Path:
+    """A filled folder's splits in the layout of one of the Hub's copies, under the names that `splits` gives them."""
+    (target / "data").mkdir(parents=True)
+    pictures = {picture["id"]: picture for picture in folder.pictures}
+    annotations = {annotation["id"]: annotation for annotation in folder.annotations}
+    for split, name in splits.items():
+        joined = [
+            (ref, annotations[ref["ann_id"]], pictures[ref["image_id"]], [s["sent"] for s in ref["sentences"]])
+            for ref in folder.refs
+            if ref["split"] == split
+        ]
+        copy = datasets.Dataset.from_list(HUB_LAYOUTS[layout](folder, joined))
+        if "image" in copy.column_names:
+            copy = copy.cast_column("image", datasets.Image())
+        for i in range(shards):
+            copy.shard(shards, i).to_parquet(target / "data" / f"{name}-{i:05d}-of-{shards:05d}.parquet")
+    return target
+
+
+def _picture_file(folder: Folder, picture: dict) -> dict:
+    return {"path": None, "bytes": (folder.picture_folder / picture["file_name"]).read_bytes()}
+
+
+def _lmms_lab_rows(folder: Folder, joined: list[tuple]) -> list[dict]:
+    return [
+        {
+            "question_id": str(ref["ref_id"]),
+            "image": _picture_file(folder, picture),
+            "question": "Please carefully observe the area.",
+            "answer": sentences,
+            "segmentation": [float(number) for number in annotation["segmentation"][0]],
+            "bbox": [float(number) for number in annotation["bbox"]],
+            "iscrowd": 0,
+            "file_name": picture["file_name"].replace(".png", "_3.jpg"),
+        }
+        for ref, annotation, picture, sentences in joined
+    ]
+
+
+def _jxu124_rows(folder: Folder, joined: list[tuple]) -> list[dict]:
+    rows = []
+    for ref, annotation, picture, _ in joined:
+        left, top, width, height = annotation["bbox"]
+        rows.append(
+            {key: ref[key] for key in ("ref_id", "image_id", "split")}
+            | {
+                "sentences": json.dumps(ref["sentences"]),
+                "raw_anns": json.dumps(annotation),
+                "image_path": f"coco/{folder.picture_folder.name}/{picture['file_name']}",
+                "bbox": [float(left), float(top), float(left + width), float(top + height)],
+            }
+        )
+    return rows
+
+
+def _moondream_rows(folder: Folder, joined: list[tuple]) -> list[dict]:
+    by_picture: dict[int, dict] = {}
+    for _, annotation, picture, sentences in joined:
+        row = by_picture.setdefault(picture["id"], {"image": _picture_file(folder, picture), "samples": []})
+        mask = segmentation_to_rle(annotation["segmentation"], picture["height"], picture["width"])
+        row["samples"].append({"sentences": sentences, "bbox": [0.25, 0.25, 0.5, 0.5], "mask": mask})
+    return list(by_picture.values())
+
+
+HUB_LAYOUTS = {"lmms_lab": _lmms_lab_rows, "jxu124": _jxu124_rows, "moondream": _moondream_rows}

@@ -17,7 +17,7 @@ from builders import Folder
 from conftest import REFER_MINI, needs_refer_mini
 from reference import fill_even_odd
 
-from training.data import REFER_FEATURES, decode_mask, load_plain_pickle, load_refer, open_image
+from training.data import REFER_FEATURES, decode_mask, load_plain_pickle, load_refer, open_image, refer_image_ids
 
 # Pickles
 
@@ -299,9 +299,13 @@ def spoil(**changes):
         (spoil(annotations_1={"id": 999}), "ref 101: its annotation 501 is missing in instances.json"),
         (spoil(pictures_1={"id": 999}), "ref 101: its image 11 is missing in instances.json"),
         (spoil(pictures_1={"file_name": "gone.png"}), r"ref 101: its picture .*/gone\.png does not exist"),
-        (spoil(refs_1={"ann_id": [501, 503]}), r"ref 101: its ann_id is the list \[501, 503\]"),
-        (spoil(refs_1={"ann_id": None}), "ref 101: its ann_id must be an integer, got None"),
-        (spoil(refs_1={"ann_id": "501"}), "ref 101: its ann_id must be an integer, got '501'"),
+        (spoil(refs_1={"ann_id": [501, 502]}), "ref 101: it is about image 11, its annotation 502 about 10"),
+        (spoil(refs_1={"ann_id": [501, -1]}), "ref 101: its annotation -1 is missing in instances.json"),
+        (spoil(refs_1={"ann_id": []}), r"ref 101: its ann_id must be an integer or a list of integers, got \[\]"),
+        (spoil(refs_1={"ann_id": ["501"]}), r"ref 101: its ann_id must be an integer or a list .*, got \['501'\]"),
+        (spoil(refs_1={"ann_id": None}), "ref 101: its ann_id must be an integer or a list of integers, got None"),
+        (spoil(refs_1={"ann_id": "501"}), "ref 101: its ann_id must be an integer or a list of integers, got '501'"),
+        (spoil(refs_1={"no_target": True}), r"ref 101: it says that it has no target, and names .* \[501\]"),
         (spoil(refs_1={"image_id": [11]}), r"ref 101: its image_id must be an integer, got \[11\]"),
         (spoil(refs_1={"image_id": 10}), "ref 101: it is about image 10, its annotation 501 about 11"),
         (spoil(refs_1={"sentences": []}), "ref 101: it has no sentences"),
@@ -390,3 +394,80 @@ def test_refs_that_name_a_class_are_refused(folder):
     folder.refs[0]["extra"] = collections.OrderedDict()
     with pytest.raises(pickle.UnpicklingError, match=r"refs\(unc\)\.p.*collections\.OrderedDict"):
         folder.load()
+
+
+def test_the_pictures_of_each_split_are_known_from_the_refs_alone(folder):
+    loaded = folder.load()
+    (folder.folder / "instances.json").write_text("not read")
+    folder.picture_folder.rename(folder.root / "gone")
+    images = refer_image_ids(folder.root, "refcoco", "unc")
+    assert images == {split: rows["image_id"][:] for split, rows in loaded.items()}
+
+
+# gRefCOCO: several targets and none
+
+
+@pytest.fixture
+def generalized(tmp_path) -> Folder:
+    """Refs to two objects of two kinds, to two of one kind, to one and, in both of the known ways, to none; one picture."""
+    folder = Folder(tmp_path, dataset="grefcoco").fill({"train": [2, 5, 8, 11, 14, 17]})
+    by_picture = {
+        ref["image_id"]: ref for ref in folder.refs
+    }  # each has refs 0, 1, 2 of the categories zebra, cup, zebra
+    for image_id, changes in {
+        2: {"ann_id": [20, 21], "category_id": [3, 4], "no_target": False},
+        5: {"ann_id": [50, 52], "category_id": [3, 3], "no_target": False},
+        8: {"ann_id": [81], "category_id": [4], "no_target": False},
+        11: {"ann_id": [-1], "category_id": [-1], "no_target": True},
+        14: {"ann_id": [-1], "category_id": [-1]},
+        17: {"ann_id": [170, 171, 170]},
+    }.items():
+        by_picture[image_id].update(changes)
+    folder.refs = list(by_picture.values())
+    return folder
+
+
+def test_several_targets_are_one_mask(generalized):
+    rows = {row["image_id"]: row for row in generalized.load()["train"]}
+    annotations = {annotation["id"]: annotation for annotation in generalized.annotations}
+    expected = {2: [20, 21], 5: [50, 52], 8: [81], 17: [170, 171]}
+    for image_id, ann_ids in expected.items():
+        row = rows[image_id]
+        assert (row["ann_ids"], row["no_target"]) == (ann_ids, False)
+        assert row["boxes"] == [annotations[ann_id]["bbox"] for ann_id in ann_ids]
+        size = row["mask"]["size"]
+        union = np.zeros(size, bool)
+        for ann_id in ann_ids:
+            left, top, width, height = annotations[ann_id]["bbox"]
+            union[top : top + height, left : left + width] = True  # every polygon is its box
+        assert np.array_equal(decode_mask(row["mask"]), union)
+    assert [rows[i]["category"] for i in (2, 5, 8)] == ["zebra, cup", "zebra", "cup"]
+
+
+def test_a_ref_to_nothing_has_an_empty_mask(generalized):
+    rows = {row["image_id"]: row for row in generalized.load()["train"]}
+    pictures = {picture["id"]: picture for picture in generalized.pictures}
+    for image_id in (11, 14):
+        row = rows[image_id]
+        assert (row["ann_ids"], row["no_target"], row["category"], row["boxes"]) == ([], True, "", [])
+        assert decode_mask(row["mask"]).shape == (pictures[image_id]["height"], pictures[image_id]["width"])
+        assert not decode_mask(row["mask"]).any()
+
+
+def test_one_target_of_several_may_lie_outside_the_picture_but_not_all(generalized):
+    outside = [100, 100, 120, 100, 120, 120]
+    annotations = {annotation["id"]: annotation for annotation in generalized.annotations}
+    annotations[20]["segmentation"] = [outside]
+    assert {row["image_id"]: decode_mask(row["mask"]).any() for row in generalized.load()["train"]}[2]
+    annotations[21]["segmentation"] = [outside]
+    with pytest.raises(ValueError, match=r"its annotation 20, 21 in .* has no pixel"):
+        generalized.load()
+
+
+def test_refs_that_are_not_json_name_the_file(generalized):
+    generalized.write()
+    (generalized.folder / "grefs(unc).json").write_text("[{")
+    with pytest.raises(ValueError, match=r"grefs\(unc\)\.json is not JSON"):
+        load_refer(generalized.root, "grefcoco")
+    with pytest.raises(FileNotFoundError, match=r"refs\(umd\)\.p does not exist.*grefcoco/grefs\(unc\)\.json"):
+        load_refer(generalized.root, "grefcoco", "umd")

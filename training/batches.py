@@ -1,7 +1,7 @@
 """From rows (one referred object each) to batches that the model takes: grouping by picture, drawing sentences, collating."""
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import datasets
 import numpy as np
@@ -21,13 +21,13 @@ class PictureExample:
     """One picture with what is asked about it.
 
     Attributes:
-        image: PIL picture.
+        image: PIL picture; `None` once a batch has been made of it.
         masks: One (H, W) boolean mask per expression, in the picture's own pixels.
         text: The expressions.
         sources: (row, sentence) number of each expression in the split.
     """
 
-    image: Image.Image
+    image: Image.Image | None
     masks: list[np.ndarray]
     text: list[str]
     sources: list[tuple[int, int]]
@@ -52,6 +52,38 @@ def picture_as_annotated(row: dict) -> Image.Image:
             f"the picture {row['image']['path']} is {image.width}×{image.height}, its mask {width}×{height} pixels."
         )
     return Image.fromarray(np.asarray(to_rgb_image(image)))  # a fresh picture carries no tag at all
+
+
+def draw_example(
+    rows: list[dict],
+    numbers: list[int],
+    sentences_per_object: int,
+    augmentation: AugmentationSettings,
+    rng: np.random.Generator,
+) -> PictureExample:
+    """One picture's objects with sentences and variations drawn from `rng`.
+
+    Args:
+        rows: Rows of one picture; the picture of the first is opened.
+        numbers: What `PictureExample.sources` calls each row.
+        sentences_per_object: Sentences drawn for each row, without repetition.
+        augmentation: How picture, masks and sentences are varied.
+        rng: Source of all randomness.
+    """
+    drawn = [rng.permutation(len(row["sentences"]))[:sentences_per_object].tolist() for row in rows]
+    image, masks, sentences = augment(
+        picture_as_annotated(rows[0]),
+        [decode_mask(row["mask"]) for row in rows],
+        [[row["sentences"][i] for i in chosen] for row, chosen in zip(rows, drawn, strict=True)],
+        augmentation,
+        rng,
+    )
+    return PictureExample(
+        image=image,
+        masks=[mask for mask, group in zip(masks, sentences, strict=True) for _ in group],
+        text=[sentence for group in sentences for sentence in group],
+        sources=[(number, i) for number, chosen in zip(numbers, drawn, strict=True) for i in chosen],
+    )
 
 
 class TrainingExamples(Dataset):
@@ -85,21 +117,9 @@ class TrainingExamples(Dataset):
 
     def __getitem__(self, index: int) -> PictureExample:
         rng = np.random.default_rng((self.seed, self.epoch, index))
-        rows = [self.rows[row] for row in self.groups[index]]
-        drawn = [rng.permutation(len(row["sentences"]))[: self.sentences_per_object].tolist() for row in rows]
-        image, masks, sentences = augment(
-            picture_as_annotated(rows[0]),
-            [decode_mask(row["mask"]) for row in rows],
-            [[row["sentences"][i] for i in chosen] for row, chosen in zip(rows, drawn, strict=True)],
-            self.augmentation,
-            rng,
-        )
-        return PictureExample(
-            image=image,
-            masks=[mask for mask, group in zip(masks, sentences, strict=True) for _ in group],
-            text=[sentence for group in sentences for sentence in group],
-            sources=[(row, i) for row, chosen in zip(self.groups[index], drawn, strict=True) for i in chosen],
-        )
+        numbers = self.groups[index]
+        rows = [self.rows[row] for row in numbers]
+        return draw_example(rows, numbers, self.sentences_per_object, self.augmentation, rng)
 
 
 class EvaluationExamples(Dataset):
@@ -159,14 +179,15 @@ class Collator:
         self.with_labels = with_labels
 
     def __call__(self, examples: list[PictureExample]) -> tuple[BatchFeature, list[PictureExample]]:
-        """Model inputs (with `labels` in training) and the examples they come from."""
+        """Model inputs (with `labels` in training) and the examples they come from, without their pictures."""
         inputs = self.processor(
             images=[example.image for example in examples],
             text=[example.text for example in examples],
             masks=[example.masks for example in examples] if self.with_labels else None,
             return_tensors="pt",
         )
-        return inputs, examples
+        # a worker that prepares batches would send the pictures through a pipe to a process that has no use for them
+        return inputs, [replace(example, image=None) for example in examples]
 
 
 __all__ = [
@@ -174,6 +195,7 @@ __all__ = [
     "EvaluationExamples",
     "PictureExample",
     "TrainingExamples",
+    "draw_example",
     "group_by_picture",
     "shuffled_sentences",
 ]

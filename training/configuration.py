@@ -40,11 +40,15 @@ class DataSettings:
     """What it is trained and scored on.
 
     Args:
-        source: "refer" for a folder in the REFER layout, "scenes" for the embedded scenes, which need no files.
-        root: The REFER folder.
+        source: "refer" for a folder in the REFER layout, "folder" for one that `preparation.py` made or a copy of RefCOCO on the
+            Hub, "scenes" for the embedded scenes, which need no files.
+        root: The REFER folder; or the prepared folder, or the Hub's "owner/name".
         image_dir: Folder of the pictures, where they do not lie under `root`.
         dataset: Name of the REFER set, such as "refcoco" or "refcoco+".
         split_by: Whose split, such as "unc" or "umd".
+        mix: Further sets to train on: "dataset/split_by" names of REFER sets under `root`, or further folders. Pictures that stand
+            in another split of any of the sets are then left out of training.
+        streaming: Read the training rows of folders as they are needed, instead of copying them to the cache first.
         train_split: Split that is trained on.
         val_split: Split that chooses the best epoch; the only one that training looks at.
         num_scenes: Number of embedded scenes for training, validation and test.
@@ -55,11 +59,13 @@ class DataSettings:
         sentences_per_object: Sentences drawn for an object in each epoch.
     """
 
-    source: Literal["refer", "scenes"] = "refer"
+    source: Literal["refer", "folder", "scenes"] = "refer"
     root: str | None = None
     image_dir: str | None = None
     dataset: str = "refcoco"
     split_by: str = "unc"
+    mix: list[str] = field(default_factory=list)
+    streaming: bool = False
     train_split: str = "train"
     val_split: str = "val"
     num_scenes: tuple[int, int, int] = (4000, 200, 200)
@@ -94,7 +100,8 @@ class OptimizationSettings:
     Args:
         epochs: Passes over the training objects.
         batch_size: Pictures in a batch of one process.
-        learning_rate: Adam's learning rate after warm-up.
+        optimizer: "adamw", or "muon": Muon on the matrices, AdamW on the rest. It takes fewer steps for small models from nothing.
+        learning_rate: The learning rate after warm-up.
         schedule: "multistep" multiplies the rate by 0.1 at each milestone, "cosine" lowers it to zero.
         milestones: Shares of training at which "multistep" acts.
         warmup: Share of training in which the rate rises linearly.
@@ -105,6 +112,7 @@ class OptimizationSettings:
 
     epochs: PositiveInt = 50
     batch_size: PositiveInt = 16
+    optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: PositiveFloat = 1e-4
     schedule: Literal["multistep", "cosine"] = "multistep"
     milestones: list[float] = field(default_factory=lambda: [0.7])
@@ -125,9 +133,17 @@ class TrainingSettings:
         augmentation: How training examples are varied.
         optimization: How it is trained.
         seed: Seed of everything random.
-        mixed_precision: Arithmetic of the forward pass.
+        mixed_precision: Arithmetic of the forward pass; "fp16" scales the loss and needs a GPU.
+        activation_checkpointing: Keep few activations of the towers' blocks and compute the others again in the backward pass:
+            less memory, more time.
+        compile: Compile the model with torch.compile; evaluation stays uncompiled, since its sizes change with every batch.
         num_workers: Processes per process that prepare batches.
         evaluate_every: Epochs between evaluations on the validation split.
+        checkpoint_every: Steps of the optimiser between checkpoints; 0 for none but the one at each epoch's end.
+        checkpoint_contents: "trained" keeps what training changes, with a reference to the towers and a checksum of what is
+            frozen; "all" keeps every weight.
+        log_every: Steps between writes to `losses.jsonl`, which holds every step's loss; a write waits for the device.
+        tracker: Where losses, scores and routing are sent beside the run's own files; its package must be installed.
     """
 
     output_dir: str = "outputs/run"
@@ -137,8 +153,14 @@ class TrainingSettings:
     optimization: OptimizationSettings = field(default_factory=OptimizationSettings)
     seed: NonNegativeInt = 0
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    activation_checkpointing: bool = False
+    compile: bool = False
     num_workers: NonNegativeInt = 1
     evaluate_every: PositiveInt = 1
+    checkpoint_every: NonNegativeInt = 0
+    checkpoint_contents: Literal["trained", "all"] = "trained"
+    log_every: PositiveInt = 10
+    tracker: Literal["none", "tensorboard", "wandb", "mlflow"] = "none"
 
 
 def settings_parser() -> ArgumentParser:

@@ -1,7 +1,8 @@
-"""The data room: masks as COCO run-length codes, pictures, and the REFER datasets (RefCOCO, RefCOCO+, G-Ref).
+"""The data room: masks as COCO run-length codes, pictures, and the REFER datasets (RefCOCO, RefCOCO+, G-Ref, gRefCOCO).
 
-The run-length code is COCO's, computed by pycocotools; the layout is REFER's (Kazemzadeh et al.,
-"ReferItGame", 2014; Yu et al., "Modeling Context in Referring Expressions", 2016); the rest is ours.
+The run-length code is COCO's, computed by pycocotools; the layout is REFER's (Kazemzadeh et al., "ReferItGame", 2014;
+Yu et al., "Modeling Context in Referring Expressions", 2016) and its extension to any number of targets (Liu et al.,
+"GRES: Generalized Referring Expression Segmentation", 2023); the rest is ours.
 """
 
 import copyreg
@@ -100,6 +101,12 @@ def segmentation_to_rle(segmentation: Any, height: int, width: int) -> dict[str,
     return {"size": [height, width], "counts": coco_mask.merge(rles)["counts"].decode("ascii")}
 
 
+def merge_rles(rles: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The union of one or more codes that encode_mask or segmentation_to_rle gave, all of one size, as such a code."""
+    merged = coco_mask.merge([{"size": rle["size"], "counts": rle["counts"].encode("ascii")} for rle in rles])
+    return {"size": list(rles[0]["size"]), "counts": merged["counts"].decode("ascii")}
+
+
 def _checked_rle(rle: Mapping[str, Any]) -> dict[str, Any]:
     """Returns {"size": [H, W], "counts": compressed bytes}; raises ValueError for a damaged code, with which
     pycocotools would read and write out of bounds."""
@@ -187,11 +194,12 @@ def _clip(points: np.ndarray, height: int, width: int) -> np.ndarray:
 # Pictures
 
 
-def open_image(value: Mapping[str, Any] | PIL.Image.Image) -> PIL.Image.Image:
+def open_image(value: Mapping[str, Any] | PIL.Image.Image, decode: bool = True) -> PIL.Image.Image:
     """Decodes the `image` of a row, {"path": str or None, "bytes": bytes or None}, or a PIL image, in full.
 
-    The picture keeps its mode and its EXIF orientation: the image processor takes care of both. Raises
-    ValueError naming the file when it is missing, empty, truncated, no picture, or above Pillow's limit.
+    Without `decode` only the head is read, which is enough for the size. The picture keeps its mode and its EXIF
+    orientation: the image processor takes care of both. Raises ValueError naming the file when it is missing,
+    empty, truncated (as far as it is read), no picture, or above Pillow's limit.
     """
     if isinstance(value, PIL.Image.Image):
         path, data = getattr(value, "filename", None), None
@@ -204,7 +212,8 @@ def open_image(value: Mapping[str, Any] | PIL.Image.Image) -> PIL.Image.Image:
         # From memory, so that no file stays open however late a decoder reads its metadata.
         if not isinstance(value, PIL.Image.Image):
             value = PIL.Image.open(io.BytesIO(Path(path).read_bytes() if data is None else data))
-        value.load()
+        if decode:
+            value.load()
         return value
     except PIL.UnidentifiedImageError as error:
         raise ValueError(f"the picture {name} is damaged, or not a picture") from error
@@ -263,25 +272,24 @@ def load_refer(
     image_dir: str | PathLike[str] | None = None,
     splits: Sequence[str] | None = None,
 ) -> datasets.DatasetDict:
-    """Reads `root`/`dataset`/refs(`split_by`).p and instances.json into Datasets of REFER_FEATURES.
+    """Reads `root`/`dataset`/refs(`split_by`).p, or gRefCOCO's grefs(`split_by`).json, and instances.json.
 
-    One row per ref in the order of the file, official split names and ids; sentences are REFER's cleaned
-    `sent`. Pictures are stored as absolute paths: the file name of instances.json (not the ref's) in
-    `image_dir` or, without it, in the IMAGE_FOLDERS below `root`. Masks have the size that instances.json
-    states. `splits` chooses splits and their order, all by default; the refs of others are not looked at.
+    Gives Datasets of REFER_FEATURES: one row per ref in the order of the file, official split names and ids;
+    sentences are REFER's cleaned `sent`. A ref to several annotations has the union of their masks, one to none
+    (`no_target`, or the annotation -1) a mask without a pixel. Pictures are stored as absolute paths: the file name
+    of instances.json (not the ref's) in `image_dir` or, without it, in the IMAGE_FOLDERS below `root`. Masks have
+    the size that instances.json states. `splits` chooses splits and their order, all by default; the refs of others
+    are not looked at.
 
     Raises FileNotFoundError for a missing folder or file, pickle.UnpicklingError for refs that are not plain
     data, ValueError for an unknown split, an instances.json that is none, or refs that cannot be used: how
     many, which is the first, and why. All are checked before the first mask is drawn; drawing then refuses a
-    malformed segmentation and an empty mask, naming the ref.
+    malformed segmentation and an empty mask of a ref that has a target, naming the ref.
     """
     root = Path(root).expanduser().absolute()
     refs_path, instances_path = _refer_files(root, dataset, split_by)
     folders = _image_folders(root, image_dir)
-    refs = load_plain_pickle(refs_path)
-    is_refs = isinstance(refs, list) and all(isinstance(ref, dict) for ref in refs)
-    if not is_refs or not all(isinstance(ref.get("split"), str) for ref in refs):
-        raise ValueError(f"{refs_path} must hold a list of refs, dicts that each name their split")
+    refs = _load_refs(refs_path)
     present = list(dict.fromkeys(ref["split"] for ref in refs))
     for split in splits or ():
         if split not in present:
@@ -315,19 +323,52 @@ def load_refer(
     return datasets.DatasetDict(built)
 
 
+def refer_image_ids(root: str | PathLike[str], dataset: str, split_by: str) -> dict[str, list[int]]:
+    """The `image_id` of every ref of each split of a REFER dataset, from its refs alone: nothing else is read.
+
+    Raises as load_refer does; ValueError also for a ref whose image_id is no integer.
+    """
+    refs_path, _ = _refer_files(Path(root).expanduser().absolute(), dataset, split_by)
+    images: dict[str, list[int]] = {}
+    for ref in _load_refs(refs_path):
+        if not isinstance(ref.get("image_id"), int):
+            raise ValueError(
+                f"{refs_path}: ref {ref.get('ref_id')}: its image_id must be an integer, got {ref.get('image_id')!r}"
+            )
+        images.setdefault(ref["split"], []).append(ref["image_id"])
+    return images
+
+
 def _refer_files(root: Path, dataset: str, split_by: str) -> tuple[Path, Path]:
     """Returns the paths of refs and instances; a FileNotFoundError says which refs there are instead."""
     if not root.is_dir():
         raise FileNotFoundError(f"the REFER root {root} is not a folder")
-    paths = root / dataset / f"refs({split_by}).p", root / dataset / "instances.json"
+    refs, generalized = root / dataset / f"refs({split_by}).p", root / dataset / f"grefs({split_by}).json"
+    paths = generalized if generalized.is_file() and not refs.is_file() else refs, root / dataset / "instances.json"
     for path in paths:
         if not path.is_file():
-            found = sorted(str(refs.relative_to(root)) for refs in root.glob("*/refs(*).p"))
+            files = [path for pattern in ("*/refs(*).p", "*/grefs(*).json") for path in root.glob(pattern)]
+            found = sorted(str(refs.relative_to(root)) for refs in files)
             raise FileNotFoundError(
-                f"{path} does not exist (needed: <root>/<dataset>/refs(<split_by>).p and instances.json); "
-                f"refs found below {root}: {', '.join(found) or 'none'}"
+                f"{path} does not exist (needed: <root>/<dataset>/refs(<split_by>).p, or grefs(<split_by>).json, "
+                f"and instances.json); refs found below {root}: {', '.join(found) or 'none'}"
             )
     return paths
+
+
+def _load_refs(path: Path) -> list[dict[str, Any]]:
+    """Reads the refs of either file; raises pickle.UnpicklingError or ValueError naming it when it is something else."""
+    if path.suffix == ".json":
+        try:
+            refs = json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is not JSON: {error}") from error
+    else:
+        refs = load_plain_pickle(path)
+    is_refs = isinstance(refs, list) and all(isinstance(ref, dict) for ref in refs)
+    if not is_refs or not all(isinstance(ref.get("split"), str) for ref in refs):
+        raise ValueError(f"{path} must hold a list of refs, dicts that each name their split")
+    return refs
 
 
 def _image_folders(root: Path, image_dir: str | PathLike[str] | None) -> list[Path]:
@@ -353,30 +394,52 @@ def _load_instances(path: Path) -> _Instances:
         ) from error
 
 
+def _target_ids(ref: dict[str, Any]) -> list[int]:
+    """The annotations that a checked ref means: one, several, or none where gRefCOCO writes -1."""
+    given = ref["ann_id"] if isinstance(ref["ann_id"], (list, tuple)) else [ref["ann_id"]]
+    return [] if list(given) == [-1] else list(dict.fromkeys(given))
+
+
 def _ref_problem(ref: dict[str, Any], instances: _Instances) -> str | None:
     """Says why a ref cannot be used, as far as the records tell, or None."""
-    if isinstance(ref.get("ann_id"), (list, tuple)):
-        return f"its ann_id is the list {ref['ann_id']}; only refs to exactly one object are supported"
-    for key in ("ref_id", "ann_id", "image_id"):
+    for key in ("ref_id", "image_id"):
         if not isinstance(ref.get(key), int):
             return f"its {key} must be an integer, got {ref.get(key)!r}"
-    ann_id, image_id = ref["ann_id"], ref["image_id"]
-    annotation, image = instances["annotations"].get(ann_id), instances["images"].get(image_id)
-    if annotation is None:
-        return f"its annotation {ann_id} is missing in instances.json"
+    given = ref.get("ann_id")
+    is_list = isinstance(given, (list, tuple)) and given and all(isinstance(ann_id, int) for ann_id in given)
+    if not is_list and not isinstance(given, int):
+        return f"its ann_id must be an integer or a list of integers, got {given!r}"
+    image = instances["images"].get(ref["image_id"])
     if image is None:
-        return f"its image {image_id} is missing in instances.json"
-    if annotation.get("image_id") != image_id:
-        return f"it is about image {image_id}, its annotation {ann_id} about {annotation.get('image_id')}"
+        return f"its image {ref['image_id']} is missing in instances.json"
     has_size = all(isinstance(image.get(side), int) and image[side] > 0 for side in ("height", "width"))
     if not has_size or not isinstance(image.get("file_name"), str):
-        return f"its image {image_id} needs file_name, height and width in instances.json, got {image}"
+        return f"its image {ref['image_id']} needs file_name, height and width in instances.json, got {image}"
+    targets = _target_ids(ref)
+    if targets and ref.get("no_target"):
+        return f"it says that it has no target, and names the annotations {targets}"
+    problems = (_annotation_problem(ann_id, ref["image_id"], instances) for ann_id in targets)
+    return next((problem for problem in problems if problem is not None), _sentence_problem(ref))
+
+
+def _annotation_problem(ann_id: int, image_id: int, instances: _Instances) -> str | None:
+    """Says why an annotation cannot be a target in a picture, or None."""
+    annotation = instances["annotations"].get(ann_id)
+    if annotation is None:
+        return f"its annotation {ann_id} is missing in instances.json"
+    if annotation.get("image_id") != image_id:
+        return f"it is about image {image_id}, its annotation {ann_id} about {annotation.get('image_id')}"
     category_id, bbox = annotation.get("category_id"), annotation.get("bbox")
     if not isinstance(instances["categories"].get(category_id, {}).get("name"), str):
         return f"the category {category_id} of its annotation {ann_id} is missing in instances.json"
     is_box = isinstance(bbox, list) and len(bbox) == 4
     if not is_box or not all(isinstance(number, Real) and math.isfinite(number) for number in bbox):
         return f"the bbox of its annotation {ann_id} must be 4 finite numbers, got {bbox}"
+    return None
+
+
+def _sentence_problem(ref: dict[str, Any]) -> str | None:
+    """Says what is wrong with a ref's sentences, or None."""
     if not isinstance(ref.get("sentences"), list) or not ref["sentences"]:
         return "it has no sentences"
     for sentence in ref["sentences"]:
@@ -392,24 +455,30 @@ def _ref_problem(ref: dict[str, Any], instances: _Instances) -> str | None:
 
 def _build_row(ref: dict[str, Any], instances: _Instances, picture: Path, source: Path, dataset: str) -> dict[str, Any]:
     """Joins a checked ref with its records and draws its mask; raises ValueError naming the ref."""
-    annotation, image = instances["annotations"][ref["ann_id"]], instances["images"][ref["image_id"]]
-    where = f"ref {ref['ref_id']}: its annotation {ref['ann_id']} in {source}"
-    try:
-        rle = segmentation_to_rle(annotation.get("segmentation"), image["height"], image["width"])
-    except ValueError as error:
-        raise ValueError(f"{where} is malformed: {error}") from error
-    if coco_mask.area(rle) == 0:
+    image, targets = instances["images"][ref["image_id"]], _target_ids(ref)
+    annotations = [instances["annotations"][ann_id] for ann_id in targets]
+    rles = [encode_mask(np.zeros((image["height"], image["width"]), dtype=bool))]
+    for annotation in annotations:
+        try:
+            rles.append(segmentation_to_rle(annotation.get("segmentation"), image["height"], image["width"]))
+        except ValueError as error:
+            where = f"ref {ref['ref_id']}: its annotation {annotation['id']} in {source}"
+            raise ValueError(f"{where} is malformed: {error}") from error
+    mask = merge_rles(rles)
+    if targets and coco_mask.area(mask) == 0:
+        where = f"ref {ref['ref_id']}: its annotation {', '.join(map(str, targets))} in {source}"
         raise ValueError(f"{where} has no pixel in its image of {image['height']} x {image['width']}")
+    names = (instances["categories"][annotation["category_id"]]["name"] for annotation in annotations)
     return {
         "image": {"path": str(picture), "bytes": None},
         "image_id": ref["image_id"],
         "ref_id": ref["ref_id"],
-        "ann_ids": [ref["ann_id"]],
-        "no_target": False,
-        "category": instances["categories"][annotation["category_id"]]["name"],
+        "ann_ids": targets,
+        "no_target": not targets,
+        "category": ", ".join(dict.fromkeys(names)),
         "sentences": [sentence["sent"].strip() for sentence in ref["sentences"]],
         "sentence_ids": [sentence["sent_id"] for sentence in ref["sentences"]],
         "sentence_kinds": [dataset] * len(ref["sentences"]),
-        "mask": rle,
-        "boxes": [annotation["bbox"]],
+        "mask": mask,
+        "boxes": [annotation["bbox"] for annotation in annotations],
     }

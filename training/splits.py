@@ -1,19 +1,27 @@
 """The splits that a run's settings name."""
 
+import logging
 import os
 
 import datasets
+import numpy as np
 from accelerate import PartialState
 
 from training.configuration import DataSettings
-from training.data import load_refer
+from training.data import load_refer, refer_image_ids
+from training.hub_layouts import RowFolder
 from training.scenes import generate_scenes
+
+logger = logging.getLogger(__name__)
 
 
 def load_splits(data: DataSettings, splits: list[str]) -> list[datasets.Dataset]:
     """The named splits, one referred object per row (`training.data.REFER_FEATURES`). All names are checked before any is read.
 
+    `data.mix` and `data.streaming` change nothing here: they are about training, see [`load_training_splits`].
+
     Raises:
+        FileNotFoundError: Where there are no such data.
         ValueError: Where there is no such split.
     """
     if data.source == "scenes":
@@ -27,6 +35,108 @@ def load_splits(data: DataSettings, splits: list[str]) -> list[datasets.Dataset]
             for split in splits
         ]
     if data.root is None:
-        raise ValueError("data.root is not set; name the folder that holds the REFER sets.")
+        raise ValueError("data.root is not set; name the folder that holds the data.")
+    if data.source == "folder":
+        folder = RowFolder(data.root, data.image_dir)
+        for split in splits:
+            folder.check_split(split)
+        return [folder.read(split) for split in splits]
     loaded = load_refer(data.root, data.dataset, data.split_by, image_dir=data.image_dir, splits=splits)
     return [loaded[split] for split in splits]
+
+
+def load_training_splits(data: DataSettings) -> tuple[datasets.Dataset | datasets.IterableDataset, datasets.Dataset]:
+    """The rows to train on and those of the validation split, as the settings say.
+
+    With `data.mix` the training rows of all sets stand one set after the other, without those of any picture that stands in
+    another split of any of the sets: a COCO photograph has one `image_id` in all of them. With `data.streaming` the training rows
+    are an IterableDataset. `ref_id`s are each set's own, so two rows of a mixture may have the same.
+
+    Raises:
+        FileNotFoundError: Where there are no such data.
+        ValueError: Where there is no such split, settings do not go together, or a set in a mixture has no COCO image ids.
+    """
+    if data.source == "scenes" and data.mix:
+        raise ValueError("data.mix takes REFER sets or folders; set data.source to refer or folder.")
+    if data.source != "folder" and data.streaming:
+        raise ValueError(f"data.streaming takes data.source folder, not {data.source}; prepare the data first.")
+    if data.source == "scenes" or not (data.mix or data.streaming):
+        train, val = load_splits(data, [data.train_split, data.val_split])
+        return train, val
+    if data.root is None:
+        raise ValueError("data.root is not set; name the folder that holds the data.")
+    if data.source == "refer":
+        names = [f"{data.dataset}/{data.split_by}", *data.mix]
+        sets: list[ReferSet | RowFolder] = [ReferSet(data.root, name, data.image_dir) for name in names]
+    else:
+        sets = [RowFolder(root, data.image_dir) for root in [data.root, *data.mix]]
+    for member in sets:
+        member.check_split(data.train_split)
+    sets[0].check_split(data.val_split)
+
+    train = [member.read(data.train_split, streaming=data.streaming) for member in sets]
+    if data.mix:
+        others = [member.image_ids(split) for member in sets for split in member.splits if split != data.train_split]
+        held_out = frozenset().union(*others)
+        train = [_leave_out(rows, held_out, member, data.train_split) for rows, member in zip(train, sets, strict=True)]
+    return datasets.concatenate_datasets(train), sets[0].read(data.val_split)
+
+
+class ReferSet:
+    """One set below a REFER root, with what [`RowFolder`] offers."""
+
+    def __init__(self, root: str, name: str, image_dir: str | None):
+        """
+        Args:
+            root: The REFER folder.
+            name: "dataset/split_by", such as "refcoco+/unc".
+            image_dir: Folder of the pictures, where they do not lie under `root`.
+
+        Raises:
+            FileNotFoundError, ValueError, pickle.UnpicklingError: Where its refs cannot be read.
+        """
+        self.root, self.name, self.image_dir = root, name, image_dir
+        self.dataset, _, self.split_by = name.partition("/")
+        if not self.dataset or not self.split_by:
+            raise ValueError(f"data.mix names REFER sets as dataset/split_by, such as refcoco+/unc, got {name!r}.")
+        self._images = refer_image_ids(root, self.dataset, self.split_by)
+        self.splits = list(self._images)
+
+    def check_split(self, split: str) -> None:
+        """`ValueError` where there is no such split."""
+        if split not in self.splits:
+            raise ValueError(f"{self.name} has no split {split!r}; it has {', '.join(self.splits)}.")
+
+    def read(self, split: str, streaming: bool = False) -> datasets.Dataset:
+        """The rows of a split; they hold paths of pictures, so that there is nothing to stream."""
+        return load_refer(self.root, self.dataset, self.split_by, image_dir=self.image_dir, splits=[split])[split]
+
+    def image_ids(self, split: str) -> list[int]:
+        """The COCO image id of every ref of a split, in their order."""
+        return self._images[split]
+
+
+def _leave_out(
+    rows: datasets.Dataset | datasets.IterableDataset,
+    held_out: frozenset[int],
+    member: ReferSet | RowFolder,
+    split: str,
+) -> datasets.Dataset | datasets.IterableDataset:
+    """The rows of a split but for those of held-out pictures; says how many were left out."""
+    ids = member.image_ids(split)
+    if min([*ids, *held_out]) < 0:
+        raise ValueError(f"data.mix: {member.name}, or a set beside it, does not tell its pictures' COCO image ids.")
+    removed = [image_id for image_id in ids if image_id in held_out]
+    message = "%s %s: left out %d of %d pictures, %d of %d rows, since they stand in another split of the mixture"
+    if PartialState().is_main_process:
+        logger.info(message, member.name, split, len(set(removed)), len(set(ids)), len(removed), len(ids))
+    if len(removed) == len(ids):
+        raise ValueError(f"data.mix: every picture of {member.name} {split} stands in another split of the mixture.")
+    if isinstance(rows, datasets.IterableDataset):
+        return rows.filter(_is_kept, input_columns="image_id", fn_kwargs={"held_out": held_out})
+    kept = np.isin(rows["image_id"], list(held_out), invert=True)
+    return rows.select(np.flatnonzero(kept))
+
+
+def _is_kept(image_id: int, held_out: frozenset[int]) -> bool:
+    return image_id not in held_out

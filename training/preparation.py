@@ -1,0 +1,240 @@
+"""Turn a REFER dataset into one folder that loads by itself, pictures and masks included.
+
+`python training/preparation.py REFER_ROOT --dataset refcoco --split_by unc --output prepared/refcoco`; then
+`datasets.load_dataset("prepared/refcoco")` gives rows of `training.data.REFER_FEATURES`, and so does `--data.source folder`.
+"""
+
+import hashlib
+import logging
+import os
+import pickle
+import re
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from os import PathLike
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+import yaml
+from accelerate.utils import tqdm
+from datasets.table import embed_table_storage
+from jsonargparse import ArgumentParser
+
+from training.data import REFER_FEATURES, load_refer, open_image
+from training.files import partial_folder, replace_folder, write_text
+
+logger = logging.getLogger(__name__)
+
+# Refs per split as the datasets' authors publish them; by (dataset, split_by).
+PUBLISHED_REFS: Mapping[tuple[str, str], Mapping[str, int]] = {
+    ("refcoco", "unc"): {"train": 42404, "val": 3811, "testA": 1975, "testB": 1810},
+    ("refcoco+", "unc"): {"train": 42278, "val": 3805, "testA": 1975, "testB": 1798},
+    ("refcocog", "umd"): {"train": 42226, "val": 2573, "test": 5023},
+    ("refcocog", "google"): {"train": 44822, "val": 5000},
+}
+
+SHARD_BYTES = 500_000_000  # of distinct pictures in a shard
+
+# Parquet's dictionary stores a value that comes again as a number. A picture stands in each of its rows, which are adjacent:
+# written once for each of these many rows, it is stored once. A reader holds as many rows at a time.
+ROWS_PER_GROUP = 256
+DICTIONARY_BYTES = 1 << 30
+
+
+def prepare_refer(
+    root: str | PathLike[str],
+    output: str | PathLike[str],
+    dataset: str = "refcoco",
+    split_by: str = "unc",
+    image_dir: str | PathLike[str] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write every split of a REFER dataset to `output`: `data/<split>-NNNNN-of-NNNNN.parquet` and a README.md.
+
+    Rows are those of [`training.data.load_refer`] sorted by `image_id`, with the pictures' files embedded as they are; all rows
+    of a picture are in one shard. The README holds the counts, whether they are the published ones, and the shards' checksums.
+    The folder appears whole or not at all.
+
+    Args:
+        root: REFER folder.
+        output: Folder to make.
+        dataset: Name of the REFER set below `root`.
+        split_by: Whose split.
+        image_dir: Folder of the pictures, where they do not lie under `root`.
+        shard_bytes: Bytes of distinct pictures after which a new shard begins.
+
+    Raises:
+        FileExistsError: Where something stands at `output` already.
+        FileNotFoundError, ValueError, pickle.UnpicklingError: As `load_refer`; also for a split whose name is none for a file, and
+            for pictures that are damaged or of another size than their annotations'. All before anything is written.
+    """
+    output = Path(output).expanduser().absolute()
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"{output} is there already; remove it, or name another output.")
+    splits = load_refer(root, dataset, split_by, image_dir=image_dir)
+    for split in splits:
+        if not re.fullmatch(r"\w+", split):
+            raise ValueError(f"the split {split!r} of {dataset} ({split_by}) has a name other than letters and digits.")
+    splits = datasets.DatasetDict(
+        {split: rows.select(np.argsort(rows["image_id"], kind="stable")) for split, rows in splits.items()}
+    )
+    _check_pictures(splits)
+    verdict = compare_with_published({split: len(rows) for split, rows in splits.items()}, dataset, split_by)
+    if verdict:
+        logger.warning("%s (%s) is not as published: %s.", dataset, split_by, verdict)
+
+    partial = partial_folder(output)
+    try:
+        (partial / "data").mkdir()
+        for split, rows in splits.items():
+            shards = _cut_shards(rows, shard_bytes)
+            for number, shard in enumerate(tqdm(shards, desc=f"writing {split}", leave=False)):
+                name = f"{split}-{number:05d}-of-{len(shards):05d}.parquet"
+                _write_shard(rows.select(shard), partial / "data" / name)
+        write_text(partial / "README.md", _describe(splits, partial, dataset, split_by, verdict))
+        replace_folder(output)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def compare_with_published(refs: Mapping[str, int], dataset: str, split_by: str) -> str:
+    """What differs from the published number of refs per split, in words; "" where nothing does or none is published."""
+    published = PUBLISHED_REFS.get((dataset, split_by), {})
+    names = [*published, *(split for split in refs if published and split not in published)]
+    differences = [
+        f"{split} has {refs.get(split, 0)} refs, published are {published.get(split, 0)}"
+        for split in names
+        if refs.get(split, 0) != published.get(split, 0)
+    ]
+    return "; ".join(differences)
+
+
+def _check_pictures(splits: Mapping[str, datasets.Dataset]) -> None:
+    """Decode every picture once, in threads: a `ValueError` now, rather than in the middle of a training."""
+    pictures = {}
+    for rows in splits.values():
+        for image, mask in zip(rows["image"], rows["mask"], strict=True):
+            pictures[image["path"]] = tuple(mask["size"])
+
+    def problem(path: str) -> str | None:
+        try:
+            width, height = open_image({"path": path, "bytes": None}).size
+        except ValueError as error:
+            return str(error)
+        if (height, width) == pictures[path]:
+            return None
+        expected = f"{pictures[path][1]}×{pictures[path][0]}"
+        return f"the picture {path} is {width}×{height}, its annotations are of {expected} pixels"
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = tqdm(pool.map(problem, pictures), total=len(pictures), desc="checking pictures", leave=False)
+        problems = [result for result in results if result is not None]
+    if problems:
+        raise ValueError(f"{len(problems)} pictures cannot be used; the first: {problems[0]}.")
+
+
+def _cut_shards(rows: datasets.Dataset, shard_bytes: int) -> list[range]:
+    """Row ranges of so many bytes of distinct pictures each, or just above; none begins within a picture."""
+    starts, held, previous = [0], 0, None
+    for row, (image_id, image) in enumerate(zip(rows["image_id"], rows["image"], strict=True)):
+        if image_id != previous:
+            if held >= shard_bytes:
+                starts.append(row)
+                held = 0
+            held += os.path.getsize(image["path"])
+            previous = image_id
+    return [range(start, end) for start, end in zip(starts, [*starts[1:], len(rows)], strict=True)]
+
+
+def _write_shard(rows: datasets.Dataset, path: Path) -> None:
+    """One Parquet file; no more than one of its row groups is in memory at a time."""
+    writer = pq.ParquetWriter(
+        path,
+        REFER_FEATURES.arrow_schema,
+        use_dictionary=["image.bytes"],
+        dictionary_pagesize_limit=DICTIONARY_BYTES,
+        write_statistics=["image_id"],  # of pictures they would hold the smallest and the largest
+    )
+    with writer:
+        tables = rows.with_format("arrow")
+        for start in range(0, len(rows), ROWS_PER_GROUP):
+            table = tables[start : start + ROWS_PER_GROUP]
+            writer.write_table(embed_table_storage(table), row_group_size=ROWS_PER_GROUP)
+
+
+def _describe(splits: datasets.DatasetDict, folder: Path, dataset: str, split_by: str, verdict: str) -> str:
+    """The README: a dataset card that names the splits, the counts, how they compare, and checksums for `sha256sum -c`."""
+    files = [{"split": split, "path": f"data/{split}-*.parquet"} for split in splits]
+    card = {
+        "pretty_name": f"{dataset} ({split_by})",
+        "task_categories": ["image-segmentation"],
+        "configs": [{"config_name": "default", "data_files": files}],
+    }
+    lines = ["| split | refs | sentences | images | no-target refs |", "|---|---|---|---|---|"]
+    for split, rows in splits.items():
+        sentences, images, empty = sum(map(len, rows["sentences"])), len(set(rows["image_id"])), sum(rows["no_target"])
+        lines.append(f"| {split} | {len(rows)} | {sentences} | {images} | {empty} |")
+    if (dataset, split_by) not in PUBLISHED_REFS:
+        comparison = "There are no published counts to compare with."
+    elif verdict:
+        comparison = f"**The counts are not the published ones**: {verdict}."
+    else:
+        comparison = "The numbers of refs are the published ones."
+    return "\n".join(
+        [
+            f"---\n{yaml.safe_dump(card, sort_keys=False)}---\n",
+            f"# {dataset} ({split_by})\n",
+            "One row per referred object: its picture as the original file, its mask as a COCO run-length code, its sentences and",
+            "boxes; sorted by `image_id`. A row with `no_target` has a mask without a pixel.\n",
+            *lines,
+            f"\n{comparison}\n",
+            "SHA-256 of the shards; `grep -E '^[0-9a-f]{64}  ' README.md | sha256sum -c` checks them:\n",
+            "```",
+            *_checksums(sorted((folder / "data").iterdir())),
+            "```\n",
+        ]
+    )
+
+
+def _checksums(paths: Sequence[Path]) -> list[str]:
+    """Lines as `sha256sum` writes them, the paths from the folder above."""
+    lines = []
+    for path in paths:
+        with path.open("rb") as file:
+            digest = hashlib.sha256()
+            while block := file.read(1 << 20):
+                digest.update(block)
+        lines.append(f"{digest.hexdigest()}  {path.parent.name}/{path.name}")
+    return lines
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = ArgumentParser(description="Turn a REFER dataset into one folder of Parquet files, pictures included.")
+    parser.add_argument("root", type=str, help="REFER folder: <root>/<dataset>/refs(<split_by>).p and instances.json")
+    parser.add_argument(
+        "--dataset", type=str, default="refcoco", help="refcoco, refcoco+, refcocog, grefcoco or the like"
+    )
+    parser.add_argument("--split_by", type=str, default="unc", help="whose split: unc, umd or google")
+    parser.add_argument(
+        "--image_dir", type=str | None, default=None, help="folder of the pictures; default: under the root"
+    )
+    parser.add_argument("--output", type=str, required=True, help="folder to make")
+    options = parser.parse_args(arguments)
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    prepare_refer(options.root, options.output, options.dataset, options.split_by, options.image_dir)
+    logger.info("%s is ready: its README.md says what it holds.", options.output)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError, pickle.UnpicklingError) as error:
+        logging.getLogger(__name__).debug("the error's traceback", exc_info=True)
+        sys.exit(f"error: {error}")
