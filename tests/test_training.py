@@ -15,8 +15,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from builders import Folder, tiny_tokenizer
-from conftest import REPOSITORY
+from conftest import REPOSITORY, make_inputs, make_model
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import CLIPTextConfig, CLIPTextModel, Dinov2Config, Dinov2Model
 
 from modeling_sera import SeraForReferringSegmentation
@@ -35,6 +36,7 @@ from training.configuration import (
 from training.evaluation import score_sentences
 from training.metric import summarize
 from training.splits import load_splits
+from training.tuning import checkpoint_activations
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 ON_CPU = {"ACCELERATE_USE_CPU": "true"}
@@ -87,6 +89,10 @@ def written(settings: TrainingSettings, path: Path) -> str:
             ),
             mixed_precision="bf16",
             seed=7,
+            activation_checkpointing=True,
+            checkpoint_every=100,
+            checkpoint_contents="all",
+            tracker="tensorboard",
         ),
     ],
 )
@@ -146,6 +152,10 @@ def test_the_configurations_of_the_project_can_be_read(name):
         (["--augmentation.flip", "2"], "flip.*2"),
         (["--augmentation.min_crop", "-0.1"], "min_crop.*-0.1"),
         (["--seed", "-1"], "seed.*-1"),
+        (["--checkpoint_every", "-1"], "checkpoint_every.*-1"),
+        (["--checkpoint_contents", "none"], "trained.*all.*none"),
+        (["--log_every", "0"], "log_every.*0"),
+        (["--tracker", "paper"], "tensorboard.*paper"),
     ],
 )
 def test_an_option_that_is_not_accepted_ends_the_command_with_its_name(options, message, capsys):
@@ -293,7 +303,7 @@ def test_a_run_writes_what_it_did(runs, name):
     ]
     assert "training" in output and f"/{settings.optimization.epochs * (4 if name != 'refer' else 2)} " in output
     assert {path.name for path in folder.iterdir()} == {
-        *("settings.yaml", "history.json", "tuning.json", "model", "checkpoint")
+        *("settings.yaml", "history.json", "losses.jsonl", "tuning.json", "model", "checkpoint")
     }
 
 
@@ -321,6 +331,20 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(runs):
     weights = [load_file(runs[name][0] / "model" / "model.safetensors") for name in ("resumed", "whole")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0].keys() | weights[1].keys())
     assert "after epoch 1 of 3" in runs["resumed"][2]
+
+
+@pytest.mark.parametrize("name", ["whole", "resumed", "refer"])
+def test_every_step_and_the_routing_are_logged(runs, name):
+    folder, settings, _ = runs[name]
+    steps = [json.loads(line) for line in (folder / "losses.jsonl").read_text().splitlines()]
+    assert [step["step"] for step in steps] == list(range(1, len(steps) + 1))
+    assert steps[0]["learning_rate"] <= settings.optimization.learning_rate
+    for record in history_of(folder):
+        losses = [step["loss"] for step in steps if step["epoch"] == record["epoch"]]
+        assert record["loss"] == pytest.approx(np.mean(losses), rel=1e-9)
+        assert ("routing" in record) == ("val" in record)
+        for tap in record.get("routing", {"taps": {}})["taps"].values():
+            assert sum(tap["shares"].values()) == pytest.approx(1, abs=1e-5) and 0 <= tap["entropy"] <= np.log(4) + 1e-6
 
 
 def test_the_schedule_is_stepped_after_the_optimizer(runs):
@@ -353,31 +377,82 @@ def test_norm_and_bias_tuning_keeps_the_pretrained_matrices(runs):
         assert moved and all("norm" in name or name.endswith("bias") for name in moved)
 
 
-# two processes compare what they are about to score with: weights, batch-norm statistics, vocabulary
-PAIR = """
-from accelerate.utils import gather_object
-from training import splits, train
+# Switches
 
-original = train.score_sentences
 
-def score(model, processor, rows, accelerator, **options):
-    state = {name: value.double().sum().item() for name, value in model.state_dict().items()}
-    state["vocabulary"] = processor.tokenizer.backend_tokenizer.to_str()
-    first, second = gather_object([state])
-    differing = [name for name in first if first[name] != second[name]]
-    assert not differing, f"{len(differing)} differ, the first being {differing[0]}"
-    return original(model, processor, rows, accelerator, **options)
+def loss_and_state(switch) -> tuple[float, dict, dict, int]:
+    """Loss, gradients, state and bytes kept for the backward pass of one training step after `switch(model)`."""
+    model = make_model().train()
+    switch(model)
+    kept = []
 
-train.score_sentences = score
-train.main()
-"""
+    def keep(tensor):
+        kept.append(tensor)
+        return tensor
+
+    torch.manual_seed(0)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(**make_inputs(3), labels=torch.rand(3, 56, 56)).loss
+    size = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}.values())
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return loss.item(), gradients, model.state_dict(), size
+
+
+def test_activation_checkpointing_changes_memory_alone():
+    loss, gradients, state, size = loss_and_state(lambda model: None)
+    other_loss, other_gradients, other_state, other_size = loss_and_state(checkpoint_activations)
+    assert other_loss == loss and other_gradients.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(other_gradients[name], gradient, msg=name)
+    assert any("running_mean" in name for name in state)
+    assert all(torch.equal(other_state[name], value) for name, value in state.items())  # batch norm moved once
+    assert other_size < 0.8 * size
+
+
+def test_a_run_with_a_tracker_and_activation_checkpointing(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    settings = replace(TINY, activation_checkpointing=True, tracker="tensorboard", log_every=3)
+    path, folder = written(settings, tmp_path / "tiny.yaml"), tmp_path / "run"
+    finished(run([*TRAIN, "--config", path, "--output_dir", str(folder)], **ON_CPU))
+    events = EventAccumulator(str(folder / "logs" / "sera")).Reload()
+    logged = {event.step: event.value for event in events.Scalars("train/loss")}
+    steps = [json.loads(line) for line in (folder / "losses.jsonl").read_text().splitlines()]
+    assert logged == pytest.approx({step["step"]: step["loss"] for step in steps})
+    scores = [event.value for event in events.Scalars("val/mIoU")]
+    assert scores == pytest.approx([record["val"]["mIoU"] for record in history_of(folder)])
+    assert {f"routing/taps/{tap}/entropy" for tap in ("1", "2")} <= set(events.Tags()["scalars"])
+
+
+def test_a_compiled_run_trains_and_saves_as_any_other(tmp_path, monkeypatch):
+    """Compiled by the tracing part of torch.compile alone: what the compiler behind it makes of the graph is not ours."""
+    compiled, original = [], torch.nn.Module.compile
+
+    def compile_(self, *arguments, **options):
+        compiled.append(self)
+        original(self, *arguments, **options, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    path = written(replace(TINY, optimization=replace(TINY.optimization, epochs=1)), tmp_path / "tiny.yaml")
+    for name, switch in (("plain", "false"), ("compiled", "true")):
+        arguments = ["train.py", "--config", path, "--output_dir", str(tmp_path / name), "--compile", switch]
+        monkeypatch.setattr(sys, "argv", arguments)
+        train.main()
+    assert len(compiled) == 1 and isinstance(compiled[0], SeraForReferringSegmentation)
+    plain, other = (history_of(tmp_path / name)[0] for name in ("plain", "compiled"))
+    assert other["loss"] == pytest.approx(plain["loss"], abs=1e-3)
+    assert other["val"]["num_expressions"] == plain["val"]["num_expressions"]
+    names = [load_file(tmp_path / name / "model" / "model.safetensors").keys() for name in ("plain", "compiled")]
+    assert names[0] == names[1]
 
 
 # Going on under other settings
 
 
 def test_a_run_does_not_go_on_under_other_settings():
-    train.check_same_run(replace(TINY, output_dir="elsewhere", num_workers=3), TINY)
+    free = {"output_dir": "elsewhere", "num_workers": 3, "checkpoint_every": 7, "checkpoint_contents": "all"}
+    train.check_same_run(replace(TINY, **free, activation_checkpointing=True, tracker="tensorboard"), TINY)
     for changed in (
         replace(TINY, seed=1),
         replace(TINY, model=replace(TINY.model, text_tuning="frozen")),
@@ -422,6 +497,13 @@ def test_what_a_run_cannot_use_is_said_before_any_work(say, tmp_path, monkeypatc
     config = json.dumps(TINY.model.config | {"fusion_dims": 3})
     assert "'fusion_dims'" in say("--model.config", config)
     assert "60" in say("--data.image_size", "[60,64]")  # no multiple of the patch
+    assert "cannot be combined" in say("--compile", "true", "--activation_checkpointing", "true")
+    assert "wandb" in say("--tracker", "wandb")  # which is not installed
+    if not torch.cuda.is_available():
+        assert "fp16" in say("--mixed_precision", "fp16")
+    with monkeypatch.context() as patch:  # a launcher whose processes do not find each other
+        patch.setenv("WORLD_SIZE", "2")
+        assert "ACCELERATE_USE_CPU" in say()
 
 
 def test_a_refer_folder_without_a_tokenizer_or_split_is_named(say, tmp_path):

@@ -8,7 +8,8 @@ from conftest import make_inputs, make_model
 from torch import nn
 
 from modeling_sera import SeraConfig, SeraForReferringSegmentation
-from training.train import parameter_groups
+from training.configuration import OptimizationSettings
+from training.optimizers import build_optimizer
 from training.tuning import apply_tuning
 
 TOWERS = {"vision": "model.vision.tower.", "text": "model.text_tower."}
@@ -97,11 +98,12 @@ def test_norm_and_bias_tuning_of_sera_b_trains_less_than_a_percent_of_the_towers
 @pytest.mark.parametrize(
     ("vision", "text"), [("norm_bias", "norm_bias"), ("frozen", "full"), ("full", "frozen"), ("full", "full")]
 )
-def test_a_step_of_training_moves_exactly_what_is_tuned(vision, text):
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_step_of_training_moves_exactly_what_is_tuned(vision, text, name):
     model = make_model().train()
     apply_tuning(model, vision=vision, text=text)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay=0.05), lr=1e-2)
+    optimizer = build_optimizer(model, OptimizationSettings(optimizer=name, learning_rate=1e-2, weight_decay=0.05))
     torch.manual_seed(0)
     model(**make_inputs(3), labels=torch.rand(3, 56, 56)).loss.backward()
     optimizer.step()
@@ -110,10 +112,11 @@ def test_a_step_of_training_moves_exactly_what_is_tuned(vision, text):
     assert moved == expected | set(added_parameters(model))
 
 
-def test_weight_decay_acts_on_matrices_and_kernels_alone():
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_weight_decay_acts_on_matrices_and_kernels_alone(name):
     model = make_model()
     apply_tuning(model, vision="full", text="norm_bias")
-    groups = parameter_groups(model, weight_decay=0.05)
+    groups = build_optimizer(model, OptimizationSettings(optimizer=name, weight_decay=0.05)).param_groups
     grouped = [p for group in groups for p in group["params"]]
     assert len(grouped) == len({id(p) for p in grouped})
     assert {id(p) for p in grouped} == {id(p) for p in model.parameters() if p.requires_grad}
@@ -123,3 +126,37 @@ def test_weight_decay_acts_on_matrices_and_kernels_alone():
                 decays = [group["weight_decay"] for group in groups if any(p is member for member in group["params"])]
                 is_kernel = name == "weight" and isinstance(module, (nn.Linear, nn.Conv2d))
                 assert p is None or decays in ([], [0.05 if is_kernel else 0.0])
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_an_optimizer_goes_on_from_its_saved_state(name, tmp_path):
+    def start() -> tuple[nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+        model = make_model()  # in eval mode, so that nothing is drawn
+        optimizer = build_optimizer(model, OptimizationSettings(optimizer=name, learning_rate=1e-2, weight_decay=0.05))
+        return model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+
+    def train(model, optimizer, scheduler, steps):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(**make_inputs(3), labels=torch.ones(3, 56, 56)).loss.backward()
+            optimizer.step()
+            scheduler.step()
+
+    whole = start()
+    train(*whole, 4)
+    first, second = start(), start()
+    train(*first, 2)
+    torch.save([part.state_dict() for part in first], tmp_path / "state")
+    states = torch.load(tmp_path / "state", weights_only=True)
+    for part, state in zip(second, states, strict=True):
+        part.load_state_dict(state)
+    train(*second, 2)
+    assert [group["lr"] for group in second[1].param_groups] == [group["lr"] for group in whole[1].param_groups]
+    for (key, value), other in zip(second[0].state_dict().items(), whole[0].state_dict().values(), strict=True):
+        assert torch.equal(value, other), key
+
+
+def test_muon_says_which_torch_has_it(monkeypatch):
+    monkeypatch.delattr(torch.optim, "Muon", raising=False)
+    with pytest.raises(ValueError, match=r"'muon'.*2\.9"):
+        build_optimizer(make_model(), OptimizationSettings(optimizer="muon"))

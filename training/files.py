@@ -2,21 +2,35 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file under a temporary name in its folder (made where absent), then rename it."""
+    write_binary(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def write_binary(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` write a file under a temporary name in its folder (made where absent), then rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
+    partial = partial_path(path)
+    write(partial)
+    _sync(partial)
     os.replace(partial, path)
+
+
+def partial_path(path: Path) -> Path:
+    """The temporary name beside `path` under which it is written."""
+    return path.with_name(f".{path.name}.partial")
 
 
 def partial_folder(path: Path) -> Path:
     """An empty folder beside `path` to write into before [`replace_folder`] puts it in its place."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_path(path)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     return partial
@@ -24,11 +38,13 @@ def partial_folder(path: Path) -> Path:
 
 def replace_folder(path: Path) -> None:
     """Put the folder written under [`partial_folder`]'s name in the place of what stands at `path`."""
-    previous = path.with_name(f".{path.name}.previous")
+    partial, previous = partial_path(path), path.with_name(f".{path.name}.previous")
+    for file in partial.rglob("*"):
+        _sync(file)  # a renamed folder must not outlive, on the disk, what it holds
     shutil.rmtree(previous, ignore_errors=True)
     if path.exists():
         os.rename(path, previous)
-    os.rename(path.with_name(f".{path.name}.partial"), path)
+    os.rename(partial, path)
     shutil.rmtree(previous, ignore_errors=True)
 
 
@@ -40,9 +56,27 @@ def recover_folder(path: Path) -> bool:
     return path.is_dir()
 
 
-def write_binary(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` write a file under a temporary name in its folder (made where absent), then rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    write(partial)
-    os.replace(partial, path)
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what the libraries raise when a folder cannot be written (a full disk, say) to one `OSError`, and makes room again.
+
+    Torch and safetensors have errors of their own for a failed write. What stands at `path` is left alone.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        free = shutil.disk_usage(next(parent for parent in path.absolute().parents if parent.exists())).free
+        shutil.rmtree(partial_path(path), ignore_errors=True)
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise OSError(
+            f"{path} could not be written ({reason}; {free / 2**20:.0f} MiB are free there). What stood there before is whole: "
+            "once there is room, the same command goes on."
+        ) from error
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,20 +1,23 @@
 """Train SERA: `accelerate launch training/train.py --config training/configs/demo.yaml [--option value ...]`.
 
 Reads from top to bottom: data, model, what of it is tuned, optimiser, then epochs, each ending with a checkpoint and the best
-model by mIoU on the validation split kept as a folder that `from_pretrained` loads.
+model by mIoU on the validation split kept as a folder that `from_pretrained` loads. A run that was stopped goes on, to the last
+bit on the CPU, with the same command.
 """
 
 import json
 import logging
 import math
+import os
 import sys
-from dataclasses import asdict
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DataLoaderConfiguration, set_seed, tqdm
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DataLoaderConfiguration, DistributedType, ProjectConfiguration, set_seed, tqdm
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
@@ -23,6 +26,7 @@ from modeling_sera import SeraForReferringSegmentation
 from processing_sera import SeraProcessor
 from training.batches import Collator, TrainingExamples
 from training.building import build_model, build_processor
+from training.checkpoints import Checkpoints, LossLog, Progress, check_same_run
 from training.configuration import (
     OptimizationSettings,
     TrainingSettings,
@@ -31,10 +35,14 @@ from training.configuration import (
     read_settings,
 )
 from training.evaluation import score_sentences
-from training.files import partial_folder, recover_folder, replace_folder, write_text
+from training.files import partial_folder, replace_folder, write_text, writing
 from training.metric import summarize
-from training.splits import load_splits
-from training.tuning import apply_tuning
+from training.optimizers import build_optimizer
+from training.routing_health import RoutingHealth
+from training.splits import load_training_splits
+from training.streaming import StreamedExamples, streamed_loader
+from training.tuning import apply_tuning, checkpoint_activations
+from training.workers import end_with_parent
 
 logger = get_logger(__name__)
 
@@ -43,36 +51,41 @@ def main() -> None:
     """Train as the command line says."""
     settings = read_settings()
     output = Path(settings.output_dir)
-    accelerator = Accelerator(
-        mixed_precision=settings.mixed_precision,
-        gradient_accumulation_steps=settings.optimization.gradient_accumulation_steps,
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
-        step_scheduler_with_optimizer=False,
-    )
+    accelerator = start_accelerator(settings)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("accelerate").setLevel(logging.WARNING)  # it names every file of every checkpoint
     set_seed(settings.seed)
 
     # Data: rows of one referred object each, grouped to pictures.
-    train_rows, val_rows = load_splits(settings.data, [settings.data.train_split, settings.data.val_split])
+    train_rows, val_rows = load_training_splits(settings.data)
     processor = build_processor(settings, train_rows)
-    examples = TrainingExamples(
-        train_rows,
-        objects_per_picture=settings.data.objects_per_picture,
-        sentences_per_object=settings.data.sentences_per_object,
-        augmentation=settings.augmentation,
-        seed=settings.seed,
-    )
-    loader = DataLoader(
-        examples,
-        settings.optimization.batch_size,
-        shuffle=True,
-        drop_last=len(examples) >= settings.optimization.batch_size,  # batch norm wants full batches
-        collate_fn=Collator(processor, with_labels=True),
-        num_workers=settings.num_workers,
-    )
-    logger.info(
-        f"training on {len(train_rows)} objects in {len(examples)} groups, validating on {len(val_rows)} objects"
-    )
+    collator = Collator(processor, with_labels=True)
+    batch_size = settings.optimization.batch_size
+    drawing = {
+        "objects_per_picture": settings.data.objects_per_picture,
+        "sentences_per_object": settings.data.sentences_per_object,
+        "augmentation": settings.augmentation,
+        "seed": settings.seed,
+    }
+    if settings.data.streaming:
+        place = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
+        examples = StreamedExamples(train_rows, batch_size=batch_size, **drawing, **place)
+        loader = streamed_loader(examples, collator, settings.num_workers, accelerator)
+    else:
+        examples = TrainingExamples(train_rows, **drawing)
+        loader = accelerator.prepare(
+            DataLoader(
+                examples,
+                batch_size,
+                shuffle=True,
+                drop_last=len(examples) >= batch_size,  # batch norm wants full batches
+                collate_fn=collator,
+                num_workers=settings.num_workers,
+                worker_init_fn=end_with_parent,
+                generator=torch.Generator(),  # its own, or going on in an epoch's midst would take from dropout's numbers
+            )
+        )
+    logger.info(f"training on {len(examples)} groups of objects, validating on {len(val_rows)} objects")
 
     # Model, and what of it is tuned.
     model = build_model(settings, processor)
@@ -82,111 +95,141 @@ def main() -> None:
         logger.info(f"batch norm statistics are each process's own: {accelerator.device.type} cannot synchronise them")
     report = apply_tuning(model, vision=settings.model.vision_tuning, text=settings.model.text_tuning)
     logger.info(str(report))
+    if settings.activation_checkpointing:
+        checkpoint_activations(model)
+    if settings.compile:
+        model.compile()
 
     # Optimiser and schedule.
     optimization = settings.optimization
-    # plain floats: checkpoints admit nothing else
-    groups = parameter_groups(model, float(optimization.weight_decay))
-    optimizer = torch.optim.AdamW(groups, lr=float(optimization.learning_rate), fused=True)
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    checkpoints = Checkpoints(accelerator, model, output / "checkpoint", settings)
+    model, optimizer = accelerator.prepare(model, build_optimizer(model, optimization))
     steps_per_epoch = math.ceil(len(loader) / optimization.gradient_accumulation_steps)
     total_steps = optimization.epochs * steps_per_epoch
     scheduler = LambdaLR(optimizer, lambda step: learning_rate_factor(step / total_steps, optimization))
+    accelerator.register_for_checkpointing(scheduler)
 
-    # What an interrupted run left behind.
-    progress = Progress()
-    accelerator.register_for_checkpointing(progress, scheduler)
-    checkpoint = output / "checkpoint"
-    if recover_folder(checkpoint):
+    # What a stopped run left behind.
+    if checkpoints.exist():
         check_same_run(settings, load_settings(output / "settings.yaml"))
-        accelerator.load_state(str(checkpoint))
-        logger.info(f"{checkpoint} is there: going on after epoch {progress.epoch} of {optimization.epochs}")
-    elif accelerator.is_main_process:
-        write_text(output / "settings.yaml", dump_settings(settings))
-        write_text(output / "tuning.json", json.dumps(vars(report) | {"tower_share": report.tower_share}, indent=1))
-
-    bar = tqdm(total=total_steps, initial=progress.epoch * steps_per_epoch, desc="training", unit="step")
-    for epoch in range(progress.epoch, optimization.epochs):
-        examples.set_epoch(epoch)
-        loader.set_epoch(epoch)
-        model.train()
-        losses = []
-        for inputs, _ in loader:
-            with accelerator.accumulate(model):
-                outputs = model(**inputs)
-                accelerator.backward(outputs.loss)
-                if accelerator.sync_gradients and optimization.max_grad_norm:
-                    accelerator.clip_grad_norm_(model.parameters(), optimization.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-                if accelerator.sync_gradients:
-                    scheduler.step()
-                    bar.update()
-            losses.append(outputs.loss.detach())
-            if len(losses) % 20 == 1:
-                bar.set_postfix(loss=f"{losses[-1].item():.3f}", epoch=epoch + 1)
-        progress.epoch = epoch + 1
-        record = {"epoch": epoch + 1, "loss": accelerator.reduce(torch.stack(losses).mean(), "mean").item()}
-
-        if (epoch + 1) % settings.evaluate_every == 0 or epoch + 1 == optimization.epochs:
-            unwrapped = accelerator.unwrap_model(model)
-            if accelerator.num_processes > 1:
-                # batch norm's running statistics differ where they cannot be synchronised
-                for buffer in unwrapped.buffers():
-                    torch.distributed.broadcast(buffer, src=0)
-            scores = score_sentences(unwrapped, processor, val_rows, accelerator, num_workers=settings.num_workers)
-            summary = summarize(scores)
-            record["val"] = summary["all"]
-            if summary["all"]["mIoU"] > progress.best_miou:
-                progress.best_miou = summary["all"]["mIoU"]
-                if accelerator.is_main_process:
-                    save_model(unwrapped, processor, output / "model")
-            logger.info(f"epoch {epoch + 1}: loss {record['loss']:.4f}, val mIoU {summary['all']['mIoU']:.4f}")
-
-        progress.history.append(record)
+        progress = checkpoints.load()
+        logger.info(
+            f"{checkpoints.folder} is there: going on after epoch {progress.epoch} of {optimization.epochs}, step {progress.step}"
+        )
+    else:
+        progress = Progress()
+        set_seed(settings.seed, device_specific=True)  # dropout and routing noise of its own in every process
         if accelerator.is_main_process:
-            write_text(output / "history.json", json.dumps(progress.history, indent=1))
-        save_checkpoint(accelerator, checkpoint)
-    bar.close()
+            write_text(output / "settings.yaml", dump_settings(settings))
+            tuning = vars(report) | {"tower_share": report.tower_share}
+            write_text(output / "tuning.json", json.dumps(tuning, indent=1))
+    losses = LossLog(accelerator, output / "losses.jsonl")
+    losses.go_on_after(progress.step)
+    if settings.tracker != "none":
+        # TensorBoard hides what a stopped run wrote after its last checkpoint
+        accelerator.init_trackers("sera", init_kwargs={"tensorboard": {"purge_step": progress.step + 1}})
+
+    with tqdm(total=total_steps, initial=progress.step, desc="training", unit="step") as bar:
+
+        def write_losses() -> None:
+            for record in losses.write(progress):
+                accelerator.log(flat({"train": record}), step=record["step"])
+                bar.set_postfix(loss=f"{record['loss']:.3f}", epoch=record["epoch"])
+
+        for epoch in range(progress.epoch, optimization.epochs):
+            examples.set_epoch(epoch)
+            loader.set_epoch(epoch)
+            model.train()
+            summed = []  # losses of the batches that make one step
+            batches = loader
+            if progress.batch and settings.data.streaming:
+                examples.start_at(epoch, progress.batch)
+            elif progress.batch:
+                batches = accelerator.skip_first_batches(loader, progress.batch)
+            for inputs, _ in batches:
+                with accelerator.accumulate(model):
+                    outputs = model(**inputs)
+                    accelerator.backward(outputs.loss)
+                    summed.append(torch.stack([outputs.loss.detach(), outputs.router_aux_loss.detach()]))
+                    if accelerator.sync_gradients and optimization.max_grad_norm:
+                        accelerator.clip_grad_norm_(model.parameters(), optimization.max_grad_norm)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                progress.batch += 1
+                if not accelerator.sync_gradients:
+                    continue
+                progress.step += 1
+                losses.add(
+                    {"step": progress.step, "epoch": epoch + 1, "learning_rate": scheduler.get_last_lr()[0]},
+                    torch.stack(summed).mean(dim=0),
+                )
+                summed.clear()
+                scheduler.step()
+                bar.update()
+                is_due = settings.checkpoint_every and progress.step % settings.checkpoint_every == 0
+                is_due = is_due and progress.batch < len(loader)  # the epoch's end has a checkpoint of its own
+                if is_due or progress.step % settings.log_every == 0:
+                    write_losses()
+                if is_due:
+                    checkpoints.save(progress)
+            write_losses()
+            record = progress.end_epoch()
+
+            if (epoch + 1) % settings.evaluate_every == 0 or epoch + 1 == optimization.epochs:
+                unwrapped = accelerator.unwrap_model(model)
+                if accelerator.num_processes > 1:
+                    # batch norm's running statistics differ where they cannot be synchronised
+                    for buffer in unwrapped.buffers():
+                        torch.distributed.broadcast(buffer, src=0)
+                health = RoutingHealth(unwrapped)
+                with health.watch(), torch.compiler.set_stance("force_eager") if settings.compile else nullcontext():
+                    scores = score_sentences(
+                        unwrapped, processor, val_rows, accelerator, num_workers=settings.num_workers
+                    )
+                record["val"] = summarize(scores)["all"]
+                record["routing"] = health.summary(accelerator)
+                accelerator.log(flat({name: record[name] for name in ("val", "routing")}), step=progress.step)
+                if record["val"]["mIoU"] > progress.best_miou:
+                    progress.best_miou = record["val"]["mIoU"]
+                    if accelerator.is_main_process:
+                        save_model(unwrapped, processor, output / "model")
+                logger.info(f"epoch {epoch + 1}: loss {record['loss']:.4f}, val mIoU {record['val']['mIoU']:.4f}")
+
+            progress.history.append(record)
+            if accelerator.is_main_process:
+                write_text(output / "history.json", json.dumps(progress.history, indent=1))
+            checkpoints.save(progress)
     logger.info(f"best val mIoU {progress.best_miou:.4f}; the model is in {output / 'model'}")
     accelerator.end_training()
 
 
-def check_same_run(now: TrainingSettings, before: TrainingSettings) -> None:
-    """`ValueError` where a run would go on under other settings than it began with; how fast it runs may change."""
-    free = {"output_dir", "num_workers"}
-    for name, value in asdict(now).items():
-        if name not in free and value != asdict(before)[name]:
-            raise ValueError(
-                f"{now.output_dir} holds a run begun with other settings: {name} was {asdict(before)[name]}, now it is {value}. "
-                "Choose another output_dir, or remove that one."
-            )
-
-
-class Progress:
-    """What a checkpoint keeps of the run beside model, optimiser, schedule and random states."""
-
-    def __init__(self):
-        self.epoch = 0
-        self.best_miou = -1.0
-        self.history: list[dict] = []
-
-    def state_dict(self) -> dict:
-        """Plain values."""
-        return vars(self)
-
-    def load_state_dict(self, state: dict) -> None:
-        """The values that [`state_dict`] gave."""
-        vars(self).update(state)
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Trained parameters in two groups: matrices and kernels decay, vectors (biases, norms, gains) do not."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
+def start_accelerator(settings: TrainingSettings) -> Accelerator:
+    """What runs the training: processes, devices, arithmetic and the tracker; `ValueError` where these are not there."""
+    tracker = None if settings.tracker == "none" else settings.tracker
+    if tracker and tracker not in map(str, get_available_trackers()):
+        raise ValueError(f"tracker is {tracker!r}, but the package {tracker} is not installed.")
+    if settings.compile and settings.activation_checkpointing:
+        raise ValueError("compile and activation_checkpointing cannot be combined; choose one.")
+    accelerator = Accelerator(
+        mixed_precision=settings.mixed_precision,
+        gradient_accumulation_steps=settings.optimization.gradient_accumulation_steps,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=settings.seed),
+        step_scheduler_with_optimizer=False,
+        log_with=tracker,
+        project_config=ProjectConfiguration(settings.output_dir, logging_dir=str(Path(settings.output_dir, "logs"))),
+    )
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != accelerator.num_processes:
+        raise ValueError(
+            f"The launcher started {launched} processes, but each takes itself for one of {accelerator.num_processes}; without "
+            "GPUs, set ACCELERATE_USE_CPU=true in the environment."
+        )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(
+            f"The launcher asks for {accelerator.distributed_type.value}, but every process needs the whole model; choose data "
+            "parallelism."
+        )
+    return accelerator
 
 
 def learning_rate_factor(done: float, optimization: OptimizationSettings) -> float:
@@ -198,28 +241,40 @@ def learning_rate_factor(done: float, optimization: OptimizationSettings) -> flo
     return 0.5 * (1 + math.cos(math.pi * min((done - optimization.warmup) / max(1 - optimization.warmup, 1e-9), 1.0)))
 
 
+def flat(tree: dict) -> dict[str, float]:
+    """Numbers of nested dicts under names such as "val/mIoU", which trackers take."""
+    leaves = {}
+    for name, value in tree.items():
+        leaves |= {f"{name}/{k}": v for k, v in flat(value).items()} if isinstance(value, dict) else {name: value}
+    return leaves
+
+
 def save_model(model: SeraForReferringSegmentation, processor: SeraProcessor, folder: Path) -> None:
     """Weights and processor as one folder that `from_pretrained` loads; whole or, if interrupted, as it was before."""
-    partial = partial_folder(folder)
-    model.save_pretrained(partial)
-    processor.save_pretrained(partial)
-    replace_folder(folder)
-
-
-def save_checkpoint(accelerator: Accelerator, folder: Path) -> None:
-    """Everything the run needs to go on, as one folder; whole or, if interrupted, as it was before."""
-    if accelerator.is_main_process:
-        partial_folder(folder)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(folder.with_name(f".{folder.name}.partial")))  # every process adds its random states
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+    with writing(folder):
+        partial = partial_folder(folder)
+        model.save_pretrained(partial)
+        processor.save_pretrained(partial)
         replace_folder(folder)
+
+
+def message(error: Exception) -> str:
+    """What went wrong, in a sentence."""
+    text = str(error)
+    if isinstance(error, (ConnectionError, EOFError)) or text.startswith("DataLoader worker"):
+        return f"a process was lost that prepares batches ({text or 'no answer'}); the same command goes on from the checkpoint."
+    if text.startswith("Caught "):
+        return (
+            text.strip().splitlines()[-1].partition(": ")[2]
+        )  # after the traceback of the process that prepared the batch
+    return text
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, EOFError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raise  # a fault of ours, not of the input
         logging.getLogger(__name__).debug("the error's traceback", exc_info=True)
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {message(error)}")

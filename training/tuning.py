@@ -1,5 +1,7 @@
-"""Which parameters are trained: the paper's norm-and-bias tuning of the frozen towers, and its alternatives."""
+"""Which parameters are trained (the paper's norm-and-bias tuning of the frozen towers, or others), and in what memory."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 from torch import nn
@@ -50,6 +52,29 @@ def apply_tuning(model: SeraForReferringSegmentation, *, vision: Tuning, text: T
         counts[f"{name}_total"] = sum(p.numel() for p in parameters)
     total = sum(p.numel() for p in model.parameters())
     return TuningReport(**counts, added=total - counts["vision_total"] - counts["text_total"])
+
+
+def checkpoint_activations(model: SeraForReferringSegmentation) -> None:
+    """Have the blocks of both towers computed again in the backward pass instead of kept.
+
+    The second computation leaves batch norm's running statistics alone, which would otherwise move twice a step.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+    @contextmanager
+    def running_statistics_kept() -> Iterator[None]:
+        before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+        for norm in norms:
+            norm.momentum, norm.num_batches_tracked = 0.0, None
+        try:
+            yield
+        finally:
+            for norm, (momentum, count) in zip(norms, before, strict=True):
+                norm.momentum, norm.num_batches_tracked = momentum, count
+
+    # the newer releases of transformers renamed it
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False, "context_fn": lambda: (nullcontext(), running_statistics_kept())})
 
 
 def _tune(tower: nn.Module, tuning: Tuning) -> None:
