@@ -50,6 +50,9 @@ class SeraConfig(PreTrainedConfig):
         decoder_dropout (`float`, *optional*, defaults to 0.1): Dropout on the decoder's residual branches.
         bce_loss_weight (`float`, *optional*, defaults to 1.0): Weight of the binary cross-entropy.
         dice_loss_weight (`float`, *optional*, defaults to 1.0): Weight of the Dice loss.
+        predict_presence (`bool`, *optional*, defaults to `False`):
+            Whether a head also says if the thing meant is in the picture at all, for data that holds expressions without a
+            target. Its binary cross-entropy is added to the loss with weight one.
     """
 
     model_type = "sera"
@@ -87,6 +90,7 @@ class SeraConfig(PreTrainedConfig):
     decoder_dropout: float = 0.1
     bce_loss_weight: float = 1.0
     dice_loss_weight: float = 1.0
+    predict_presence: bool = False
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)

@@ -102,8 +102,25 @@ class SeraProjector(nn.Module):
         return fold(contributions, size, kernel_size=3, padding=1)[:, 0]
 
 
+class SeraPresenceHead(nn.Module):
+    """Is the thing meant in the picture at all: the decoded map, gated by the sentence, pooled to one logit.
+
+    The mean over positions alone would drown a small object, so the maximum stands beside it.
+    """
+
+    def __init__(self, config: SeraConfig):
+        super().__init__()
+        self.gate = SeraSentenceGate(config.projection_dim, config.decoder_dim)
+        self.score = nn.Linear(2 * config.decoder_dim, 1)
+
+    def forward(self, grid: Tensor, sentence: Tensor) -> Tensor:
+        """Map (N, decoder_dim, H, W) and sentence (N, projection_dim) to logits (N,), positive for "it is there"."""
+        gated = self.gate(grid, sentence)
+        return self.score(torch.cat([gated.mean(dim=(2, 3)), gated.amax(dim=(2, 3))], dim=1))[:, 0]
+
+
 class SeraMaskDecoder(nn.Module):
-    """Fused maps, text tokens and sentence to mask logits."""
+    """Fused maps, text tokens and sentence to mask logits and, where the configuration asks for it, a presence logit."""
 
     def __init__(self, config: SeraConfig):
         super().__init__()
@@ -113,8 +130,11 @@ class SeraMaskDecoder(nn.Module):
         self.layers = nn.ModuleList(SeraDecoderLayer(config) for _ in range(config.decoder_num_layers))
         self.norm = nn.LayerNorm(dim)
         self.projector = SeraProjector(config)
+        self.presence_head = SeraPresenceHead(config) if config.predict_presence else None
 
-    def forward(self, maps: list[Tensor], text_states: Tensor, text_mask: Tensor | None, sentence: Tensor) -> Tensor:
+    def forward(
+        self, maps: list[Tensor], text_states: Tensor, text_mask: Tensor | None, sentence: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         """
         Args:
             maps: One (N, fusion_dim, H, W) per tap.
@@ -123,14 +143,16 @@ class SeraMaskDecoder(nn.Module):
             sentence: (N, projection_dim).
 
         Returns:
-            Logits (N, 4H, 4W).
+            Mask logits (N, 4H, 4W), and presence logits (N,) or `None`.
         """
         grid = self.merge(maps, sentence)
         grid_size = grid.shape[-2:]
         tokens, positions = grid_to_tokens(grid), self.positions(*grid_size, grid)
         for layer in self.layers:
             tokens = layer(tokens, positions, text_states, text_mask)
-        return self.projector(tokens_to_grid(self.norm(tokens), grid_size), sentence)
+        grid = tokens_to_grid(self.norm(tokens), grid_size)
+        presence = None if self.presence_head is None else self.presence_head(grid, sentence)
+        return self.projector(grid, sentence), presence
 
 
 __all__ = ["SeraMaskDecoder"]

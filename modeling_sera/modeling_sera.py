@@ -52,9 +52,11 @@ class SeraReferringSegmentationOutput(ModelOutput):
     Output of [`SeraForReferringSegmentation`]. N is the number of expressions.
 
     Attributes:
-        loss: Scalar, `mask_loss` plus, in training, `router_aux_loss`. With labels only.
+        loss: Scalar, `mask_loss` plus `presence_loss`, if any, plus, in training, `router_aux_loss`. With labels only.
         logits: (N, h, w) mask logits over the (letterboxed) input; h and w are four times the grid of patches.
+        presence_logits: (N,), positive where the thing meant is in the picture. With `config.predict_presence` only.
         mask_loss: Scalar, weighted binary cross-entropy plus Dice. With labels only.
+        presence_loss: Scalar, binary cross-entropy of the presence. With labels and `config.predict_presence` only.
         router_aux_loss: Scalar, auxiliary losses of the fusion routers, averaged over the taps. In training only.
         adapter_router_weights: One (N, 2) per adapter, shares of the spatial and boundary expert. On request.
         fusion_router_weights: One (N, 4) per tap, shares of the spatial, context, boundary and shape expert. On request.
@@ -62,7 +64,9 @@ class SeraReferringSegmentationOutput(ModelOutput):
 
     loss: Tensor | None = None
     logits: Tensor | None = None
+    presence_logits: Tensor | None = None
     mask_loss: Tensor | None = None
+    presence_loss: Tensor | None = None
     router_aux_loss: Tensor | None = None
     adapter_router_weights: tuple[Tensor, ...] | None = None
     fusion_router_weights: tuple[Tensor, ...] | None = None
@@ -279,7 +283,7 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
             input_ids: (N, L) CLIP token ids.
             attention_mask: (N, L), 1 for tokens and 0 for padding. `None` means no padding.
             image_index: (N,) row of `pixel_values` that each expression is about. `None` means N = B, one each.
-            labels: (N, H, W) masks over the input in [0, 1], of any dtype.
+            labels: (N, H, W) masks over the input in [0, 1], of any dtype; all zero where nothing in the picture is meant.
             output_router_weights: Whether to return what the routers decided.
             **kwargs: Ignored, so that everything the processor returns (such as `original_sizes`) can be handed on.
 
@@ -292,15 +296,23 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
                 "expression over the input picture."
             )
         encoded = self.model(pixel_values, input_ids, attention_mask, image_index)
-        logits = self.decoder(encoded.fused_maps, encoded.text_states, encoded.text_mask, encoded.sentence)
+        logits, presence_logits = self.decoder(
+            encoded.fused_maps, encoded.text_states, encoded.text_mask, encoded.sentence
+        )
 
-        mask_loss = mask_segmentation_loss(logits, labels, self.config) if labels is not None else None
+        loss = mask_loss = presence_loss = None
         router_aux_loss = self._router_loss(encoded.fusion_routings) if self.training else None
-        loss = mask_loss if router_aux_loss is None or mask_loss is None else mask_loss + router_aux_loss
+        if labels is not None:
+            mask_loss = mask_segmentation_loss(logits, labels, self.config)
+            if presence_logits is not None:
+                presence_loss = presence_detection_loss(presence_logits, labels)
+            loss = sum(part for part in (mask_loss, presence_loss, router_aux_loss) if part is not None)
         return SeraReferringSegmentationOutput(
             loss=loss,
             logits=logits,
+            presence_logits=presence_logits,
             mask_loss=mask_loss,
+            presence_loss=presence_loss,
             router_aux_loss=router_aux_loss,
             adapter_router_weights=encoded.adapter_router_weights if output_router_weights else None,
             fusion_router_weights=tuple(r.weights for r in encoded.fusion_routings) if output_router_weights else None,
@@ -338,6 +350,15 @@ def mask_segmentation_loss(logits: Tensor, labels: Tensor, config: SeraConfig) -
     total = probability.sum(dim=(1, 2)) + targets.sum(dim=(1, 2))
     dice = 1 - (2 * overlap + 1) / (total + 1)
     return config.bce_loss_weight * bce + config.dice_loss_weight * dice.mean()
+
+
+def presence_detection_loss(presence_logits: Tensor, labels: Tensor) -> Tensor:
+    """Binary cross-entropy of presence logits (N,) against whether each of the masks (N, H, W) holds anything (ours).
+
+    The labels are taken as they come, before any shrinking, so that no object is too small to count.
+    """
+    present = (labels > 0).flatten(1).any(dim=1)
+    return binary_cross_entropy_with_logits(presence_logits.float(), present.float())
 
 
 def _refuse_missing(keys: set[str], checkpoint: str | PathLike, tower: str) -> None:

@@ -172,7 +172,12 @@ class SeraProcessor(ProcessorMixin):
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def post_process_referring_segmentation(
-        self, outputs: Any, inputs: Any, threshold: float | None = None, return_probabilities: bool = False
+        self,
+        outputs: Any,
+        inputs: Any,
+        threshold: float | None = None,
+        return_probabilities: bool = False,
+        no_target_threshold: float = 0.5,
     ) -> list[dict[str, Any]]:
         """Masks of the pictures' own sizes from logits that cover the letterboxed frame.
 
@@ -181,22 +186,32 @@ class SeraProcessor(ProcessorMixin):
         about padding.
 
         Args:
-            outputs: what the model returned, with `logits` (N, h, w); h x w need not be H x W.
+            outputs: what the model returned, with `logits` (N, h, w); h x w need not be H x W; and, from a model
+                that predicts presence, `presence_logits` (N,).
             inputs: what this processor returned: `original_sizes`, `pixel_values` and, unless there is one
                 expression per picture, `image_index`.
             threshold: probability above which a pixel is in the mask; None for the processor's
                 `mask_threshold`.
             return_probabilities: also return the probabilities, as "probabilities": float32 (H0, W0).
+            no_target_threshold: probability of absence, within (0, 1), above which the mask is left empty. It
+                matters to a model that predicts presence only.
 
         Returns:
             Per expression {"mask": bool (H0, W0), "score": float}. The score is the mean probability inside
-            the mask; for an empty mask the highest anywhere, which is then at most the threshold.
+            the mask; for an empty mask the highest anywhere. With `presence_logits` also {"no_target": float},
+            the probability in [0, 1] that nothing in the picture is meant.
 
         Raises:
-            ValueError: no `original_sizes`, or logits, index and sizes that do not fit each other.
+            ValueError: no `original_sizes`, or logits, index and sizes that do not fit each other; a threshold
+                outside (0, 1).
         """
         threshold = self.mask_threshold if threshold is None else _checked_threshold(threshold)
+        no_target_threshold = _checked_threshold(no_target_threshold, "no-target")
         logits = outputs["logits"] if isinstance(outputs, Mapping) else getattr(outputs, "logits", outputs)
+        if isinstance(outputs, Mapping):
+            presence_logits = outputs.get("presence_logits")
+        else:
+            presence_logits = getattr(outputs, "presence_logits", None)
         if logits.ndim != 3:
             raise ValueError(f"logits must have shape (expressions, height, width), got {tuple(logits.shape)}.")
         if inputs.get("original_sizes") is None:
@@ -208,13 +223,18 @@ class SeraProcessor(ProcessorMixin):
             raise ValueError(f"{len(logits)} logits do not fit image_index {index} and {len(sizes)} original_sizes.")
         pixel_values = inputs.get("pixel_values")
         frame = self.image_processor.frame_size if pixel_values is None else tuple(pixel_values.shape[-2:])
+        absence = None if presence_logits is None else (-presence_logits.float()).sigmoid().tolist()
         results = []
-        for expression_logits, i in zip(logits, index, strict=True):
+        for n, (expression_logits, i) in enumerate(zip(logits, index, strict=True)):
             probabilities = _resample(expression_logits.float(), sizes[i], frame).sigmoid()
             mask = probabilities > threshold
+            if absence is not None and absence[n] > no_target_threshold:
+                mask = torch.zeros_like(mask)
             inside = (probabilities * mask).sum() / mask.sum()
             score = inside if mask.any() else probabilities.max()
             results.append({"mask": mask, "score": score.item()})
+            if absence is not None:
+                results[-1]["no_target"] = absence[n]
             if return_probabilities:
                 results[-1]["probabilities"] = probabilities
         return results
@@ -288,9 +308,9 @@ def _flattened_masks(masks: Any, text: Any, count: int) -> list[Any]:
     return flat
 
 
-def _checked_threshold(threshold: float) -> float:
+def _checked_threshold(threshold: float, name: str = "mask") -> float:
     if not 0 < threshold < 1:
-        raise ValueError(f"The mask threshold must lie between 0 and 1, got {threshold}.")
+        raise ValueError(f"The {name} threshold must lie between 0 and 1, got {threshold}.")
     return float(threshold)
 
 

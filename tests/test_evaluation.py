@@ -1,5 +1,6 @@
-"""Scoring every sentence, in one process and in two; the commands for evaluation and prediction; figures and files."""
+"""Scoring every sentence, in one process and in two; the commands for evaluation and prediction; files."""
 
+import io
 import json
 import os
 import runpy
@@ -13,19 +14,18 @@ import pytest
 import torch
 from accelerate import Accelerator
 from builders import tiny_tokenizer
-from conftest import REPOSITORY, make_model
+from conftest import REFER_MINI, REPOSITORY, make_model, needs_refer_mini
 from PIL import Image
 from pycocotools import mask as coco_mask
 
 from modeling_sera import SeraForReferringSegmentation
 from modeling_sera.modeling_sera import SeraReferringSegmentationOutput
 from processing_sera import SeraImageProcessor, SeraProcessor
-from training import evaluation, prediction
+from training import prediction
 from training.batches import picture_as_annotated, shuffled_sentences
 from training.configuration import DataSettings, TrainingSettings, dump_settings
-from training.data import decode_mask
-from training.evaluation import score_sentences
-from training.figures import draw_sheet, overlay
+from training.data import decode_mask, load_refer
+from training.evaluation import best_threshold, score_sentences, split_expressions, threshold_curve
 from training.files import partial_folder, recover_folder, replace_folder, write_binary, write_text
 from training.metric import SentenceScore, summarize
 from training.scenes import generate_scenes
@@ -61,13 +61,19 @@ def tiny_model(**overrides) -> SeraForReferringSegmentation:
     return make_model(text_config={"vocab_size": len(tokenizer), **special}, **overrides)
 
 
-def score_alone(processor: SeraProcessor, row: dict, sentence: str, threshold: float | None = None) -> tuple[int, int]:
-    """Intersection and union of one sentence, asked alone, counted through sets of pixels."""
+def score_alone(
+    processor: SeraProcessor, row: dict, sentence: str, threshold: float | None = None
+) -> tuple[int, int, int]:
+    """Intersection, predicted and true area of one sentence, asked alone, counted through sets of pixels."""
     inputs = processor(images=[picture_as_annotated(row)], text=[[sentence]], return_tensors="pt")
     result = processor.post_process_referring_segmentation(StandIn()(**inputs), inputs, threshold=threshold)[0]
     masks = result["mask"].numpy(), decode_mask(row["mask"])
     predicted, truth = (set(zip(*np.nonzero(mask), strict=True)) for mask in masks)
-    return len(predicted & truth), len(predicted | truth)
+    return len(predicted & truth), len(predicted), len(truth)
+
+
+def counts_of(score: SentenceScore) -> tuple[int, int, int]:
+    return score.intersection, score.predicted, score.truth
 
 
 @pytest.fixture(scope="module")
@@ -100,11 +106,19 @@ def test_scores_equal_those_of_sentences_asked_alone(rows, processor, accelerato
     for score in scores:
         row = rows[score.row]
         expected = score_alone(processor, row, row["sentences"][score.sentence], threshold)
-        assert (score.intersection, score.union) == expected
+        assert counts_of(score) == expected
     assert len({score.iou for score in scores}) > 20  # the stand-in answers, now well, now badly
 
 
-@pytest.mark.parametrize("options", [{"batch_size": 1}, {"batch_size": 2}, {"batch_size": 3, "num_workers": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch_size": 1},
+        {"batch_size": 3, "num_workers": 2},
+        {"max_expressions": 1},
+        {"batch_size": 2, "max_expressions": 5},
+    ],
+)
 def test_scores_do_not_depend_on_batches_or_workers(rows, processor, accelerator, options):
     expected = score_sentences(StandIn(), processor, rows, accelerator)
     assert score_sentences(StandIn(), processor, rows, accelerator, **options) == expected
@@ -116,7 +130,7 @@ def test_shuffled_sentences_are_scored_in_the_places_of_the_true_ones(rows, proc
     asked = shuffled_sentences(rows)
     for score in scores[::3]:
         expected = score_alone(processor, rows[score.row], asked[score.row][score.sentence])
-        assert (score.intersection, score.union) == expected
+        assert counts_of(score) == expected
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -128,39 +142,149 @@ def test_scoring_leaves_the_model_as_it_was(rows, processor, accelerator, traini
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-TWO_PROCESSES = """
-import json, sys
-from dataclasses import astuple
-from pathlib import Path
-from accelerate import Accelerator
-from test_evaluation import StandIn, make_processor, make_rows
-from training.evaluation import score_sentences
-
-accelerator = Accelerator()
-assert accelerator.num_processes == 2
-for num_scenes in (5, 1):  # a number that does not divide, and one that leaves a process without work
-    scores = score_sentences(StandIn(), make_processor(), make_rows(num_scenes), accelerator, batch_size=2)
-    text = json.dumps([astuple(score) for score in scores])
-    Path(sys.argv[1], f"{num_scenes}-{accelerator.process_index}.json").write_text(text)
-accelerator.end_training()
-"""
-
-
-def test_two_processes_give_the_same_scores(rows, processor, accelerator, tmp_path):
-    script = tmp_path / "score.py"
-    script.write_text(TWO_PROCESSES)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
-    launch += ["--rdzv_endpoint", "localhost:0", str(script), str(tmp_path)]
-    done = subprocess.run(launch, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    for num_scenes in (5, 1):
-        expected = score_sentences(StandIn(), processor, make_rows(num_scenes), accelerator)
-        for process in (0, 1):
-            got = json.loads((tmp_path / f"{num_scenes}-{process}.json").read_text())
-            assert [SentenceScore(*score) for score in got] == expected
+@pytest.mark.parametrize("limit", [1, 2, 5, 6, 100])
+def test_split_inputs_hold_every_expression_once_with_its_picture(processor, rows, limit):
+    pictures = [picture_as_annotated(rows[0]), picture_as_annotated(rows[len(rows) - 1])]
+    text = [["left zebra", "cup", "the cup", "right"], ["zebra", "left"]]
+    inputs = processor(images=pictures, text=text, return_tensors="pt")
+    parts = list(split_expressions(inputs, limit))
+    assert [len(part["input_ids"]) for part in parts] == [limit] * (6 // limit) + [6 % limit] * (6 % limit > 0)
+    for name in ("input_ids", "attention_mask"):
+        assert torch.equal(torch.cat([part[name] for part in parts]), inputs[name])
+    for name in ("pixel_values", "original_sizes"):
+        shown = torch.cat([part[name][part["image_index"]] for part in parts])
+        assert torch.equal(shown, inputs[name][inputs["image_index"]])
+        assert all(len(part[name]) == len(part["image_index"].unique()) for part in parts)
+    model = tiny_model()
+    with torch.no_grad():
+        together = model(**inputs).logits
+        assert torch.allclose(torch.cat([model(**part).logits for part in parts]), together, atol=2e-5)
 
 
-# The commands
+# An independent evaluator
+
+
+def spread(mask: np.ndarray, radius: int) -> np.ndarray:
+    """Pixels within a distance of a mask's: its copies, moved by every offset in a disc."""
+    padded, (height, width) = np.pad(mask, radius), mask.shape
+    result = np.zeros_like(mask)
+    for down in range(-radius, radius + 1):
+        for right in range(-radius, radius + 1):
+            if down**2 + right**2 <= radius**2:
+                result |= padded[radius + down : radius + down + height, radius + right : radius + right + width]
+    return result
+
+
+def contour(mask: np.ndarray) -> np.ndarray:
+    """Mask pixels of which a horizontal or vertical neighbour is not in it."""
+    wide = np.pad(mask, 1)
+    neighbours = [np.roll(wide, shift, axis)[1:-1, 1:-1] for axis in (0, 1) for shift in (1, -1)]
+    return mask & ~np.logical_and.reduce(neighbours)
+
+
+def boundary_of(predicted: np.ndarray, truth: np.ndarray) -> float:
+    a, b = contour(predicted), contour(truth)
+    if a.sum() == 0 or b.sum() == 0:
+        return float(a.sum() == b.sum())
+    radius = int(np.ceil(0.008 * np.sqrt(np.square(truth.shape).sum())))
+    precision, recall = (a & spread(b, radius)).sum() / a.sum(), (b & spread(a, radius)).sum() / b.sum()
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def evaluate_masks(pairs: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
+    """Every metric from (predicted, true) masks of the pictures' own size, in the words of its definition."""
+    inter = np.array([(p & t).sum() for p, t in pairs], dtype=np.float64)
+    union = np.array([(p | t).sum() for p, t in pairs], dtype=np.float64)
+    nothing_predicted = np.array([not p.any() for p, _ in pairs])
+    nothing_there = np.array([not t.any() for _, t in pairs])
+    iou = np.array([i / u if u else 1.0 for i, u in zip(inter, union, strict=True)])
+    found = {"mIoU": iou.mean(), "oIoU": inter.sum() / union.sum(), "num_expressions": len(pairs)}
+    found |= {f"Pr@{x}": (iou > x).mean() for x in (0.5, 0.6, 0.7, 0.8, 0.9)}
+    found["boundary_F"] = np.mean([boundary_of(*pair) for pair in pairs])
+    if nothing_there.any():
+        found["gIoU"] = np.where(nothing_there, nothing_predicted, iou).mean()
+        found["cIoU"] = inter.sum() / union.sum()
+        found["N-acc"] = nothing_predicted[nothing_there].mean()
+        found["T-acc"] = (~nothing_predicted[~nothing_there]).mean()
+    return found
+
+
+def ask_and_evaluate(model: torch.nn.Module, processor: SeraProcessor, rows: datasets.Dataset) -> dict[str, float]:
+    """All sentences of the rows, one at a time, scored by the independent evaluator."""
+    pairs = []
+    for row in rows:
+        stored = row["image"]
+        picture = Image.open(stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"]))
+        truth = coco_mask.decode(row["mask"]) == 1
+        for sentence in row["sentences"]:
+            inputs = processor(images=[picture], text=[[sentence]], return_tensors="pt")
+            with torch.no_grad():
+                result = processor.post_process_referring_segmentation(model(**inputs), inputs)[0]
+            pairs.append((result["mask"].numpy(), truth))
+    return evaluate_masks(pairs)
+
+
+class Presence(StandIn):
+    """The stand-in with an opinion on whether the thing meant is there."""
+
+    def forward(self, input_ids, attention_mask, **kwargs):
+        outputs = super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        outputs["presence_logits"] = ((input_ids * attention_mask).sum(dim=1) % 7 - 2.0).float()
+        return outputs
+
+
+def without_some_targets(rows: datasets.Dataset) -> datasets.Dataset:
+    """The rows with nothing meant in every third."""
+
+    def change(row: dict, n: int) -> dict:
+        empty = np.zeros(row["mask"]["size"], dtype=np.uint8, order="F")
+        mask = {"size": row["mask"]["size"], "counts": coco_mask.encode(empty)["counts"].decode()}
+        return {"mask": mask, "no_target": True, "ann_ids": [], "boxes": []} if n % 3 == 0 else {}
+
+    return rows.map(change, with_indices=True, features=rows.features)
+
+
+@pytest.mark.parametrize("model", [StandIn(), Presence()], ids=["masks alone", "with presence"])
+def test_metrics_equal_an_independent_evaluators_on_rows_without_a_target(rows, processor, accelerator, model):
+    rows = without_some_targets(rows)
+    scores = score_sentences(model, processor, rows, accelerator)
+    got, expected = summarize(scores)["all"], ask_and_evaluate(model, processor, rows)
+    assert got.keys() == expected.keys() and got == pytest.approx(expected, abs=1e-9)
+    assert 0 < got["N-acc"] < 1 and 0 < got["T-acc"] <= 1
+    assert all((score.no_target is not None) == isinstance(model, Presence) for score in scores)
+    assert all(score.predicted == 0 for score in scores if (score.no_target or 0) > 0.5)
+
+
+@needs_refer_mini
+def test_metrics_equal_an_independent_evaluators_on_photographs(processor, accelerator):
+    rows = load_refer(REFER_MINI, splits=["val"])["val"]
+    model = StandIn()
+    got = summarize(score_sentences(model, processor, rows, accelerator))["all"]
+    expected = ask_and_evaluate(model, processor, rows)
+    assert got.keys() == expected.keys() and got == pytest.approx(expected, abs=1e-9)
+    assert got["num_expressions"] == 241 and 0.02 < got["mIoU"] < 0.5 and got["boundary_F"] > 0
+
+
+# Calibration
+
+
+@pytest.mark.parametrize("model", [StandIn(), Presence()], ids=["masks alone", "with presence"])
+def test_the_threshold_curve_holds_the_score_at_each_threshold(rows, processor, accelerator, model):
+    rows = without_some_targets(rows)
+    curve = threshold_curve(model, processor, rows, accelerator, batch_size=2, max_expressions=9)
+    assert len(curve) == 19 and all(0 < threshold < 1 for threshold in curve)
+    for threshold in (0.05, 0.45, 0.5, 0.6, 0.95):
+        scores = score_sentences(model, processor, rows, accelerator, threshold=threshold)
+        assert curve[threshold] == pytest.approx(summarize(scores)["all"]["mIoU"], abs=1e-12)
+    assert len(set(curve.values())) > 5
+
+
+def test_the_best_threshold_is_the_highest_and_among_equals_the_one_in_the_middle():
+    assert best_threshold({0.2: 0.3, 0.5: 0.4, 0.7: 0.6, 0.9: 0.1}) == 0.7
+    assert best_threshold({0.1: 0.5, 0.4: 0.5, 0.5: 0.2, 0.95: 0.5}) == 0.4
+
+
+# The prediction command
 
 
 @pytest.fixture(scope="module")
@@ -179,21 +303,6 @@ def on_cpu(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
 
 
-def test_the_evaluation_command(run_folder, tmp_path, caplog, on_cpu):
-    output, sheet = tmp_path / "new" / "scores.json", tmp_path / "sheet.png"
-    with caplog.at_level("INFO"):
-        evaluation.main([str(run_folder / "model"), "--split", "test", "--output", str(output), "--sheet", str(sheet)])
-    record = json.loads(output.read_text())
-    rows = generate_scenes(3, 0, 64, split="test")
-    scores = [SentenceScore(**{k: v for k, v in score.items() if k != "text"}) for score in record["scores"]]
-    assert [(score.row, score.sentence, score.kind) for score in scores] == places(rows)
-    assert record["split"] == "test" and record["summary"]["as written"] == summarize(scores)
-    assert record["summary"]["shuffled"].keys() == record["summary"]["as written"].keys()
-    assert {"all", "location", "appearance", "relation"} == set(record["summary"]["as written"])
-    assert "| location |" in caplog.text and "mIoU" in caplog.text
-    assert Image.open(sheet).size > (500, 500)
-
-
 def message_of(command, arguments: list[str], capsys) -> str:
     """What a command says when it fails."""
     with pytest.raises((SystemExit, ValueError, OSError)) as error:
@@ -201,13 +310,6 @@ def message_of(command, arguments: list[str], capsys) -> str:
     if isinstance(error.value, SystemExit):
         assert error.value.code not in (None, 0)
     return capsys.readouterr().err + str(error.value)
-
-
-def test_evaluation_says_what_is_missing(run_folder, tmp_path, capsys, on_cpu):
-    model = str(run_folder / "model")
-    assert "'nope'" in message_of(evaluation.main, [model, "--split", "nope"], capsys)
-    assert "settings.yaml" in message_of(evaluation.main, [str(tmp_path / "nowhere" / "model")], capsys)
-    assert "--nope" in message_of(evaluation.main, [model, "--nope", "1"], capsys)
 
 
 @pytest.fixture(scope="module")
@@ -329,43 +431,6 @@ def test_a_failing_script_ends_with_a_message_alone(run_folder, tmp_path, monkey
         runpy.run_path(str(REPOSITORY / "training" / script), run_name="__main__")
     assert error.value.code not in (None, 0)
     assert missing in capsys.readouterr().err + str(error.value)
-
-
-# Figures
-
-
-def test_an_overlay_changes_the_masks_alone(photograph):
-    masks = [np.zeros((40, 64), bool) for _ in range(3)]
-    masks[0][5:15, 5:25] = True
-    masks[1][20:38, 40:60] = True  # the third is empty
-    before = photograph.tobytes()
-    result = np.asarray(overlay(photograph, masks))
-    assert photograph.tobytes() == before and result.shape == (40, 64, 3)
-    covered = masks[0] | masks[1]
-    assert np.array_equal(result[~covered], np.asarray(photograph)[~covered])
-    changed = (result != np.asarray(photograph)).any(axis=-1)
-    assert changed[covered].mean() > 0.95
-    shift = [(result[m].astype(float) - np.asarray(photograph)[m]).mean(axis=0) for m in masks[:2]]
-    assert np.abs(shift[0] - shift[1]).max() > 10  # each in a colour of its own
-
-
-def sheet_of(model, processor, rows: datasets.Dataset, path: Path, text: str | None = None) -> np.ndarray:
-    """A sheet of three examples as grey values, the expressions replaced by a text of our choice."""
-    if text is not None:
-        asked = [[text] * len(group) for group in rows["sentences"]]
-        rows = rows.remove_columns("sentences").add_column("sentences", asked)
-    scores = [SentenceScore(row, 0, "any", 3 - row, 4) for row in range(3)]
-    draw_sheet(model, processor, rows, scores, path)
-    return np.asarray(Image.open(path).convert("L"))
-
-
-@pytest.mark.parametrize(("taps", "adapters"), [([4], []), ([1, 2, 3, 4], [0, 1, 2, 3])])
-def test_a_sheet_shows_every_expert_of_any_model(rows, processor, tmp_path, taps, adapters):
-    model = tiny_model(tap_layers=taps, adapter_layers=adapters)
-    assert sheet_of(model, processor, rows, tmp_path / "new" / "sheet.png").std() > 5
-
-
-LONG = "a man in a blue coat standing behind a bench " * 2
 
 
 # Files

@@ -1,11 +1,14 @@
 """Score a model on every sentence of a split, at every picture's own size.
 
-As a command: `python training/evaluation.py RUN/model --split test`; prints a table, writes `evaluation.json`.
+As a command: `python training/evaluation.py RUN/model --split test`; prints a table and writes `evaluation-SPLIT.json`, the same
+as Markdown, as a PNG of curves and of the worst and best cases, and as the `model-index` of a model card (YAML).
 """
 
 import json
 import logging
+import math
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,18 +18,28 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, tqdm
 from jsonargparse import ArgumentParser
+from jsonargparse.typing import NonNegativeInt, OpenUnitInterval, PositiveInt
 from torch.utils.data import DataLoader, Subset
+from transformers import BatchFeature
 
 from modeling_sera import SeraForReferringSegmentation
 from processing_sera import SeraProcessor
 from training.batches import Collator, EvaluationExamples, shuffled_sentences
-from training.configuration import load_settings
-from training.figures import draw_sheet
+from training.boundary import boundary_f_score
+from training.configuration import DataSettings, load_settings
+from training.environment import command_line
+from training.figures import draw_report, draw_sheet
 from training.files import write_text
-from training.metric import SentenceScore, format_table, summarize
+from training.metric import SentenceScore, format_table
+from training.reports import Threshold, evaluation_record, format_report, model_index
 from training.splits import load_splits
+from training.workers import end_with_parent
 
 logger = logging.getLogger(__name__)
+
+NO_TARGET_THRESHOLD = 0.5  # probability of absence above which nothing is predicted, for models that predict presence
+CALIBRATION_SPLITS = ("val", "validation")
+CALIBRATION_THRESHOLDS = tuple(i / 20 for i in range(1, 20))
 
 
 def score_sentences(
@@ -36,6 +49,7 @@ def score_sentences(
     accelerator: Accelerator,
     *,
     batch_size: int = 8,
+    max_expressions: int = 64,
     shuffle: bool = False,
     threshold: float | None = None,
     num_workers: int = 0,
@@ -47,7 +61,8 @@ def score_sentences(
         processor: Its processor.
         rows: A split (one referred object per row).
         accelerator: Says which pictures are this process's.
-        batch_size: Pictures per forward pass.
+        batch_size: Pictures per batch.
+        max_expressions: Expressions per forward pass; a batch with more of them takes several.
         shuffle: Ask each object another picture's sentences: what a model reaches that ignores the text.
         threshold: Probability above which a pixel is in the mask. `None`: the processor's own.
         num_workers: Processes that prepare batches.
@@ -55,67 +70,231 @@ def score_sentences(
     Returns:
         One score per sentence, in the order of the rows; the same list in every process.
     """
-    examples = EvaluationExamples(rows, shuffled_sentences(rows) if shuffle else None)
-    mine = Subset(examples, range(accelerator.process_index, len(examples), accelerator.num_processes))
-    loader = DataLoader(mine, batch_size, collate_fn=Collator(processor, with_labels=False), num_workers=num_workers)
     kinds = rows["sentence_kinds"]
+    scores = []
+    options = {"batch_size": batch_size, "max_expressions": max_expressions, "num_workers": num_workers}
+    asked = shuffled_sentences(rows) if shuffle else None
+    for (row, sentence), truth, result in _answers(model, processor, rows, accelerator, asked, threshold, **options):
+        predicted = result["mask"].cpu().numpy()
+        scores.append(
+            SentenceScore(
+                row=row,
+                sentence=sentence,
+                kind=kinds[row][sentence],
+                intersection=int(np.count_nonzero(predicted & truth)),
+                predicted=int(np.count_nonzero(predicted)),
+                truth=int(np.count_nonzero(truth)),
+                boundary_f=boundary_f_score(predicted, truth),
+                no_target=result.get("no_target"),
+            )
+        )
+    return sorted(gather_object(scores), key=lambda score: (score.row, score.sentence))
+
+
+def threshold_curve(
+    model: SeraForReferringSegmentation,
+    processor: SeraProcessor,
+    rows: datasets.Dataset,
+    accelerator: Accelerator,
+    **options: int,
+) -> dict[float, float]:
+    """mIoU of a split at every threshold of CALIBRATION_THRESHOLDS, from one pass over it; `options` as of `score_sentences`.
+
+    A mask that the presence head leaves empty is empty at all of them.
+    """
+    found = []
+    answered = _answers(model, processor, rows, accelerator, None, None, return_probabilities=True, **options)
+    for source, truth, result in answered:
+        probabilities = result["probabilities"]
+        inside = probabilities[torch.from_numpy(truth).to(probabilities.device)]
+        answers = result.get("no_target", 0.0) <= NO_TARGET_THRESHOLD
+        ious = []
+        for threshold in CALIBRATION_THRESHOLDS:
+            predicted = int((probabilities > threshold).sum()) if answers else 0
+            intersection = int((inside > threshold).sum()) if answers else 0
+            union = predicted + len(inside) - intersection
+            ious.append(intersection / union if union else 1.0)
+        found.append((source, ious))
+    table = np.array([ious for _, ious in sorted(gather_object(found))])
+    return {
+        threshold: math.fsum(column) / len(column)
+        for threshold, column in zip(CALIBRATION_THRESHOLDS, table.T, strict=True)
+    }
+
+
+def best_threshold(curve: dict[float, float]) -> float:
+    """The threshold of the highest mIoU; among equals the one nearest to 0.5."""
+    return min(curve, key=lambda threshold: (-curve[threshold], abs(threshold - 0.5)))
+
+
+def _answers(
+    model: SeraForReferringSegmentation,
+    processor: SeraProcessor,
+    rows: datasets.Dataset,
+    accelerator: Accelerator,
+    asked: list[list[str]] | None,
+    threshold: float | None,
+    *,
+    batch_size: int,
+    max_expressions: int,
+    num_workers: int = 0,
+    return_probabilities: bool = False,
+) -> Iterator[tuple[tuple[int, int], np.ndarray, dict]]:
+    """This process's sentences: (row, sentence), the true mask, and what post-processing makes of the model's answer."""
+    examples = EvaluationExamples(rows, asked)
+    mine = Subset(examples, range(accelerator.process_index, len(examples), accelerator.num_processes))
+    collator = Collator(processor, with_labels=False)
+    loader = DataLoader(mine, batch_size, collate_fn=collator, num_workers=num_workers, worker_init_fn=end_with_parent)
     was_training = model.training
     model.eval()
-    scores = []
-    for inputs, batch in tqdm(loader, desc="evaluating", leave=False):
-        with torch.inference_mode(), accelerator.autocast():
-            outputs = model(**inputs.to(accelerator.device))
-        results = processor.post_process_referring_segmentation(outputs, inputs, threshold=threshold)
-        truths = [mask for example in batch for mask in example.masks]
-        sources = [source for example in batch for source in example.sources]
-        for result, truth, (row, sentence) in zip(results, truths, sources, strict=True):
-            predicted = result["mask"].cpu().numpy()
-            intersection = int(np.count_nonzero(predicted & truth))
-            union = int(np.count_nonzero(predicted)) + int(np.count_nonzero(truth)) - intersection
-            scores.append(SentenceScore(row, sentence, kinds[row][sentence], intersection, union))
-    model.train(was_training)
-    return sorted(gather_object(scores), key=lambda score: (score.row, score.sentence))
+    try:
+        for inputs, batch in tqdm(loader, desc="evaluating", leave=False):
+            sources = (source for example in batch for source in example.sources)
+            truths = (mask for example in batch for mask in example.masks)
+            for part in split_expressions(inputs.to(accelerator.device), max_expressions):
+                with torch.inference_mode(), accelerator.autocast():
+                    outputs = model(**part)
+                results = processor.post_process_referring_segmentation(
+                    outputs, part, threshold, return_probabilities, NO_TARGET_THRESHOLD
+                )
+                for result in results:
+                    yield next(sources), next(truths), result
+    finally:
+        model.train(was_training)
+
+
+def split_expressions(inputs: BatchFeature, limit: int) -> Iterator[BatchFeature]:
+    """Inputs with at most `limit` expressions each, in order, and with the pictures that these are about alone.
+
+    The memory of a forward pass grows with its expressions, and a single picture may have hundreds.
+    """
+    number = len(inputs["input_ids"])
+    if number <= limit:
+        yield inputs
+        return
+    for start in range(0, number, limit):
+        chosen = slice(start, start + limit)
+        pictures, index = torch.unique(inputs["image_index"][chosen], return_inverse=True)
+        yield BatchFeature(
+            {name: inputs[name][pictures] for name in ("pixel_values", "original_sizes")}
+            | {name: inputs[name][chosen] for name in ("input_ids", "attention_mask")}
+            | {"image_index": index}
+        )
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = ArgumentParser(description="Score a saved SERA on every sentence of a split.")
-    parser.add_argument("model", type=str, help="folder or Hub id of a SERA")
-    parser.add_argument(
-        "--settings", type=str, default=None, help="settings of the run, for its data; default: beside the model"
-    )
-    parser.add_argument("--split", type=str, default="test", help="split to score")
-    parser.add_argument("--batch_size", type=int, default=8, help="pictures per forward pass")
-    parser.add_argument(
-        "--threshold", type=float | None, default=None, help="probability at the mask's edge; default: processor's"
-    )
-    parser.add_argument(
-        "--output", type=str | None, default=None, help="JSON file; default: evaluation-SPLIT.json by the model"
-    )
-    parser.add_argument("--sheet", type=str | None, default=None, help="also draw examples to this PNG file")
+    parser = evaluation_parser()
     options = parser.parse_args(arguments)
-
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    settings_file = Path(options.settings) if options.settings else Path(options.model).parent / "settings.yaml"
-    if not settings_file.is_file():
-        parser.error(f"{settings_file} is not there; name the run's settings with --settings.")
+    if options.calibrate is not None and options.calibrate not in CALIBRATION_SPLITS:
+        parser.error(
+            f"--calibrate {options.calibrate}: a threshold is chosen on a validation split alone, "
+            f"{' or '.join(CALIBRATION_SPLITS)}."
+        )
+    if options.calibrate is not None and options.threshold is not None:
+        parser.error("--threshold and --calibrate exclude each other: a threshold is either given or chosen.")
+    model_folder = Path(options.model)
+    if not model_folder.is_dir() and (model_folder.is_absolute() or len(model_folder.parts) != 2):
+        parser.error(f"{model_folder} is not a folder, and no id on the Hub (user/name) either.")
+    settings_file = Path(options.settings) if options.settings else model_folder.parent / "settings.yaml"
+    if settings_file.is_file():
+        parser.set_defaults(
+            {f"data.{name}": value for name, value in asdict(load_settings(settings_file).data).items()}
+        )
+        options = parser.parse_args(arguments)
+    elif options.settings or options.data == parser.get_defaults().data:
+        parser.error(f"{settings_file} is not there; name the run's settings with --settings, or the data with --data.")
+    data: DataSettings = parser.instantiate(options).data
+
     accelerator = Accelerator()
-    (rows,) = load_splits(load_settings(settings_file).data, [options.split])
     model = SeraForReferringSegmentation.from_pretrained(options.model).to(accelerator.device)
     processor = SeraProcessor.from_pretrained(options.model)
+    rows, *calibration_rows = load_splits(data, [options.split, *([options.calibrate] if options.calibrate else [])])
+    output = Path(options.output) if options.output else model_folder.parent / f"evaluation-{options.split}.json"
+    if accelerator.is_main_process:
+        output.parent.mkdir(parents=True, exist_ok=True)  # rather fails now than after the work
 
-    ask = {"batch_size": options.batch_size, "threshold": options.threshold}
-    scores = score_sentences(model, processor, rows, accelerator, **ask)
-    shuffled = score_sentences(model, processor, rows, accelerator, shuffle=True, **ask)
+    ask = {"batch_size": options.batch_size, "max_expressions": options.max_expressions}
+    ask["num_workers"] = options.num_workers
+    threshold = Threshold(processor.mask_threshold, "the processor's")
+    if options.threshold is not None:
+        threshold = Threshold(float(options.threshold), "given")
+    elif options.calibrate:
+        curve = threshold_curve(model, processor, calibration_rows[0], accelerator, **ask)
+        here = ", the split scored here," if options.calibrate == options.split else ""
+        threshold = Threshold(best_threshold(curve), f"chosen on {options.calibrate}{here} for the highest mIoU", curve)
+    scores = score_sentences(model, processor, rows, accelerator, threshold=threshold.value, **ask)
+    shuffled = score_sentences(model, processor, rows, accelerator, threshold=threshold.value, shuffle=True, **ask)
     if not accelerator.is_main_process:
         return
-    summaries = {"as written": summarize(scores), "shuffled": summarize(shuffled)}
-    logger.info(format_table(summaries))
-    output = Path(options.output) if options.output else Path(options.model).parent / f"evaluation-{options.split}.json"
-    record = {"split": options.split, "summary": summaries, "scores": [asdict(score) for score in scores]}
+
+    record = evaluation_record(
+        model=model_name(options.model),
+        data=data,
+        split=options.split,
+        rows=rows,
+        scores=scores,
+        shuffled=shuffled,
+        threshold=threshold,
+        command=command_line("training/evaluation.py", arguments),
+        processes=accelerator.num_processes,
+    )
+    logger.info(f"{options.split}, threshold {threshold}")
+    logger.info(format_table(record["summary"]))
     write_text(output, json.dumps(record, indent=1))
+    write_text(output.with_suffix(".md"), format_report(record))
+    write_text(output.with_suffix(".yaml"), model_index(record))
+    draw_report(model, processor, rows, scores, shuffled, record, output.with_suffix(".png"))
     if options.sheet:
-        draw_sheet(model, processor, rows, scores, Path(options.sheet))
+        draw_sheet(model, processor, rows, scores, Path(options.sheet), threshold=threshold.value)
+    logger.info(f"{output} and, beside it, .md, .png and .yaml (model-index)")
+
+
+def model_name(model: str) -> str:
+    """A Hub id as it is; of a folder its own name or, where training calls it "model", its run's."""
+    folder = Path(model).absolute()
+    if not folder.is_dir():
+        return model
+    return folder.parent.name if folder.name == "model" else folder.name
+
+
+def evaluation_parser() -> ArgumentParser:
+    """The options of the command."""
+    parser = ArgumentParser(description="Score a saved SERA on every sentence of a split.")
+    parser.add_argument("model", type=str, help="folder or Hub id of a SERA")
+    parser.add_argument("--split", type=str, default="test", help="split to score")
+    parser.add_argument(
+        "--settings",
+        type=str | None,
+        default=None,
+        help="settings of a run, for its data (default: those beside the model); options --data.… override them",
+    )
+    parser.add_class_arguments(DataSettings, "data")
+    parser.add_argument("--batch_size", type=PositiveInt, default=8, help="pictures per batch")
+    parser.add_argument("--max_expressions", type=PositiveInt, default=64, help="expressions per forward pass")
+    parser.add_argument("--num_workers", type=NonNegativeInt, default=0, help="processes that prepare batches")
+    parser.add_argument(
+        "--threshold",
+        type=OpenUnitInterval | None,
+        default=None,
+        help="probability at the mask's edge; default: the processor's",
+    )
+    parser.add_argument(
+        "--calibrate",
+        type=str | None,
+        default=None,
+        metavar="val",
+        help="choose the threshold with the highest mIoU on this validation split",
+    )
+    parser.add_argument(
+        "--output",
+        type=str | None,
+        default=None,
+        help="JSON file, the others get its name; default: evaluation-SPLIT.json by the model",
+    )
+    parser.add_argument("--sheet", type=str | None, default=None, help="also draw examples to this PNG file")
+    return parser
 
 
 if __name__ == "__main__":

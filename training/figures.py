@@ -1,8 +1,10 @@
-"""Pictures of results: masks laid over photographs, and the sheet of examples (ours)."""
+"""Pictures of results: masks laid over photographs, the sheet of examples, curves with the worst and best cases (ours)."""
 
-import textwrap
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import numpy as np
@@ -13,9 +15,15 @@ from modeling_sera import SeraForReferringSegmentation
 from modeling_sera.modeling_sera import SeraReferringSegmentationOutput
 from processing_sera import SeraProcessor
 from training.batches import picture_as_annotated
+from training.boundary import mask_outline
 from training.data import decode_mask
 from training.files import write_binary
 from training.metric import SentenceScore
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.gridspec import SubplotSpec
 
 FUSION_EXPERTS = ("spatial", "context", "boundary", "shape")
 ADAPTER_EXPERTS = ("spatial", "boundary")
@@ -27,6 +35,9 @@ COLORS = (
     (0.60, 0.30, 0.80),
     (0.0, 0.65, 0.70),
 )
+YELLOW = (1.0, 0.85, 0.1)
+DPI = 70
+SLICES_DRAWN = ("size", "length", "wording", "targets")
 
 
 def overlay(image: Image.Image, masks: Sequence[np.ndarray], opacity: float = 0.55) -> Image.Image:
@@ -35,7 +46,7 @@ def overlay(image: Image.Image, masks: Sequence[np.ndarray], opacity: float = 0.
     for i, mask in enumerate(masks):
         color = np.asarray(COLORS[i % len(COLORS)], dtype=np.float32)
         canvas = np.where(mask[..., None], (1 - opacity) * canvas + opacity * color, canvas)
-        canvas = np.where(_outline(mask)[..., None], 1.0, canvas)
+        canvas = np.where(mask_outline(mask)[..., None], 1.0, canvas)
     return Image.fromarray((canvas * 255).round().astype(np.uint8))
 
 
@@ -44,15 +55,8 @@ def spotlight(image: Image.Image, mask: np.ndarray) -> Image.Image:
     canvas = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
     dimmed = 0.35 * canvas.mean(axis=2, keepdims=True) + 0.15 * canvas
     canvas = np.where(mask[..., None], canvas, dimmed)
-    canvas = np.where(_outline(mask)[..., None], np.float32([1.0, 0.85, 0.1]), canvas)
+    canvas = np.where(mask_outline(mask)[..., None], np.float32(YELLOW), canvas)
     return Image.fromarray((canvas * 255).round().astype(np.uint8))
-
-
-def _outline(mask: np.ndarray) -> np.ndarray:
-    """Pixels of a mask that touch a pixel outside of it."""
-    padded = np.pad(mask, 1)
-    inside = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
-    return mask & ~inside
 
 
 def draw_sheet(
@@ -62,46 +66,190 @@ def draw_sheet(
     scores: list[SentenceScore],
     path: Path,
     num_examples: int = 12,
+    threshold: float | None = None,
 ) -> None:
     """One PNG with examples: picture, truth, prediction, expression, IoU, and the shares of the fusion experts.
 
     The examples stand at evenly spaced ranks of IoU within each kind of expression, from the worst to the best: nothing is picked.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    figure = sheet_figure(model, processor, rows, evenly_ranked(scores, num_examples), threshold)
+    write_binary(path, lambda partial: figure.savefig(partial, format="png", dpi=DPI))
 
-    chosen = _evenly_ranked(scores, num_examples)
+
+def sheet_figure(
+    model: SeraForReferringSegmentation,
+    processor: SeraProcessor,
+    rows: datasets.Dataset,
+    chosen: Sequence[SentenceScore],
+    threshold: float | None = None,
+) -> Figure:
+    """The sheet of the given examples, two beside each other; an expression too long for its place ends in "…"."""
     num_rows = (len(chosen) + 1) // 2
-    figure = Figure(figsize=(18, 3.2 * num_rows + 0.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(num_rows, 8, squeeze=False, width_ratios=[1, 1, 1, 0.8] * 2)
-    for axis in axes.flat:
-        axis.set_axis_off()
+    height = 3.3 * num_rows + 0.6
+    figure = _new_figure(18, height)
+    grid = figure.add_gridspec(
+        num_rows, 2, left=0.01, right=0.99, top=1 - 1.1 / height, bottom=0.35 / height, hspace=0.3, wspace=0.04
+    )
     for i, score in enumerate(chosen):
+        place = grid[i // 2, i % 2]
+        # an empty column leaves room for the experts' names
+        panels = place.subgridspec(1, 5, width_ratios=[1, 1, 1, 0.72, 0.7], wspace=0.04)
+        axes = [figure.add_subplot(panels[column]) for column in (0, 1, 2, 4)]
         row = rows[score.row]
         image, text = picture_as_annotated(row), row["sentences"][score.sentence]
-        inputs = processor(images=[image], text=[[text]], return_tensors="pt").to(model.device)
-        with torch.inference_mode():
-            outputs = model(**inputs, output_router_weights=True)
-        predicted = processor.post_process_referring_segmentation(outputs, inputs)[0]["mask"].cpu().numpy()
-        panels = axes[i // 2, 4 * (i % 2) : 4 * (i % 2) + 4]
-        panels[0].imshow(image)
-        panels[1].imshow(spotlight(image, decode_mask(row["mask"])))
-        panels[2].imshow(spotlight(image, predicted))
-        panels[0].set_title(textwrap.fill(f"“{text}”", 64), loc="left", fontsize=12, parse_math=False)
-        for axis, label in zip(panels[1:3], ("truth", f"prediction, IoU {score.iou:.2f}"), strict=True):
+        predicted, outputs = _predict(model, processor, image, text, threshold)
+        for axis, picture, label in (
+            (axes[0], image, ""),
+            (axes[1], spotlight(image, decode_mask(row["mask"])), "truth"),
+            (axes[2], spotlight(image, predicted), f"prediction, IoU {score.iou:.2f}"),
+        ):
+            axis.imshow(picture)
+            axis.set_axis_off()
+            axis.set_anchor("N")
             axis.text(0.5, -0.03, label, transform=axis.transAxes, ha="center", va="top", fontsize=10)
-        _draw_routing(panels[3], outputs)
+        _write_above(figure, place, f"“{text}”", fontsize=12)
+        _draw_routing(axes[3], outputs)
     figure.suptitle(
         "Held-out data, from the worst to the best of each kind. Bars: share of each expert, from shallow (light) to deep",
         fontsize=13,
+        y=1 - 0.15 / height,
     )
-    write_binary(path, lambda partial: figure.savefig(partial, format="png", dpi=70))
+    return figure
 
 
-def _draw_routing(axis, outputs: SeraReferringSegmentationOutput) -> None:
+def draw_report(
+    model: SeraForReferringSegmentation,
+    processor: SeraProcessor,
+    rows: datasets.Dataset,
+    scores: list[SentenceScore],
+    shuffled: list[SentenceScore],
+    record: dict[str, Any],
+    path: Path,
+    num_cases: int = 5,
+) -> None:
+    """One PNG of an evaluation: Pr@X over X, IoU histogram, mIoU by slice, and the worst and the best cases.
+
+    Args:
+        model: The model that was scored.
+        processor: Its processor.
+        rows: The split.
+        scores: Of its sentences.
+        shuffled: Of its sentences asked of other objects.
+        record: See `training.reports.evaluation_record`.
+        path: Of the PNG file.
+        num_cases: Worst cases, and as many best ones, each of another picture.
+    """
+    figure = _new_figure(3.6 * num_cases, 12)
+    threshold = record["threshold"]
+    figure.suptitle(
+        f"{record['model']}, {record['split']}: {len(scores)} expressions, threshold {threshold['value']:g}, {threshold['source']}",
+        fontsize=13,
+        parse_math=False,
+    )
+    candidates = threshold["candidates"]
+    curves = figure.add_gridspec(1, 4 if candidates else 3, left=0.05, right=0.98, top=0.93, bottom=0.69, wspace=0.6)
+    _draw_precisions(
+        figure.add_subplot(curves[0]), {"as written": scores, "shuffled": shuffled}, record["summary"]["as written"]
+    )
+    _draw_histogram(figure.add_subplot(curves[1]), scores)
+    _draw_slices(figure.add_subplot(curves[2]), record)
+    if candidates:
+        axis = figure.add_subplot(curves[3])
+        axis.plot([float(name) for name in candidates], list(candidates.values()), marker="o", color=COLORS[1])
+        axis.axvline(threshold["value"], color="grey", linestyle=":")
+        axis.set(title="calibration", xlabel="threshold", ylabel="mIoU")
+    ranked = sorted(scores, key=lambda score: score.iou)
+    cases = figure.add_gridspec(2, num_cases, left=0.01, right=0.99, top=0.58, bottom=0.02, hspace=0.4, wspace=0.06)
+    for line, (name, order) in enumerate((("worst", ranked), ("best", ranked[::-1]))):
+        for column, score in enumerate(_one_per_picture(order, rows)[:num_cases]):
+            row = rows[score.row]
+            image, text = picture_as_annotated(row), row["sentences"][score.sentence]
+            predicted, _ = _predict(model, processor, image, text, threshold["value"])
+            canvas = np.asarray(overlay(image, [predicted])).copy()
+            canvas[mask_outline(decode_mask(row["mask"]))] = np.uint8(255 * np.array(YELLOW))
+            axis = figure.add_subplot(cases[line, column])
+            axis.imshow(canvas)
+            axis.set_axis_off()
+            axis.set_anchor("NW")
+            _write_above(figure, cases[line, column], f"{name}, IoU {score.iou:.2f}: “{text}”", fontsize=10)
+    figure.text(0.01, 0.635, "Red: prediction. Yellow outline: truth. One expression of each picture.", fontsize=10)
+    write_binary(path, lambda partial: figure.savefig(partial, format="png", dpi=DPI))
+
+
+def fit_lines(text: str, width: float, measure: Callable[[str], float], max_lines: int = 2) -> str:
+    """Wrap a text to lines of at most `width`, as `measure` gives it; what does not fit into `max_lines` becomes "…".
+
+    Words longer than a line are broken; white space is collapsed.
+    """
+    rest, lines = " ".join(text.split()), []
+    while rest and len(lines) < max_lines:
+        last = len(lines) == max_lines - 1
+        if measure(rest) <= width:
+            lines.append(rest)
+            break
+        mark = "…" if last else ""
+        fitting, too_many = 1, len(rest)  # the longest beginning that fits, by bisection
+        while too_many - fitting > 1:
+            middle = (fitting + too_many) // 2
+            fitting, too_many = (middle, too_many) if measure(rest[:middle] + mark) <= width else (fitting, middle)
+        space = rest.rfind(" ", 1, fitting + 1)
+        end = space if space > 0 and not last else fitting
+        lines.append(rest[:end].rstrip() + mark)
+        rest = rest[end:].lstrip()
+    return "\n".join(lines)
+
+
+def evenly_ranked(scores: list[SentenceScore], number: int) -> list[SentenceScore]:
+    """`number` scores at evenly spaced ranks of IoU within each kind of expression."""
+    kinds = sorted({score.kind for score in scores})
+    chosen = []
+    for i, kind in enumerate(kinds):
+        ranked = sorted((score for score in scores if score.kind == kind), key=lambda score: score.iou)
+        wanted = min(number // len(kinds) + (i < number % len(kinds)), len(ranked))
+        chosen += [ranked[rank] for rank in np.linspace(0, len(ranked) - 1, wanted).round().astype(int)]
+    return chosen
+
+
+def _new_figure(width: float, height: float) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and most commands draw nothing
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=DPI)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _predict(
+    model: SeraForReferringSegmentation,
+    processor: SeraProcessor,
+    image: Image.Image,
+    text: str,
+    threshold: float | None,
+) -> tuple[np.ndarray, SeraReferringSegmentationOutput]:
+    inputs = processor(images=[image], text=[[text]], return_tensors="pt").to(model.device)
+    with torch.inference_mode():
+        outputs = model(**inputs, output_router_weights=True)
+    result = processor.post_process_referring_segmentation(outputs, inputs, threshold=threshold)[0]
+    return result["mask"].cpu().numpy(), outputs
+
+
+def _write_above(figure: Figure, place: SubplotSpec, text: str, fontsize: float) -> None:
+    """Write a text above a place of the grid, within its width."""
+    box = place.get_position(figure)
+    width = box.width * figure.bbox.width
+    written = figure.text(box.x0, box.y1 + 0.06 / figure.get_figheight(), "", va="bottom", fontsize=fontsize)
+    written.set_parse_math(False)  # a dollar sign is a dollar sign
+    renderer = figure.canvas.get_renderer()
+
+    def measure(line: str) -> float:
+        written.set_text(line)
+        return written.get_window_extent(renderer).width
+
+    written.set_text(fit_lines(text, width, measure))
+
+
+def _draw_routing(axis: Axes, outputs: SeraReferringSegmentationOutput) -> None:
     """Bars of each expert's share: the fusion experts at every tap, the adapter experts in every adapted block."""
-    axis.set_axis_on()
     names = []
     for kind, experts, routed in (
         ("fusion", FUSION_EXPERTS, outputs.fusion_router_weights),
@@ -122,11 +270,40 @@ def _draw_routing(axis, outputs: SeraReferringSegmentationOutput) -> None:
         axis.spines[side].set_visible(False)
 
 
-def _evenly_ranked(scores: list[SentenceScore], number: int) -> list[SentenceScore]:
-    kinds = sorted({score.kind for score in scores})
-    chosen = []
-    for i, kind in enumerate(kinds):
-        ranked = sorted((score for score in scores if score.kind == kind), key=lambda score: score.iou)
-        wanted = min(number // len(kinds) + (i < number % len(kinds)), len(ranked))
-        chosen += [ranked[rank] for rank in np.linspace(0, len(ranked) - 1, wanted).round().astype(int)]
-    return chosen
+def _draw_precisions(axis, asked: dict[str, list[SentenceScore]], summary: dict[str, dict[str, float]]) -> None:
+    limits = np.linspace(0, 1, 101)
+    for (name, scores), color in zip(asked.items(), (COLORS[1], "grey"), strict=True):
+        ious = np.array([score.iou for score in scores])
+        axis.plot(limits, (ious[:, None] > limits).mean(axis=0), label=name, color=color)
+    marked = [float(name.removeprefix("Pr@")) for name in summary["all"] if name.startswith("Pr@")]
+    axis.plot(marked, [summary["all"][f"Pr@{x}"] for x in marked], "o", color=COLORS[1])
+    axis.set(title="Pr@X", xlabel="X", ylabel="share of expressions with IoU > X", ylim=(0, 1))
+    axis.legend()
+
+
+def _draw_histogram(axis: Axes, scores: list[SentenceScore]) -> None:
+    axis.hist([score.iou for score in scores], bins=20, range=(0, 1), color=COLORS[1])
+    axis.set(title="IoU", xlabel="IoU", ylabel="expressions")
+
+
+def _draw_slices(axis: Axes, record: dict[str, Any]) -> None:
+    """mIoU of each slice with its interval."""
+    names, values, ends = [], [], []
+    for dimension in SLICES_DRAWN:
+        for label, group in record["slices"].get(dimension, {}).items():
+            names.append(f"{label} ({group['num_expressions']})")
+            values.append(group["mIoU"])
+            ends.append(group["intervals"].get("mIoU", (group["mIoU"],) * 2))
+    places, low_high = np.arange(len(names)), np.array(ends).T
+    axis.barh(places, values, color=COLORS[2], height=0.7)
+    axis.hlines(places, *low_high, color="black")
+    axis.set_yticks(places, names, fontsize=8)
+    axis.invert_yaxis()
+    axis.set(title=f"mIoU with {record['bootstrap']['level']:.0%} intervals", xlim=(0, 1))
+
+
+def _one_per_picture(scores: list[SentenceScore], rows: datasets.Dataset) -> list[SentenceScore]:
+    pictures, first = rows["image_id"][:], {}
+    for score in scores:
+        first.setdefault(pictures[score.row], score)
+    return list(first.values())

@@ -1,0 +1,55 @@
+"""What a figure was measured with: command, hardware, library versions; without a path of the machine (ours)."""
+
+import importlib.metadata
+import os
+import platform
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "evaluate", "numpy", "pillow", "pycocotools")
+
+
+def describe_hardware() -> dict[str, Any]:
+    """Processor, its cores that this process may use, and GPUs, by name."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"processor": _processor_name(), "cores": usable, "gpus": gpus, "system": platform.system()}
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that figures depend on."""
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in LIBRARIES}
+
+
+def command_line(script: str, arguments: list[str] | None = None) -> str:
+    """The command that ran `script`, a path in the repository, with `arguments` (`None`: the process's own)."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    return shlex.join(["python", script, *(without_folders(argument) for argument in arguments)])
+
+
+def without_folders(value: Any) -> Any:
+    """A setting or an argument (`--name=value` too) with absolute paths shortened to their last part; lists item by item."""
+    if isinstance(value, (list, tuple)):
+        return [without_folders(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    name, equals, rest = value.partition("=")
+    if equals and name.startswith("--"):
+        return name + equals + without_folders(rest)
+    return Path(value).name if Path(value).is_absolute() else value
+
+
+def _processor_name() -> str:
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        for line in information.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+__all__ = ["command_line", "describe_hardware", "library_versions", "without_folders"]

@@ -1,0 +1,164 @@
+"""What an evaluation leaves behind: the record (JSON), its tables (Markdown) and the model card's `model-index` (YAML)."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+from huggingface_hub import EvalResult, ModelCardData
+
+from training.boundary import TOLERANCE
+from training.configuration import DataSettings
+from training.environment import describe_hardware, library_versions, without_folders
+from training.intervals import LEVEL, RESAMPLES, bootstrap_intervals
+from training.metric import SentenceScore, by_kind, format_table, format_value, score_terms, summarize
+from training.slices import slice_scores
+
+SET_NAMES = {"refcoco": "RefCOCO", "refcoco+": "RefCOCO+", "refcocog": "RefCOCOg", "grefcoco": "gRefCOCO"}
+SLICE_COLUMNS = ("mIoU", "oIoU", "Pr@0.5", "boundary_F")
+
+
+@dataclass
+class Threshold:
+    """Probability above which a pixel is in the mask, in (0, 1); where it comes from; if chosen, the mIoU at each candidate."""
+
+    value: float
+    source: str
+    curve: dict[float, float] | None = None
+
+    def __str__(self) -> str:
+        return f"{self.value:g} ({self.source})"
+
+
+def evaluation_record(
+    *,
+    model: str,
+    data: DataSettings,
+    split: str,
+    rows: datasets.Dataset,
+    scores: list[SentenceScore],
+    shuffled: list[SentenceScore],
+    threshold: Threshold,
+    command: str,
+    processes: int,
+) -> dict[str, Any]:
+    """All that an evaluation found and how, as plain values; metrics and intervals are shares in [0, 1].
+
+    Args:
+        model: The model's name.
+        data: Where the split comes from.
+        split: Its name.
+        rows: The split.
+        scores: Of every sentence.
+        shuffled: Of every sentence asked of another object.
+        threshold: That both were scored with.
+        command: That did it.
+        processes: How many shared the work.
+    """
+    pictures = rows["image_id"][:]
+
+    def intervals(group: list[SentenceScore]) -> dict[str, tuple[float, float]]:
+        shown = [pictures[score.row] for score in group]
+        if len(set(shown)) < 2:
+            return {}  # a single picture says nothing about others
+        return bootstrap_intervals(score_terms(group), shown)
+
+    return {
+        "model": model,
+        "split": split,
+        "data": {name: without_folders(value) for name, value in asdict(data).items() if value is not None},
+        "counts": {
+            "pictures": len(set(pictures)),
+            "objects": len(rows),
+            "expressions": len(scores),
+            "without_target": sum(score.truth == 0 for score in scores),
+        },
+        "threshold": {
+            "value": threshold.value,
+            "source": threshold.source,
+            "candidates": None if threshold.curve is None else {f"{k:g}": v for k, v in threshold.curve.items()},
+        },
+        "predicts_presence": any(score.no_target is not None for score in scores),
+        "summary": {"as written": summarize(scores), "shuffled": summarize(shuffled)},
+        "intervals": {name: intervals(group) for name, group in by_kind(scores).items()},
+        "slices": {
+            dimension: {
+                label: summarize(group)["all"] | {"intervals": intervals(group)} for label, group in groups.items()
+            }
+            for dimension, groups in slice_scores(rows, scores).items()
+        },
+        "bootstrap": {"resamples": RESAMPLES, "level": LEVEL, "unit": "picture", "seed": 0},
+        "boundary_tolerance": TOLERANCE,
+        "command": command,
+        "processes": processes,
+        "hardware": describe_hardware(),
+        "versions": library_versions(),
+        "scores": [asdict(score) for score in scores],
+    }
+
+
+def format_report(record: dict[str, Any]) -> str:
+    """An [`evaluation_record`] as Markdown: how it was scored, the metrics with their intervals, and the slices."""
+    counts, threshold, bootstrap = record["counts"], record["threshold"], record["bootstrap"]
+    hardware = record["hardware"]
+    lines = [
+        f"# {record['model']} on {data_name(record)}, split {record['split']}",
+        "",
+        f"{counts['expressions']} expressions about {counts['objects']} objects ({counts['without_target']} expressions without a "
+        f"target) in {counts['pictures']} pictures, every mask compared at its picture's own size. Threshold "
+        f"{threshold['value']:g}, {threshold['source']}. Percentages; in brackets {bootstrap['level']:.0%} bootstrap intervals "
+        f"from {bootstrap['resamples']} resamples of pictures.",
+        "",
+        "mIoU is the mean over expressions, oIoU total intersection / total union, Pr@X the share of expressions with IoU > X; "
+        f"boundary_F the mean boundary F-score within {record['boundary_tolerance']:g} of the picture's diagonal. Shuffled: each "
+        "object asked the sentences of another.",
+        "",
+        format_table(record["summary"], record["intervals"]),
+        "",
+        "| | | expressions | " + " | ".join(SLICE_COLUMNS) + " |",
+        "|---|---|--:|" + "--:|" * len(SLICE_COLUMNS),
+    ]
+    for dimension, groups in record["slices"].items():
+        for label, group in groups.items():
+            cells = [format_value(group[column], group["intervals"].get(column)) for column in SLICE_COLUMNS]
+            lines.append(f"| {dimension} | {label} | {group['num_expressions']} | " + " | ".join(cells) + " |")
+    devices = ", ".join(hardware["gpus"]) or "no GPU"
+    lines += ["", f"`{record['command']}`", ""]
+    lines += [f"{hardware['processor']}, {hardware['cores']} cores; {devices}; {record['processes']} process(es). "]
+    lines[-1] += ", ".join(f"{name} {version}" for name, version in record["versions"].items()) + "."
+    return "\n".join(lines) + "\n"
+
+
+def model_index(record: dict[str, Any]) -> str:
+    """The `model-index` of a model card: every metric over all expressions, in percent, with threshold and interval."""
+    data, metrics, intervals = record["data"], record["summary"]["as written"]["all"], record["intervals"]["all"]
+    results = [
+        EvalResult(
+            task_type="image-segmentation",
+            task_name="Referring image segmentation",
+            dataset_type=data["dataset"] if data["source"] == "refer" else data_name(record).replace(" ", "-"),
+            dataset_name=data_name(record),
+            dataset_split=record["split"],
+            dataset_args=record["counts"],
+            metric_type=name,
+            metric_name=f"{name} (%)",
+            metric_value=round(100 * value, 2),
+            metric_args={
+                "threshold": record["threshold"]["value"],
+                "threshold_source": record["threshold"]["source"],
+            }
+            | ({"interval": [round(100 * end, 2) for end in intervals[name]]} if intervals else {}),
+        )
+        for name, value in metrics.items()
+        if name != "num_expressions"
+    ]
+    card = ModelCardData(model_name=record["model"], eval_results=results)
+    return card.to_yaml() + "\n"
+
+
+def data_name(record: dict[str, Any]) -> str:
+    """A set as a person would name it."""
+    data = record["data"]
+    if data["source"] == "refer":
+        return f"{SET_NAMES.get(data['dataset'], data['dataset'])} ({data['split_by']})"
+    return "embedded scenes" if data["source"] == "scenes" else Path(data.get("root") or data["source"]).name
