@@ -282,14 +282,14 @@ def _dilate(masks: np.ndarray, pixels: int) -> np.ndarray:
 
 # ------------------------------------------------------------------------------------ The search for meanings
 
-REDUNDANT = 0.2  # share of the clauses that may follow a noun phrase which is clear by itself
-OVER_SPECIFIED = 0.2  # share of the noun phrases that name one attribute more than needed, as people do
+REDUNDANT = 0.4  # share of the clauses that may follow a noun phrase which is clear by itself
+OVER_SPECIFIED = 0.5  # share of the noun phrases that name one attribute more than needed, as people do
 
 _Option = tuple[float, Clause | None, int | None]  # weight, clause, number of the anchor
 _Phrase = tuple[Attributes, tuple[int, int]]  # attributes and who has them
 
 LOCATION_OPTIONS: tuple[_Option, ...] = (
-    *((weight, Clause("rank", side, rank), None) for side in SIDES for rank, weight in ((1, 3.0), (2, 1.5), (3, 0.8))),
+    *((weight, Clause("rank", side, rank), None) for side in SIDES for rank, weight in ((1, 3.0), (2, 0.5), (3, 0.2))),
     *((1.2, Clause("side", side), None) for side in SIDES),
     *((3.0, Clause("corner", corner), None) for corner in CORNERS),
     (4.0, Clause("middle"), None),
@@ -297,12 +297,12 @@ LOCATION_OPTIONS: tuple[_Option, ...] = (
 SUPERLATIVE_OPTIONS: tuple[_Option, ...] = ((1.0, Clause("largest"), None), (1.0, Clause("smallest"), None))
 APPEARANCE_OPTIONS: tuple[_Option, ...] = ((8.0, None, None), *SUPERLATIVE_OPTIONS)
 TO_ANCHOR_OPTIONS = (
-    *((2.0, Clause("beside", side)) for side in SIDES),
-    (1.0, Clause("nearest")),
-    (0.3, Clause("farthest")),
-    (2.0, Clause("overlapping")),
-    (2.0, Clause("front")),
-    (2.0, Clause("behind")),
+    *((4.0, Clause("beside", side)) for side in SIDES),
+    (0.6, Clause("nearest")),
+    (0.2, Clause("farthest")),
+    (1.0, Clause("overlapping")),
+    (1.0, Clause("front")),
+    (1.0, Clause("behind")),
 )
 
 

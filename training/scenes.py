@@ -39,7 +39,7 @@ COLORS = {
     "white": (242, 242, 240),
     "black": (34, 34, 38),
 }
-RADII = {"small": (0.115, 0.130), "medium": (0.150, 0.160), "large": (0.185, 0.210)}  # in units of the side
+RADII = {"small": (0.135, 0.150), "medium": (0.175, 0.187), "large": (0.218, 0.245)}  # in units of the side
 TEXTURES = ("plain", "striped", "dotted")
 SPLITS = ("train", "val", "test")
 MIN_SIZE, MAX_SIZE = 64, 512
@@ -197,7 +197,7 @@ def _draw_objects(size: int, rng: np.random.Generator) -> tuple[np.ndarray, list
 
 def _sample_attributes(rng: np.random.Generator) -> list[dict[str, Any]]:
     """Attributes of 4 to 8 objects, from so few shapes and colors that many are shared. Radius in units of the side."""
-    count = int(rng.choice(5, p=(0.34, 0.28, 0.18, 0.12, 0.08))) + 4
+    count = int(rng.choice(5, p=(0.45, 0.27, 0.14, 0.08, 0.06))) + 4
     most = 3 if count < 6 else 4
     shapes = rng.permutation(list(FORMS))[: rng.integers(2, most, endpoint=True)].tolist()
     colors = rng.permutation(list(COLORS))[: rng.integers(3, 5, endpoint=True)].tolist()

@@ -1,0 +1,99 @@
+"""The README's commands and code run as they are written there, in a folder that holds what they name."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from builders import Folder, picture_bytes, tiny_tokenizer
+from conftest import REPOSITORY
+from transformers import CLIPConfig, CLIPModel, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+SETS = {
+    ("refcoco", "unc"): {"train": [1, 2, 3], "val": [4], "testA": [5], "testB": [7]},
+    ("refcoco+", "unc"): {"train": [1, 2, 8], "val": [4], "testA": [5], "testB": [7]},
+    ("refcocog", "umd"): {"train": [1, 2, 5], "val": [9], "test": [4]},
+    ("refcocog", "google"): {"train": [1, 2, 4, 5], "val": [9]},  # of the same pictures: both share instances.json
+    ("grefcoco", "unc"): {"train": [1, 2], "val": [4], "testA": [5], "testB": [7]},
+}
+
+
+def blocks(section: str, language: str) -> list[str]:
+    """The fenced blocks of a section, up to the next heading."""
+    text = re.split(r"^#{2,} ", README.split(f"### {section}\n", 1)[1], flags=re.MULTILINE)[0]
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def commands(section: str) -> list[str]:
+    lines = [line for block in blocks(section, "bash") for line in block.replace("\\\n", " ").splitlines()]
+    return [line for line in lines if line.strip() and not line.startswith("#")]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Runs a shell command in a folder with the code, REFER sets and, under their Hub ids, small towers."""
+    place = tmp_path_factory.mktemp("readme")
+    for name in ("modeling_sera", "processing_sera", "training", "benchmarks"):
+        (place / name).symlink_to(REPOSITORY / name)
+    for (dataset, split_by), pictures in SETS.items():
+        Folder(place / "refer", dataset=dataset, split_by=split_by).fill(pictures)
+    (place / "photo.jpg").write_bytes(picture_bytes("JPEG"))
+
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = Dinov2WithRegistersConfig(**small, mlp_ratio=2, patch_size=14, image_size=70, num_register_tokens=4)
+    Dinov2WithRegistersModel(vision).save_pretrained(place / "facebook" / "dinov2-with-registers-base")
+    tokenizer = tiny_tokenizer()
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    text = small | special | {"intermediate_size": 64, "vocab_size": len(tokenizer)}
+    clip = CLIPConfig(text_config=text, vision_config=small | {"intermediate_size": 64}, projection_dim=24)
+    CLIPModel(clip).save_pretrained(place / "openai" / "clip-vit-base-patch16")
+    tokenizer.save_pretrained(place / "openai" / "clip-vit-base-patch16")
+
+    environment = os.environ | {"PYTHONPATH": ".", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment |= {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
+    environment |= {"ACCELERATE_USE_CPU": "true"}
+
+    def run(command: str) -> str:
+        done = subprocess.run(command, shell=True, cwd=place, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        return done.stdout + done.stderr
+
+    run.place = place
+    return run
+
+
+def test_data(run):
+    made = commands("Data")
+    assert len(made) == len(SETS)
+    for command in made:
+        run(command)
+    assert {folder.name for folder in (run.place / "prepared").iterdir()} == {
+        *("refcoco", "refcoco+", "refcocog-umd", "refcocog-google", "grefcoco")
+    }
+
+
+def test_train_use_and_evaluate(run):
+    (recipe,) = commands("Train")
+    # as written but for its fifty epochs and its pictures' size
+    run(f"{recipe} --optimization.epochs 1 --data.image_size '[112, 112]'")
+    model = run.place / "outputs" / "refcoco" / "model"
+    assert model.is_dir()
+
+    if not (run.place / "prepared").exists():  # where this test runs alone
+        test_data(run)
+    for command in commands("Evaluate"):
+        run(command)
+    written = {path.name for path in (run.place / "outputs").rglob("*.json")}
+    assert {"evaluation-testA.json", "calibrated-testA.json", "refcoco-plus-val.json"} <= written
+
+    (run.place / "outputs" / "demo").mkdir()
+    (run.place / "outputs" / "demo" / "model").symlink_to(model)
+    (snippet,) = blocks("Use", "python")
+    (run.place / "snippet.py").write_text(snippet + "\nprint(results[0]['mask'].shape, results[1]['score'])\n")
+    assert "torch.Size([40, 60])" in run("python snippet.py")
+    for command in commands("Use"):
+        run(command)
+    assert (run.place / "prediction" / "overlay.png").is_file()
