@@ -4,6 +4,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+PIPELINE_TASKS = ("image-segmentation", "referring-image-segmentation")
+PIPELINE_CLASS = "pipeline_sera.ReferringImageSegmentationPipeline"  # in a file that the processor's code brings along
 NUM_FUSION_EXPERTS = 4  # spatial, context, boundary, shape: the set is the architecture's, so its size is no option
 
 
@@ -93,6 +95,7 @@ class SeraConfig(PreTrainedConfig):
     predict_presence: bool = False
 
     def __post_init__(self, **kwargs):
+        kwargs.pop("custom_pipelines", None)  # of a saved configuration; the property gives it
         super().__post_init__(**kwargs)
         depth = self.vision_config.num_hidden_layers
         if self.adapter_layers is None:
@@ -145,6 +148,24 @@ class SeraConfig(PreTrainedConfig):
             )
         if self.tap_layers is not None and (not self.tap_layers or not all(1 <= i <= depth for i in self.tap_layers)):
             raise ValueError(f"tap_layers {self.tap_layers} must be one or more depths in 1..{depth}.")
+
+    @property
+    def custom_pipelines(self) -> dict[str, dict]:
+        """What `transformers.pipeline` runs for a saved model, by task: a class from the folder's own code.
+
+        Made anew at each reading: transformers puts classes in the place of the names, which could then not be saved.
+        """
+        return {task: {"impl": PIPELINE_CLASS, "pt": ["AutoModel"]} for task in PIPELINE_TASKS}
+
+    def to_dict(self) -> dict:
+        """All fields as plain data, and the `custom_pipelines` that `transformers.pipeline` looks for in `config.json`.
+
+        The towers' `dtype`, which loading sets, is left out: it is the whole model's, and saving again changes nothing.
+        """
+        fields = super().to_dict() | {"custom_pipelines": self.custom_pipelines}
+        for tower in self.sub_configs:
+            fields[tower].pop("dtype", None)
+        return fields
 
     @property
     def patch_size(self) -> int:

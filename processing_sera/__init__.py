@@ -11,5 +11,8 @@ from .processing_sera import SeraProcessor
 # it.
 AutoImageProcessor.register(SeraImageProcessor, image_processor_classes={"pil": SeraImageProcessor}, exist_ok=True)
 AutoProcessor.register(SeraProcessor, SeraProcessor, exist_ok=True)
+# A saved processor brings its code along, for machines without this package.
+SeraImageProcessor.register_for_auto_class()
+SeraProcessor.register_for_auto_class()
 
 __all__ = ["ReferringImageSegmentationPipeline", "SeraImageProcessor", "SeraProcessor"]

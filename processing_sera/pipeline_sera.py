@@ -1,6 +1,8 @@
 """The one-call form: picture and expressions in, masks out."""
 
+import os
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -12,21 +14,20 @@ from transformers import Pipeline
 class ReferringImageSegmentationPipeline(Pipeline):
     """Segment what expressions refer to.
 
-    `pipe(image, text="left zebra")`, `pipe(image, text=["left zebra", "zebra drinking"])`,
-    `pipe({"image": image, "text": ...})`, or a list, generator or dataset of such dictionaries. A list of
-    pictures with `text=` asks the same of each. A picture is a PIL image, a path, an array or tensor, or a
-    URL.
-
-    For one picture it returns a list with one dictionary per expression: "label", the expression as given;
-    "score", see `SeraProcessor.post_process_referring_segmentation`; "mask", a PIL image of mode "L" and the
-    picture's own size, 255 on the object. For a list of inputs it returns a list of those, for a generator or
-    dataset an iterator.
+    `pipe(image, "left zebra")`, `pipe(image, ["left zebra", "zebra drinking"])`, `pipe({"image": image, "text": ...})`, or
+    a list, generator or dataset of such dictionaries. A list of pictures with one `text` asks the same of each.
 
     Args:
         model: a `SeraForReferringSegmentation`.
         processor: its `SeraProcessor`.
-        text: the expressions, unless each input brings its own.
-        threshold: the probability above which a pixel is in the mask; by default the processor's.
+        text: the expressions, unless each call or input brings its own.
+        threshold: the probability, within (0, 1), above which a pixel is in the mask; by default the processor's.
+        max_expressions: how many expressions go through the model at once, as memory allows. Those about one picture share
+            work, so fewer at once cost time.
+
+    Raises:
+        ValueError: no processor, a threshold outside (0, 1), `max_expressions` below 1.
+        TypeError: an argument that there is not.
     """
 
     _load_processor = True
@@ -39,12 +40,53 @@ class ReferringImageSegmentationPipeline(Pipeline):
         if self.processor is None:
             raise ValueError("The argument processor is missing: give the model's SeraProcessor.")
 
+    def __call__(self, inputs: Any, text: str | Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """Masks for the expressions about one picture or many.
+
+        Args:
+            inputs: a picture (PIL image, path, URL, array or tensor), a dictionary {"image": picture, "text": expressions},
+                or a list, generator or dataset of either.
+            text: one expression or a list of them, about every picture that comes without its own.
+            kwargs: `threshold` and `max_expressions` as at construction; `batch_size`, how many pictures are processed at
+                once, all their expressions with them; `num_workers`, as in every pipeline.
+
+        Returns:
+            For one picture a list with one dictionary per expression: "label", the expression as given; "score" in [0, 1],
+            see `SeraProcessor.post_process_referring_segmentation`; "mask", a PIL image of mode "L" and the picture's own
+            size, 255 on the object. From a model that predicts presence also "no_target", the probability that nothing
+            in the picture is meant; where that is likely the mask is empty. For a list of inputs a list of those, for a
+            generator or dataset an iterator.
+
+        Raises:
+            ValueError: no or an empty expression, no picture, one that cannot be read.
+            TypeError: an expression that is no string, a picture that is none.
+            FileNotFoundError: no file at a path.
+        """
+        if isinstance(inputs, (list, tuple)) and not inputs:
+            return []
+        if text is not None:
+            kwargs["text"] = text
+        return super().__call__(inputs, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Save model and processor, with their code; the base class would save parts of the processor only."""
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory, **kwargs)
+
     def _sanitize_parameters(
-        self, text: str | Sequence[str] | None = None, threshold: float | None = None
+        self,
+        text: str | Sequence[str] | None = None,
+        threshold: float | None = None,
+        max_expressions: int | None = None,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        if threshold is not None and not (isinstance(threshold, Real) and 0 < threshold < 1):
+            raise ValueError(f"threshold must be a number between 0 and 1, got {threshold!r}.")
+        if max_expressions is not None and not (isinstance(max_expressions, Integral) and max_expressions > 0):
+            raise ValueError(f"max_expressions must be a positive integer, got {max_expressions!r}.")
         preprocess_parameters = {} if text is None else {"text": text}
+        forward_parameters = {} if max_expressions is None else {"max_expressions": max_expressions}
         postprocess_parameters = {} if threshold is None else {"threshold": threshold}
-        return preprocess_parameters, {}, postprocess_parameters
+        return preprocess_parameters, forward_parameters, postprocess_parameters
 
     def preprocess(self, inputs: Any, text: str | Sequence[str] | None = None) -> dict[str, Any]:
         image = inputs
@@ -52,21 +94,24 @@ class ReferringImageSegmentationPipeline(Pipeline):
             image, text = inputs.get("image"), inputs.get("text", text)
         missing = "image" if image is None else "text" if text is None else None
         if missing:
-            usage = 'pipe(image, text="...") or pipe({"image": image, "text": "..."})'
-            raise ValueError(f"The argument {missing} is missing: call {usage}.")
+            usage = 'pipe(image, text="left zebra") or pipe({"image": image, "text": ["left zebra", "zebra drinking"]})'
+            purpose = " (what to look for in the picture)" if missing == "text" else ""
+            raise ValueError(f"The argument {missing} is missing{purpose}: call {usage}.")
+        if not isinstance(text, (str, list, tuple)):
+            raise TypeError(f"text must be a string or a list of strings, got {type(text).__name__}.")
         expressions = [text] if isinstance(text, str) else list(text)
         features = self.processor(images=[image], text=[expressions], return_tensors="pt")
         return {"features": dict(features), "text": expressions}
 
-    def _forward(self, model_inputs: dict[str, Any]) -> dict[str, Any]:
+    def _forward(self, model_inputs: dict[str, Any], max_expressions: int = 32) -> dict[str, Any]:
         # the base class collates a batch into lists and takes them apart again, but reshapes tensors it finds in them:
-        # the logits travel among the features
+        # what the model returns travels among the features
         is_batch = isinstance(model_inputs["features"], list)
         items = model_inputs["features"] if is_batch else [model_inputs["features"]]
-        features = self._join(items)
-        features["pixel_values"] = features["pixel_values"].to(self.model.dtype)
-        logits = self.model(**features).logits.split([len(item["input_ids"]) for item in items])
-        items = [{**item, "logits": own} for item, own in zip(items, logits, strict=True)]
+        outputs = self._run_model(self._join(items), max_expressions)
+        counts = [len(item["input_ids"]) for item in items]
+        for name, values in outputs.items():
+            items = [{**item, name: own} for item, own in zip(items, values.split(counts), strict=True)]
         return {"text": model_inputs["text"], "features": items if is_batch else items[0]}
 
     def _join(self, items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -78,22 +123,36 @@ class ReferringImageSegmentationPipeline(Pipeline):
 
         pad_token_id = self.processor.tokenizer.pad_token_id
         return {
-            "pixel_values": torch.cat([item["pixel_values"] for item in items]),
+            "pixel_values": torch.cat([item["pixel_values"] for item in items]).to(self.model.dtype),
             "original_sizes": torch.cat([item["original_sizes"] for item in items]),
             "input_ids": torch.cat([pad(item["input_ids"], pad_token_id) for item in items]),
             "attention_mask": torch.cat([pad(item["attention_mask"], 0) for item in items]),
             "image_index": torch.cat([item["image_index"] + i for i, item in enumerate(items)]),
         }
 
+    def _run_model(self, features: dict[str, torch.Tensor], max_expressions: int) -> dict[str, torch.Tensor]:
+        """`logits` (N, h, w) and, where the model gives them, `presence_logits` (N,); of so many expressions at once."""
+        parts = []
+        for rows in torch.arange(len(features["input_ids"]), device=self.device).split(max_expressions):
+            pictures, image_index = features["image_index"][rows].unique(return_inverse=True)
+            outputs = self.model(
+                pixel_values=features["pixel_values"][pictures],
+                original_sizes=features["original_sizes"][pictures],
+                input_ids=features["input_ids"][rows],
+                attention_mask=features["attention_mask"][rows],
+                image_index=image_index,
+            )
+            parts.append({name: outputs[name] for name in ("logits", "presence_logits") if name in outputs})
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
     def postprocess(self, model_outputs: dict[str, Any], threshold: float | None = None) -> list[dict[str, Any]]:
-        results = self.processor.post_process_referring_segmentation(
-            model_outputs["features"], model_outputs["features"], threshold=threshold
-        )
-        masks = [Image.fromarray(result["mask"].numpy().astype(np.uint8) * 255) for result in results]
-        return [
-            {"label": label, "score": result["score"], "mask": mask}
-            for label, result, mask in zip(model_outputs["text"], results, masks, strict=True)
-        ]
+        features = model_outputs["features"]
+        found = self.processor.post_process_referring_segmentation(features, features, threshold=threshold)
+        results = []
+        for label, result in zip(model_outputs["text"], found, strict=True):
+            mask = Image.fromarray(result.pop("mask").numpy().astype(np.uint8) * 255)
+            results.append({"label": label, "mask": mask, **result})  # the rest: score and, if predicted, no_target
+        return results
 
 
 __all__ = ["ReferringImageSegmentationPipeline"]

@@ -14,9 +14,11 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
 from .image_processing_sera import ImageLike, as_image_list, letterbox_box
+from .pipeline_sera import ReferringImageSegmentationPipeline  # so that the file is saved with the processor
 
 CLIP_MAX_TOKENS = 77
 UNSET_LENGTH = 10**6  # a tokenizer's model_max_length is astronomical where nobody set it
+LOADING_OPTIONS = ("dtype", "is_local", "local_files_only")  # transformers keeps these among the tokenizer's settings
 
 HTML_ENTITY = re.compile(r"&#?\w+;")
 PLAIN_CHARACTERS = str.maketrans(
@@ -165,10 +167,13 @@ class SeraProcessor(ProcessorMixin):
         """Save image processor, tokenizer and threshold.
 
         Padding and truncation that the tokenizer was last called with are cleared: after loading they would
-        outrank what its caller asks for.
+        outrank what its caller asks for. So is what its loading left there, so that a loaded processor is saved
+        as it was.
         """
         self.tokenizer.backend_tokenizer.no_padding()
         self.tokenizer.backend_tokenizer.no_truncation()
+        for name in LOADING_OPTIONS:
+            self.tokenizer.init_kwargs.pop(name, None)
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def post_process_referring_segmentation(
@@ -314,4 +319,4 @@ def _checked_threshold(threshold: float, name: str = "mask") -> float:
     return float(threshold)
 
 
-__all__ = ["SeraProcessor", "clean_expression"]
+__all__ = ["ReferringImageSegmentationPipeline", "SeraProcessor", "clean_expression"]

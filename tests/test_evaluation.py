@@ -1,10 +1,8 @@
-"""Scoring every sentence, in one process and in two; the commands for evaluation and prediction; files."""
+"""Scoring every sentence, in one process and in two; the command for evaluation; files."""
 
 import io
-import json
 import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,7 +19,6 @@ from pycocotools import mask as coco_mask
 from modeling_sera import SeraForReferringSegmentation
 from modeling_sera.modeling_sera import SeraReferringSegmentationOutput
 from processing_sera import SeraImageProcessor, SeraProcessor
-from training import prediction
 from training.batches import picture_as_annotated, shuffled_sentences
 from training.configuration import DataSettings, TrainingSettings, dump_settings
 from training.data import decode_mask, load_refer
@@ -284,7 +281,7 @@ def test_the_best_threshold_is_the_highest_and_among_equals_the_one_in_the_middl
     assert best_threshold({0.1: 0.5, 0.4: 0.5, 0.5: 0.2, 0.95: 0.5}) == 0.4
 
 
-# The prediction command
+# The command
 
 
 @pytest.fixture(scope="module")
@@ -298,11 +295,6 @@ def run_folder(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def on_cpu(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-
-
 def message_of(command, arguments: list[str], capsys) -> str:
     """What a command says when it fails."""
     with pytest.raises((SystemExit, ValueError, OSError)) as error:
@@ -312,125 +304,13 @@ def message_of(command, arguments: list[str], capsys) -> str:
     return capsys.readouterr().err + str(error.value)
 
 
-@pytest.fixture(scope="module")
-def photograph(rows) -> Image.Image:
-    return picture_as_annotated(rows[0]).crop((0, 0, 64, 40))
-
-
-EXPRESSIONS = ["left zebra", 'the "right" cup', "zebra — drinking"]
-
-
-def check_prediction(folder: Path, image: Image.Image, expressions: list[str]) -> list[np.ndarray]:
-    """The files of a prediction agree with each other; returns the masks."""
-    records = json.loads((folder / "prediction.json").read_text())
-    assert [record["expression"] for record in records] == expressions
-    masks = []
-    for record in records:
-        written = Image.open(folder / record["mask"])
-        assert written.mode == "L" and written.size == image.size
-        mask = np.asarray(written)
-        assert set(np.unique(mask)) <= {0, 255}
-        assert np.array_equal(coco_mask.decode(record["rle"]) == 1, mask == 255)
-        assert 0 <= record["score"] <= 1
-        masks.append(mask == 255)
-    assert Image.open(folder / "overlay.png").size == image.size
-    assert {path.name for path in folder.iterdir()} == {
-        *(record["mask"] for record in records),
-        *("overlay.png", "prediction.json"),
-    }
-    return masks
-
-
-def test_the_prediction_command(run_folder, photograph, tmp_path):
-    picture, output = tmp_path / "photo.png", tmp_path / "out"
-    photograph.save(picture)
-    command = [sys.executable, "training/prediction.py", str(run_folder / "model"), str(picture), *EXPRESSIONS]
-    done = subprocess.run(
-        [*command, "--output", str(output)], cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    masks = check_prediction(output, photograph, EXPRESSIONS)
-    assert len(masks) == 3
-    for i in (1, 2, 3):
-        assert f"mask-{i}.png" in done.stdout + done.stderr
-    model, processor = SeraForReferringSegmentation.from_pretrained(run_folder / "model").eval(), make_processor()
-    inputs = processor(images=[picture], text=[EXPRESSIONS], return_tensors="pt")
-    with torch.no_grad():
-        results = processor.post_process_referring_segmentation(model(**inputs), inputs)
-    for mask, result in zip(masks, results, strict=True):
-        assert (mask != result["mask"].numpy()).mean() < 0.01
-
-
-def test_a_rotated_photograph_is_predicted_upright(run_folder, photograph, tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
-    photograph.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
-    photograph.save(tmp_path / "upright.png")
-    masks = {}
-    for name in ("turned", "upright"):
-        picture, output = str(tmp_path / f"{name}.png"), str(tmp_path / name)
-        prediction.main([str(run_folder / "model"), picture, *EXPRESSIONS, "--output", output])
-        masks[name] = check_prediction(tmp_path / name, photograph, EXPRESSIONS)
-    assert np.array_equal(masks["turned"], masks["upright"])
-    overlays = [np.asarray(Image.open(tmp_path / name / "overlay.png")) for name in masks]
-    assert np.array_equal(*overlays)
-
-
-def test_a_16_bit_photograph_is_predicted_as_its_8_bit_copy(run_folder, photograph, tmp_path):
-    grey = np.asarray(photograph.convert("L"))
-    Image.fromarray(grey).save(tmp_path / "8.png")
-    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16.png")
-    for name in ("8", "16"):
-        picture, output = str(tmp_path / f"{name}.png"), str(tmp_path / name)
-        prediction.main([str(run_folder / "model"), picture, "left zebra", "--output", output])
-    for file in ("mask-1.png", "overlay.png"):
-        assert np.array_equal(*(np.asarray(Image.open(tmp_path / name / file)) for name in ("8", "16"))), file
-
-
-def test_the_threshold_is_the_probability_at_the_masks_edge(run_folder, photograph, tmp_path):
-    photograph.save(tmp_path / "photo.png")
-    model, processor = SeraForReferringSegmentation.from_pretrained(run_folder / "model").eval(), make_processor()
-    inputs = processor(images=[photograph], text=[["left zebra"]], return_tensors="pt")
-    with torch.no_grad():
-        outputs = model(**inputs)
-    found = processor.post_process_referring_segmentation(outputs, inputs, return_probabilities=True)[0]
-    probabilities = found["probabilities"].numpy()
-    assert probabilities.std() > 1e-3
-    for threshold in np.quantile(probabilities, [0.2, 0.7]).tolist():
-        arguments = [str(run_folder / "model"), str(tmp_path / "photo.png"), "left zebra"]
-        prediction.main([*arguments, "--threshold", str(threshold), "--output", str(tmp_path / "out")])
-        mask = check_prediction(tmp_path / "out", photograph, ["left zebra"])[0]
-        assert (mask != (probabilities > threshold)).mean() < 0.01
-
-
-def test_prediction_says_what_it_cannot_use(run_folder, photograph, tmp_path, capsys):
-    good, corrupt, missing = tmp_path / "good.png", tmp_path / "corrupt.png", tmp_path / "missing.png"
-    photograph.save(good)
-    corrupt.write_bytes(good.read_bytes()[:200])
-    output = tmp_path / "out"
-
-    def said(*arguments: object) -> str:
-        return message_of(prediction.main, [*map(str, arguments), "--output", str(output)], capsys)
-
-    model = run_folder / "model"
-    assert str(missing) in said(model, missing, "left zebra")
-    assert str(corrupt) in said(model, corrupt, "left zebra")
-    assert "empty expression" in said(model, good, "left zebra", " ")
-    assert "expressions" in said(model, good)
-    assert "1.5" in said(model, good, "left zebra", "--threshold", 1.5)
-    assert str(tmp_path / "no-model") in said(tmp_path / "no-model", good, "left zebra")
-    assert not output.exists()
-
-
-@pytest.mark.parametrize("script", ["prediction.py", "evaluation.py"])
-def test_a_failing_script_ends_with_a_message_alone(run_folder, tmp_path, monkeypatch, capsys, on_cpu, script):
-    missing = str(tmp_path / "missing.png")
-    arguments = {"prediction.py": [missing, "left zebra"], "evaluation.py": ["--split", missing]}[script]
-    monkeypatch.setattr(sys, "argv", [script, str(run_folder / "model"), *arguments])
+def test_the_failing_script_ends_with_a_message_alone(run_folder, monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(sys, "argv", ["evaluation.py", str(run_folder / "model"), "--split", "nowhere"])
     with pytest.raises(SystemExit) as error:  # any other exception would print a traceback
-        runpy.run_path(str(REPOSITORY / "training" / script), run_name="__main__")
+        runpy.run_path(str(REPOSITORY / "training" / "evaluation.py"), run_name="__main__")
     assert error.value.code not in (None, 0)
-    assert missing in capsys.readouterr().err + str(error.value)
+    assert "nowhere" in capsys.readouterr().err + str(error.value)
 
 
 # Files

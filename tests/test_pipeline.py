@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from conftest import make_model
 from PIL import Image
 from transformers import PreTrainedConfig, PreTrainedModel, pipeline
 from transformers.utils import ModelOutput
 
+from modeling_sera import SeraForReferringSegmentation
 from processing_sera import ReferringImageSegmentationPipeline, SeraProcessor
 
 
@@ -24,9 +26,11 @@ class BrightnessModel(PreTrainedModel):
         super().__init__(config)
         self.gain = torch.nn.Parameter(torch.tensor(4.0))
         self.dark = dark
+        self.calls = []  # numbers of pictures and of expressions
         self.post_init()
 
     def forward(self, pixel_values, input_ids, attention_mask, image_index, original_sizes):
+        self.calls.append((len(pixel_values), len(input_ids)))
         assert pixel_values.dtype == self.gain.dtype
         assert input_ids.shape == attention_mask.shape and len(original_sizes) == len(pixel_values)
         grey = torch.nn.functional.avg_pool2d(pixel_values.mean(1, keepdim=True), 2)[:, 0]
@@ -64,8 +68,8 @@ def check(result: dict, image: Image.Image, label: str) -> None:
 
 def test_one_expression_and_several(pipe):
     image = two_sided((100, 60))
-    (result,) = pipe(image, text="bright part")
-    check(result, image, "bright part")
+    for (result,) in (pipe(image, text="bright part"), pipe(image, "bright part")):
+        check(result, image, "bright part")
     texts = ["dark", "bright part", "dark part of it"]
     for results in (
         pipe(image, text=texts),
@@ -110,6 +114,31 @@ def test_lists_and_generators_in_batches(pipe, batch_size):
         for a, b in zip(batched, single, strict=True):
             assert a["score"] == pytest.approx(b["score"], abs=1e-6)
             assert np.array_equal(a["mask"], b["mask"])
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_the_batch_size_is_that_of_pictures_whose_expressions_go_together(pipe, batch_size):
+    pipe(examples(), batch_size=batch_size)
+    counts = [1, 2, 1]
+    groups = [counts[i : i + batch_size] for i in range(0, 3, batch_size)]
+    assert pipe.model.calls == [(len(group), sum(group)) for group in groups]
+
+
+def test_500_expressions_go_through_the_model_in_parts(pipe):
+    image, texts = two_sided((40, 30)), ["dark " * (1 + i % 3) if i % 2 else f"bright {i}" for i in range(500)]
+    results = pipe(image, texts)
+    assert len(results) == 500 and sum(count for _, count in pipe.model.calls) == 500
+    assert max(count for _, count in pipe.model.calls) <= 32
+    for result, text in zip(results, texts, strict=True):
+        check(result, image, text)
+
+
+@pytest.mark.parametrize("max_expressions", [1, 2, 3])
+def test_parts_may_end_within_a_picture(pipe, max_expressions):
+    """Nor does a part hold pictures that none of its expressions is about."""
+    check_all(pipe(examples(), batch_size=3, max_expressions=max_expressions))
+    for pictures, expressions in pipe.model.calls:
+        assert pictures <= expressions <= max_expressions
 
 
 def test_several_pictures_asked_the_same(pipe):
@@ -168,6 +197,39 @@ def test_what_is_missing_is_named(pipe, model):
         pipe(image, text="dark", treshold=0.4)
 
 
+def test_bad_options_and_types_are_named_before_the_model_runs(pipe):
+    image = two_sided((100, 60))
+    for threshold in (0, 1, 1.5, "0.5", float("nan")):
+        with pytest.raises(ValueError, match=f"threshold must be a number between 0 and 1, got {threshold!r}"):
+            pipe(image, "dark", threshold=threshold)
+    for number in (0, -1, 1.5, "2"):
+        with pytest.raises(ValueError, match=f"max_expressions must be a positive integer, got {number!r}"):
+            pipe(image, "dark", max_expressions=number)
+    for text, name in ((5, "int"), ({"a": 1}, "dict"), (b"dark", "bytes")):
+        with pytest.raises(TypeError, match=f"text must be a string or a list of strings, got {name}"):
+            pipe(image, text)
+    with pytest.raises(TypeError, match=r"text\[0\]\[1\] must be a string, got int"):
+        pipe(image, ["dark", 5])
+    with pytest.raises(TypeError, match=r"must be a PIL image.*got int"):
+        pipe(5, "dark")
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.png"):
+        pipe("nowhere.png", "dark")
+    assert pipe.model.calls == []
+
+
+def test_no_pictures_no_results(pipe):
+    assert pipe([], text="dark") == []
+    assert list(pipe(example for example in [])) == []
+
+
+def test_a_picture_too_large_to_decode_is_refused(pipe, tmp_path, monkeypatch):
+    two_sided((100, 60)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ValueError, match=r"bomb\.png is not a readable picture.*exceeds limit"):
+        pipe(tmp_path / "bomb.png", text="dark")
+    assert pipe.model.calls == []
+
+
 def test_bad_expressions_are_named(pipe, tmp_path):
     image = two_sided((100, 60))
     with pytest.raises(ValueError, match=r"text\[0\]\[1\] is an empty expression"):
@@ -179,24 +241,66 @@ def test_bad_expressions_are_named(pipe, tmp_path):
         pipe(tmp_path / "broken.png", text="dark")
 
 
-def test_with_sera_itself(processor):
-    """Masks, and the same ones as without the pipeline."""
-    from modeling_sera import SeraConfig, SeraForReferringSegmentation
-
+def make_sera(processor: SeraProcessor, **overrides) -> SeraForReferringSegmentation:
     tokenizer = processor.tokenizer
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    config = SeraConfig.tiny(text_config={"vocab_size": len(tokenizer), **ids})
-    torch.manual_seed(0)
-    model = SeraForReferringSegmentation(config).eval()
-    pipe = ReferringImageSegmentationPipeline(model=model, processor=processor)
-    images, texts = [two_sided((100, 60)), two_sided((33, 47))], [["dark", "the bright one"], ["left"]]
-    found = pipe([{"image": i, "text": t} for i, t in zip(images, texts, strict=True)], batch_size=2)
-    inputs = processor(images=images, text=texts, return_tensors="pt")
+    return make_model(text_config={"vocab_size": len(tokenizer), **ids}, **overrides)
+
+
+IMAGES, TEXTS = [two_sided((100, 60)), two_sided((33, 47))], [["dark", "the bright one", "zebra"], ["left"]]
+
+
+def expected_of(model: SeraForReferringSegmentation, processor: SeraProcessor) -> list[dict]:
+    """What model and processor give without the pipeline."""
+    inputs = processor(images=IMAGES, text=TEXTS, return_tensors="pt")
     with torch.no_grad():
         outputs = model(**inputs)
-    expected = processor.post_process_referring_segmentation(outputs, inputs)
+    return processor.post_process_referring_segmentation(outputs, inputs)
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_size": 2}, {"batch_size": 2, "max_expressions": 2}])
+@pytest.mark.parametrize("predict_presence", [False, True])
+def test_with_sera_itself(processor, predict_presence, options):
+    """Masks, and the same ones as without the pipeline; empty ones where the model says that nothing is meant."""
+    model = make_sera(processor, predict_presence=predict_presence)
+    if predict_presence:
+        with torch.no_grad():  # absent for some of the expressions, present for others
+            presence = model(**processor(images=IMAGES, text=TEXTS, return_tensors="pt")).presence_logits
+            bias = [parameter for name, parameter in model.named_parameters() if "presence" in name and "bias" in name]
+            bias[-1] -= presence.median()
+    pipe = ReferringImageSegmentationPipeline(model=model, processor=processor)
+    found = pipe([{"image": i, "text": t} for i, t in zip(IMAGES, TEXTS, strict=True)], **options)
     results = [result for results in found for result in results]
-    assert [result["label"] for result in results] == [text for group in texts for text in group]
-    for result, reference in zip(results, expected, strict=True):
+    assert [result["label"] for result in results] == [text for group in TEXTS for text in group]
+    for result, reference in zip(results, expected_of(model, processor), strict=True):
+        mask = np.asarray(result["mask"]) == 255
         assert result["score"] == pytest.approx(reference["score"], abs=1e-5)
-        assert ((np.asarray(result["mask"]) == 255) == reference["mask"].numpy()).mean() > 0.999
+        assert (mask == reference["mask"].numpy()).mean() > 0.999
+        assert set(result) - {"no_target"} == {"label", "score", "mask"}
+        assert ("no_target" in result) == predict_presence
+        if predict_presence:
+            assert result["no_target"] == pytest.approx(reference["no_target"], abs=1e-5)
+            assert mask.any() <= (result["no_target"] <= 0.5)
+    if predict_presence:
+        assert len({result["no_target"] > 0.5 for result in results}) == 2
+
+
+@pytest.mark.parametrize("dtype", ["float32", torch.bfloat16, "float16"])
+def test_device_and_dtype_pass_through_the_library_factory(processor, tmp_path, dtype):
+    model = make_sera(processor)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    pipe = pipeline(
+        "referring-image-segmentation",
+        model=str(tmp_path),
+        pipeline_class=ReferringImageSegmentationPipeline,
+        dtype=dtype,
+        device="cpu",
+        threshold=0.5,
+    )
+    assert {parameter.dtype for parameter in pipe.model.parameters()} == {getattr(torch, str(dtype).split(".")[-1])}
+    assert pipe.device == pipe.model.device == torch.device("cpu")
+    results = [result for image, texts in zip(IMAGES, TEXTS, strict=True) for result in pipe(image, texts)]
+    for result, reference in zip(results, expected_of(model, processor), strict=True):
+        assert result["score"] == pytest.approx(reference["score"], abs=0.02)
+        assert ((np.asarray(result["mask"]) == 255) == reference["mask"].numpy()).mean() > 0.9

@@ -19,6 +19,7 @@ from training.boundary import mask_outline
 from training.data import decode_mask
 from training.files import write_binary
 from training.metric import SentenceScore
+from training.overlay import COLORS, overlay
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,27 +28,9 @@ if TYPE_CHECKING:
 
 FUSION_EXPERTS = ("spatial", "context", "boundary", "shape")
 ADAPTER_EXPERTS = ("spatial", "boundary")
-COLORS = (
-    (0.90, 0.20, 0.20),
-    (0.15, 0.45, 0.90),
-    (0.10, 0.65, 0.35),
-    (0.95, 0.60, 0.10),
-    (0.60, 0.30, 0.80),
-    (0.0, 0.65, 0.70),
-)
 YELLOW = (1.0, 0.85, 0.1)
 DPI = 70
 SLICES_DRAWN = ("size", "length", "wording", "targets")
-
-
-def overlay(image: Image.Image, masks: Sequence[np.ndarray], opacity: float = 0.55) -> Image.Image:
-    """The picture with each (H, W) boolean mask tinted in a colour of its own and outlined in white."""
-    canvas = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
-    for i, mask in enumerate(masks):
-        color = np.asarray(COLORS[i % len(COLORS)], dtype=np.float32)
-        canvas = np.where(mask[..., None], (1 - opacity) * canvas + opacity * color, canvas)
-        canvas = np.where(mask_outline(mask)[..., None], 1.0, canvas)
-    return Image.fromarray((canvas * 255).round().astype(np.uint8))
 
 
 def spotlight(image: Image.Image, mask: np.ndarray) -> Image.Image:

@@ -1,89 +1,255 @@
-"""Masks for the expressions about one photograph, as files.
+"""Masks for the expressions about one photograph, as files: the command `sera-segment`.
 
-`python training/prediction.py MODEL photo.jpg "left zebra" "zebra drinking" --output DIR` writes one PNG mask per expression,
-an overlay of all of them, and `prediction.json` with scores and COCO run lengths.
+`sera-segment photo.jpg "left zebra" "zebra drinking" --model MODEL --out DIR` writes one PNG mask per expression, an overlay of all
+of them, and `prediction.json` with scores and COCO run lengths. (Ours.)
+
+Torch and what is built on it take seconds to import, so that happens in the functions: `--help` and a slip in the arguments answer
+at once.
 """
 
+from __future__ import annotations
+
+import argparse
+import importlib.util
 import json
-import logging
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
-import torch
-from jsonargparse import ArgumentParser
 from PIL import Image
 
-from modeling_sera import SeraForReferringSegmentation
-from processing_sera import SeraProcessor
-from processing_sera.image_processing_sera import to_rgb_image
-from training.data import encode_mask, open_image
-from training.figures import overlay
 from training.files import write_binary, write_text
+from training.overlay import overlay
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from processing_sera import ReferringImageSegmentationPipeline
 
-
-def predict(
-    model: SeraForReferringSegmentation,
-    processor: SeraProcessor,
-    image: Image.Image,
-    expressions: list[str],
-    threshold: float | None = None,
-) -> list[dict]:
-    """All expressions about one picture in one forward pass.
-
-    Returns:
-        Per expression `{"mask": bool (H, W) array, "score": float in [0, 1]}`.
-    """
-    inputs = processor(images=[image], text=[expressions], return_tensors="pt").to(model.device)
-    with torch.inference_mode():
-        outputs = model(**inputs)
-    results = processor.post_process_referring_segmentation(outputs, inputs, threshold=threshold)
-    return [{"mask": result["mask"].cpu().numpy(), "score": result["score"]} for result in results]
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")  # in one file, or in several
+MODEL_FILES = ("config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json")
+EXPRESSIONS_AT_ONCE = 32  # masks of this many are in memory together
 
 
-def write_prediction(image: Image.Image, expressions: list[str], results: list[dict], output: Path) -> None:
-    """Write `mask-1.png` … (0 and 255), `overlay.png` and `prediction.json` into a folder."""
-    for i, result in enumerate(results, start=1):
-        mask = Image.fromarray(result["mask"].astype(np.uint8) * 255)
-        write_binary(output / f"mask-{i}.png", lambda partial, mask=mask: mask.save(partial, format="png"))
-    combined = overlay(image, [result["mask"] for result in results])
-    write_binary(output / "overlay.png", lambda partial: combined.save(partial, format="png"))
-    records = [
-        {"expression": text, "score": result["score"], "mask": f"mask-{i}.png", "rle": encode_mask(result["mask"])}
-        for i, (text, result) in enumerate(zip(expressions, results, strict=True), start=1)
-    ]
-    write_text(output / "prediction.json", json.dumps(records, indent=1))
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong with the arguments in one line; exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command line."""
-    parser = ArgumentParser(description="Segment what expressions mean in one photograph.")
-    parser.add_argument("model", type=str, help="folder or Hub id of a SERA")
-    parser.add_argument("image", type=str, help="photograph")
-    parser.add_argument("expressions", type=str, nargs="+", help="one or more expressions")
-    parser.add_argument("--output", type=str, default="prediction", help="folder for the files")
-    parser.add_argument(
-        "--threshold", type=float | None, default=None, help="probability at the mask's edge; default: processor's"
-    )
+    """The command line. Exit codes: 0 done, 2 what was asked for or given cannot be used, 1 anything else."""
+    parser = _parser()
     options = parser.parse_args(arguments)
-
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    output = Path(options.output)
-    try:
-        image = to_rgb_image(open_image({"path": options.image, "bytes": None}))
-        model = SeraForReferringSegmentation.from_pretrained(options.model).eval()
-        processor = SeraProcessor.from_pretrained(options.model)
-        results = predict(model, processor, image, options.expressions, options.threshold)
-        write_prediction(image, options.expressions, results, output)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))  # what was wrong with the input, without a traceback; exit code 2
-    for i, (text, result) in enumerate(zip(options.expressions, results, strict=True), start=1):
-        logger.info(
-            f"{output / f'mask-{i}.png'}: {text!r}, score {result['score']:.3f}, {int(result['mask'].sum())} pixels"
+    if importlib.util.find_spec("pycocotools") is None:
+        parser.exit(
+            1,
+            f"{parser.prog}: error: pycocotools is not installed; the extra 'demo' brings it: pip install '.[demo]'\n",
         )
-    logger.info(f"{output / 'overlay.png'}")
+    output = Path(options.out)
+    _refuse_to_overwrite(parser, options.photo, output)
+
+    from processing_sera.image_processing_sera import to_rgb_image
+
+    try:
+        image = to_rgb_image(options.photo)
+        pipe = load_pipeline(options.model, device=options.device, dtype=options.dtype)
+        records = write_prediction(image, predict(pipe, image, options.expressions, options.threshold), output)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: error: {_in_one_line(error)}\n")
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack an expression's characters
+    for record in records:
+        absence = f", no target {record['no_target']:.3f}" if "no_target" in record else ""
+        print(f"{output / record['mask']}: score {record['score']:.3f}{absence}, {record['expression']}")
+    print(output / "overlay.png")
+    print(output / "prediction.json")
 
 
-if __name__ == "__main__":
-    main()
+def load_pipeline(model: str, device: str | None = None, dtype: str = "auto") -> ReferringImageSegmentationPipeline:
+    """The pipeline over a saved SERA, by the code installed here: nothing in the folder is run.
+
+    Args:
+        model: Folder or Hub id.
+        device: Such as "cpu" or "cuda:1". `None`: the first accelerator there is, else the CPU.
+        dtype: Name of a floating type of torch. "auto": the weights' own.
+
+    Raises:
+        ValueError: Where the device cannot be used, or the weights are damaged, incomplete or of another model.
+        OSError: Where the model is not found, or a file of it.
+    """
+    import torch
+
+    from modeling_sera import SeraConfig, SeraForReferringSegmentation
+    from processing_sera import ReferringImageSegmentationPipeline, SeraProcessor
+
+    try:
+        torch.zeros(1, device=device).tolist()
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"The device {device!r} cannot be used: {_in_one_line(error)}") from error
+    _check_folder(model)
+    try:
+        kind = SeraConfig.get_config_dict(model)[0].get("model_type")
+    except OSError as error:
+        raise OSError(f"{model} is no folder here and cannot be had from the Hub: {_in_one_line(error)}") from error
+    if kind != SeraConfig.model_type:
+        raise ValueError(f"{model} holds a model of the type {kind!r}, not {SeraConfig.model_type!r}.")
+    try:
+        with _quiet_libraries():
+            processor = SeraProcessor.from_pretrained(model)
+            loaded, info = SeraForReferringSegmentation.from_pretrained(
+                model, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+    except Exception as error:  # damaged files make the libraries raise almost anything
+        raise ValueError(f"{model} cannot be loaded: {_in_one_line(error)}") from error
+    unfit = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    if unfit:
+        raise ValueError(
+            f"The weights of {model} do not fit its config.json: {unfit[0]} is missing or of another size."
+        )
+    return ReferringImageSegmentationPipeline(model=loaded.eval(), processor=processor, device=device)
+
+
+def predict(
+    pipe: ReferringImageSegmentationPipeline, image: Image.Image, expressions: list[str], threshold: float | None = None
+) -> Iterator[dict[str, Any]]:
+    """The pipeline's results for the expressions, in their order, as they are computed."""
+    groups = [expressions[i : i + EXPRESSIONS_AT_ONCE] for i in range(0, len(expressions), EXPRESSIONS_AT_ONCE)]
+    for results in pipe(({"image": image, "text": group} for group in groups), threshold=threshold):
+        yield from results
+
+
+def write_prediction(image: Image.Image, results: Iterable[dict[str, Any]], output: Path) -> list[dict[str, Any]]:
+    """Write `mask-1.png` … (0 and 255), `overlay.png` and, last, `prediction.json` into a folder.
+
+    Args:
+        image: The photograph.
+        results: What the pipeline gives for its expressions; one at a time is kept.
+        output: The folder, made where absent.
+
+    Returns:
+        What `prediction.json` holds, per expression: "expression", "score" in [0, 1], where predicted "no_target" in [0, 1],
+        "mask" (the file's name) and "rle", COCO's compressed run lengths {"size": [height, width], "counts"}.
+    """
+    from pycocotools import mask as coco_mask
+
+    records: list[dict[str, Any]] = []
+
+    def masks() -> Iterator[np.ndarray]:
+        for i, result in enumerate(results, start=1):
+            name = f"mask-{i}.png"
+            write_binary(output / name, lambda partial, picture=result["mask"]: picture.save(partial, format="png"))
+            mask = np.asarray(result["mask"]) > 0
+            rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+            numbers = {key: result[key] for key in ("score", "no_target") if key in result}
+            written = {"mask": name, "rle": {"size": list(mask.shape), "counts": rle["counts"].decode("ascii")}}
+            records.append({"expression": result["label"]} | numbers | written)
+            yield mask
+
+    combined = overlay(image, masks())
+    write_binary(output / "overlay.png", lambda partial: combined.save(partial, format="png"))
+    write_text(output / "prediction.json", json.dumps(records, indent=1, ensure_ascii=False))
+    return records
+
+
+def _parser() -> OneLineParser:
+    parser = OneLineParser(
+        prog="sera-segment",
+        description="Segment what expressions mean in one photograph: a mask per expression (PNG), an overlay of them all (PNG), "
+        "and scores with COCO run lengths (JSON).",
+        epilog='example: sera-segment photo.jpg "left zebra" "zebra drinking" --model outputs/demo/model --out prediction',
+    )
+    parser.add_argument("photo", help="file or URL of the photograph")
+    parser.add_argument("expressions", nargs="+", type=_expression, metavar="expression", help="what to segment")
+    parser.add_argument("--model", required=True, metavar="MODEL", help="folder or Hub id of a SERA")
+    parser.add_argument(
+        "--out", default="prediction", metavar="DIR", help="folder for the files (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--threshold",
+        type=_probability,
+        metavar="P",
+        help="probability, between 0 and 1, above which a pixel is in the mask (default: the model's own)",
+    )
+    parser.add_argument(
+        "--device", metavar="DEVICE", help="such as cpu, cuda or cuda:1 (default: an accelerator if there is one)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="precision of the computation (default: %(default)s, that of the weights)",
+    )
+    return parser
+
+
+def _expression(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # the system's bytes that are no UTF-8 arrive as lone surrogates
+        raise argparse.ArgumentTypeError(f"{text!a} is not valid UTF-8") from None
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} is an empty expression")
+    return text
+
+
+def _probability(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number between 0 and 1")
+    return value
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """No progress bars for what takes a moment, and no reports on weights: their faults are said in a sentence."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _refuse_to_overwrite(parser: OneLineParser, photo: str, output: Path) -> None:
+    if output.exists() and not output.is_dir():
+        parser.error(f"--out {output} is a file; name a folder")
+    path = Path(photo)
+    if path.parent.resolve() == output.resolve() and (path.name == "overlay.png" or path.match("mask-*.png")):
+        parser.error(f"{photo} would be overwritten; name another folder with --out")
+
+
+def _check_folder(model: str) -> None:
+    """That a folder holds every file that is needed, whole as far as can be told; transformers names them in part only."""
+    folder = Path(model)
+    if not folder.is_dir():
+        if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:  # no Hub id
+            raise FileNotFoundError(f"There is no folder {model}.")
+        return
+    missing = [name for name in MODEL_FILES if not (folder / name).is_file()]
+    if not any((folder / name).is_file() for name in WEIGHTS):
+        missing.append(WEIGHTS[0])
+    if missing:
+        raise FileNotFoundError(
+            f"The folder {model} has no {missing[0]}; give one that holds a saved model and its processor."
+        )
+    for name in MODEL_FILES:
+        try:
+            whole = isinstance(json.loads((folder / name).read_bytes()), dict)
+        except ValueError:
+            whole = False
+        if not whole:
+            raise ValueError(f"{folder / name} is damaged: it holds no JSON object.")
