@@ -1,0 +1,239 @@
+"""What an inference endpoint runs: pictures and expressions in a request, masks in the answer.
+
+This file lies beside the weights. The inference toolkit imports it as a module of its own, calls `EndpointHandler(folder)` once
+and then the handler with each request. Whatever it raises becomes the answer `{"error": message}` with status 400, so every
+refusal here is a `ValueError` of one sentence that says what to send instead, and no other message leaves the machine. (Ours.)
+"""
+
+import base64
+import io
+import logging
+import math
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
+
+logger = logging.getLogger(__name__)
+
+MAX_IMAGE_BYTES = 20 * 2**20  # of the file, after base64
+MAX_PIXELS = 25_000_000  # of the picture; a mask and its probabilities are as large
+MAX_EXPRESSIONS = 100  # more are refused: their answer would outlast the connection
+MAX_CHARACTERS = 1000  # of one expression; the model reads fewer tokens still
+EXPRESSIONS_AT_ONCE = 16  # in one forward pass: memory grows with them
+NUM_BYTES = 256  # every one of them is in a CLIP tokenizer's vocabulary
+# Pillow knows more, some of which start other programs
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+
+FORM = '{"inputs": {"image": "<base64>", "text": ["left zebra"]}, "parameters": {"threshold": 0.5}}'
+TEXT_NAMES = ("text", "expressions")
+
+
+class EndpointHandler:
+    """Answers requests about one picture each."""
+
+    def __init__(self, path: str = ""):
+        """
+        Args:
+            path: Folder of the model, which holds its code where the installed transformers does not.
+
+        Raises:
+            OSError, ValueError: Where the folder does not hold a whole model.
+        """
+        self.processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
+        # where a file is missing, transformers makes up an empty tokenizer, or takes the tokenizer for the processor
+        if len(getattr(self.processor, "tokenizer", ())) < NUM_BYTES:
+            raise ValueError("The model's processor is not whole; is its code or its tokenizer.json missing?")
+        model = AutoModel.from_pretrained(path, trust_remote_code=True)
+        self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+    def __call__(self, data: dict[str, Any]) -> list[dict[str, Any]]:
+        """Answer one request.
+
+        Args:
+            data: `{"inputs": …, "parameters": …}`. `inputs` is `{"image": picture, "text": expressions}` or the picture alone,
+                with `"text"` among the parameters. A picture is the base64 of a file (`data:` URLs too), the file's bytes or a
+                PIL image; expressions are a string or a list of strings, also under the name `"expressions"`. The other
+                parameter is `"threshold"`, the probability within (0, 1) at the mask's edge, by default the processor's.
+
+        Returns:
+            Per expression, in order, `{"label": str, "score": float, "mask": str}`: the expression as given, a number in [0, 1],
+            and the base64 of a PNG of the upright picture's size, 255 on the object and 0 elsewhere.
+
+        Raises:
+            ValueError: Where the request cannot be answered, with what to change.
+            RuntimeError: Where the model failed; the reason is in the log alone.
+        """
+        picture, expressions, threshold = read_request(data)
+        image = open_picture(picture)
+        try:
+            picture_inputs = self.processor(images=[image], return_tensors="pt")
+        except ValueError:
+            raise ValueError(
+                "The picture's values are no colours; send an ordinary picture of 8 bits a channel."
+            ) from None
+        self._check_expressions(expressions)
+        try:
+            return self._segment(picture_inputs, expressions, threshold)
+        except Exception:
+            logger.exception("a request failed")
+            # the toolkit answers with the text of any exception, and this one's could name what lies on the machine
+            raise RuntimeError("The model could not answer this request; the endpoint's log says why.") from None
+
+    def _check_expressions(self, expressions: list[str]) -> None:
+        """`ValueError` where nothing is left of an expression once cleaned, or where it is cut to what the model reads."""
+        for i, expression in enumerate(expressions):
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", message="The expression ", category=UserWarning)
+                try:
+                    self.processor(text=[expression])
+                except ValueError:
+                    raise ValueError(f"text[{i}] is empty but for spaces and signs that are not seen.") from None
+                except UserWarning:  # who sends a request does not see warnings
+                    raise ValueError(f"text[{i}] has more tokens than the model reads; shorten it.") from None
+
+    def _segment(
+        self, picture_inputs: dict[str, torch.Tensor], expressions: list[str], threshold: float | None
+    ) -> list[dict[str, Any]]:
+        answers = []
+        for start in range(0, len(expressions), EXPRESSIONS_AT_ONCE):
+            group = expressions[start : start + EXPRESSIONS_AT_ONCE]
+            inputs = {**picture_inputs, **self.processor(text=[group], return_tensors="pt")}
+            inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
+            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+            with torch.inference_mode():
+                outputs = self.model(**inputs)
+            results = self.processor.post_process_referring_segmentation(outputs, inputs, threshold=threshold)
+            for label, result in zip(group, results, strict=True):
+                answers.append({"label": label, "score": result["score"], "mask": encode_mask(result["mask"])})
+        return answers
+
+
+def read_request(data: Any) -> tuple[Any, list[str], float | None]:
+    """A request's picture (as sent), expressions and threshold (`None`: not given), all but the picture checked.
+
+    Raises:
+        ValueError: See [`EndpointHandler.__call__`].
+    """
+    if not isinstance(data, dict) or data.get("inputs") is None:
+        raise ValueError(f"The request has no inputs; send {FORM}.")
+    inputs, parameters = data["inputs"], data.get("parameters")
+    parameters = {} if parameters is None else parameters
+    if not isinstance(parameters, dict):
+        raise ValueError(f"parameters must be an object, got {_type_name(parameters)}; send {FORM}.")
+    if not isinstance(inputs, dict):
+        inputs = {"image": inputs}
+    _check_names("inputs", inputs, ("image", *TEXT_NAMES))
+    _check_names("parameters", parameters, ("threshold", *TEXT_NAMES))
+    if inputs.get("image") is None:
+        raise ValueError(f"inputs has no image; send {FORM}.")
+    texts = [part[name] for part in (inputs, parameters) for name in TEXT_NAMES if part.get(name) is not None]
+    if not texts:
+        raise ValueError(f"The request has no text: say what to segment; send {FORM}.")
+    if len(texts) > 1:
+        raise ValueError("The request has text in several places; send it once.")
+    return inputs["image"], _read_expressions(texts[0]), _read_threshold(parameters.get("threshold"))
+
+
+def open_picture(picture: Any) -> Image.Image:
+    """A picture as sent, decoded; its size is checked before that, from its header.
+
+    Raises:
+        ValueError: Where it is no picture, too large, cut off, or of a format that is not accepted.
+    """
+    if isinstance(picture, str):
+        picture = _decode_base64(picture)
+    if isinstance(picture, (bytes, bytearray)):
+        if len(picture) > MAX_IMAGE_BYTES:
+            raise ValueError(f"The picture has {len(picture)} bytes; send at most {MAX_IMAGE_BYTES}.")
+        try:
+            picture = Image.open(io.BytesIO(picture), formats=FORMATS)
+        except Image.DecompressionBombError:
+            raise ValueError(f"The picture has too many pixels; send at most {MAX_PIXELS}.") from None
+        except Exception:  # what Pillow raises on a broken header is not one kind
+            raise ValueError(f"image is not a picture; send one of these formats: {', '.join(FORMATS)}.") from None
+    if not isinstance(picture, Image.Image):
+        raise ValueError(f"image must be the base64 of a file, got {_type_name(picture)}; send {FORM}.")
+    if picture.format not in (*FORMATS, "MPO", None):  # phones' JPEGs of several pictures; made in memory
+        raise ValueError(f"A {picture.format} picture is not accepted; send one of {', '.join(FORMATS)}.")
+    width, height = picture.size
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"The picture has {width} x {height} pixels; send at most {MAX_PIXELS} in all.")
+    try:
+        picture.load()
+    except Exception:
+        raise ValueError("The picture cannot be decoded to its end; was it cut off or damaged on the way?") from None
+    return picture
+
+
+def encode_mask(mask: torch.Tensor) -> str:
+    """The base64 of a PNG of a bool (H, W) mask: mode "L", 255 where it is true."""
+    buffer = io.BytesIO()
+    Image.fromarray(mask.cpu().numpy().astype(np.uint8) * 255).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _decode_base64(text: str) -> bytes:
+    if text.startswith("data:"):
+        head, comma, text = text.partition(",")
+        if not comma or not head.endswith(";base64"):
+            raise ValueError("image is a data URL without base64; send data:image/png;base64, and the base64 after it.")
+    elif "://" in text[:16]:
+        raise ValueError("image is a URL, and the endpoint fetches none; send the picture itself as base64.")
+    if len(text) > MAX_IMAGE_BYTES * 3 // 2:  # 4 characters stand for 3 bytes, and line breaks come on top
+        raise ValueError(
+            f"image has {len(text)} characters of base64; send at most {MAX_IMAGE_BYTES} bytes of picture."
+        )
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except ValueError:
+        raise ValueError("image is not whole base64; was it cut off, or is it not encoded?") from None
+
+
+def _read_expressions(text: Any) -> list[str]:
+    expressions = [text] if isinstance(text, str) else text
+    if not isinstance(expressions, (list, tuple)):
+        raise ValueError(f"text must be a string or a list of strings, got {_type_name(text)}.")
+    if not expressions:
+        raise ValueError("text is an empty list; send at least one expression.")
+    if len(expressions) > MAX_EXPRESSIONS:
+        raise ValueError(f"text has {len(expressions)} expressions; send at most {MAX_EXPRESSIONS} in one request.")
+    for i, expression in enumerate(expressions):
+        name = "text" if isinstance(text, str) else f"text[{i}]"
+        if not isinstance(expression, str):
+            raise ValueError(f"{name} must be a string, got {_type_name(expression)}.")
+        if not expression.strip():
+            raise ValueError(f"{name} is empty; say what to segment.")
+        if len(expression) > MAX_CHARACTERS:
+            raise ValueError(f"{name} has {len(expression)} characters; send at most {MAX_CHARACTERS}.")
+        try:
+            expression.encode("utf-8")
+        except UnicodeEncodeError:  # half a surrogate pair, which JSON can carry and the answer cannot
+            raise ValueError(f"{name} is not whole UTF-8 text; encode it again.") from None
+    return list(expressions)
+
+
+def _read_threshold(threshold: Any) -> float | None:
+    if threshold is None:
+        return None
+    try:
+        number = math.nan if isinstance(threshold, bool) else float(threshold)  # a query string brings text
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not 0 < number < 1:
+        raise ValueError("threshold must be a number between 0 and 1, both excluded.")
+    return number
+
+
+def _check_names(place: str, given: dict[str, Any], known: tuple[str, ...]) -> None:
+    unknown = sorted(str(name) for name in set(given) - set(known))
+    if unknown:
+        raise ValueError(f"{place} has an unknown name {unknown[0][:40]!r}; it takes {', '.join(known)}.")
+
+
+def _type_name(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number" if isinstance(value, (int, float)) else type(value).__name__)

@@ -1,0 +1,369 @@
+"""Publish a trained model on the Hub, whole: `python training/push.py RUN user/name --evaluation RUN/evaluation-test.json`.
+
+What goes up is staged in a temporary folder first: weights and processor saved anew by the libraries (so that nothing else that
+lies in the model's folder can come along), the endpoint's handler, and the card. The staged folder must answer a request with
+nothing of ours installed before anything is sent, and is sent as one commit. `--dry-run` stops before the network. (Ours.)
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+from huggingface_hub.utils import validate_repo_id
+from jsonargparse import ArgumentParser
+from PIL import Image
+
+import modeling_sera
+import processing_sera
+from modeling_sera import SeraForReferringSegmentation
+from processing_sera import SeraProcessor
+from processing_sera.image_processing_sera import to_rgb_image
+from training.card import TrainingRun, check_card, model_card, read_evaluation, read_run
+from training.data import open_image
+from training.evaluation import model_name
+from training.files import write_binary, write_text
+from training.overlay import overlay
+from training.scenes import generate_scenes
+
+logger = logging.getLogger(__name__)
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+CODE = {
+    file.name
+    for package in (modeling_sera, processing_sera)
+    for file in Path(package.__file__).parent.glob("*_sera.py")
+}
+# everything that may go up; what else a library writes is refused, not skipped
+FILES = CODE | {"config.json", "model.safetensors", "model.safetensors.index.json", "processor_config.json"}
+FILES |= {"preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
+FILES |= {"vocab.json", "merges.txt", "README.md", "LICENSE", "handler.py", "requirements.txt"}
+NUMBERED = re.compile(r"model-\d{5}-of-\d{5}\.safetensors|examples/\d+\.png")
+BINARY = {".safetensors", ".png"}
+TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
+OTHER_HOME = re.compile(r"(?<![\w.~-])/(home|Users)/\w|\b[A-Z]:\\+Users\\")
+NUM_BYTES = 256  # every one of them is in a CLIP tokenizer's vocabulary
+NUM_SCENE_EXAMPLES = 3
+
+# what an endpoint does with the folder, in a process that does not find our packages by PYTHONPATH or its working folder
+ASK_THE_HANDLER = """
+import base64, importlib.util, io, sys
+from PIL import Image
+spec = importlib.util.spec_from_file_location("handler", sys.argv[1] + "/handler.py")
+handler = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(handler)
+picture = io.BytesIO()
+Image.new("RGB", (60, 40), "gray").save(picture, "PNG")
+image = base64.b64encode(picture.getvalue()).decode()
+(answer,) = handler.EndpointHandler(sys.argv[1])({"inputs": {"image": image, "text": "the thing on the left"}})
+assert set(answer) == {"label", "score", "mask"}
+"""
+
+
+class PushedFile(NamedTuple):
+    """One file that goes up: its path in the repository, its size in bytes and its SHA-256 in hexadecimal."""
+
+    path: str
+    size: int
+    sha256: str
+
+    def __str__(self) -> str:
+        return f"{self.sha256}  {self.size:>12}  {self.path}"
+
+
+def find_model(folder: Path) -> Path:
+    """The model's folder: the one given, or `model/` in it.
+
+    Raises:
+        FileNotFoundError: Where there is no folder.
+        ValueError: Where it holds no SERA.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {folder}.")
+    for candidate in (folder, folder / "model"):
+        config = candidate / "config.json"
+        if config.is_file():
+            try:
+                kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+            except (ValueError, AttributeError) as error:
+                raise ValueError(f"{config} is not a model's configuration: {error}.") from error
+            if kind != "sera":
+                raise ValueError(f"{candidate} holds a model of type {kind!r}, not a SERA.")
+            return candidate
+    raise ValueError(f"{folder} holds no model: there is neither config.json nor model/config.json in it.")
+
+
+def stage(
+    model_folder: Path,
+    repo_id: str,
+    target: Path,
+    *,
+    evaluations: list[Path],
+    examples: list[tuple[str, str]],
+) -> list[PushedFile]:
+    """Put together, in a new folder `target`, what goes up, and check it.
+
+    Args:
+        model_folder: Folder that `save_pretrained` wrote.
+        repo_id: "user/name".
+        target: Folder to make.
+        evaluations: Files for the card.
+        examples: (picture's path, expression) for the card's gallery; without any, held-out scenes for a model of scenes.
+
+    Returns:
+        The files, by path.
+
+    Raises:
+        ValueError, OSError: Where the model is not whole, or anything does not belong on the Hub.
+    """
+    run = read_run(model_folder)
+    name = repo_id.partition("/")[2]
+    records = [read_evaluation(path, {model_name(str(model_folder)), repo_id, name}) for path in evaluations]
+    pictures = [(to_rgb_image(open_image({"path": path, "bytes": None})), text) for path, text in examples]
+    model, processor = load_whole(model_folder)
+
+    model.save_pretrained(target)
+    processor.save_pretrained(target)
+    for file in ("LICENSE", "hub/handler.py", "hub/requirements.txt"):
+        shutil.copyfile(REPOSITORY / file, target / Path(file).name)
+    gallery = []
+    for i, (picture, text) in enumerate(pictures or scene_examples(run), start=1):
+        inputs = processor(images=[picture], text=[text], return_tensors="pt")
+        with torch.inference_mode():
+            (result,) = processor.post_process_referring_segmentation(model(**inputs), inputs)
+        shown = overlay(picture, [result["mask"].numpy()])  # of its pixels: a photograph's place and date stay here
+        path = f"examples/{i}.png"
+        write_binary(target / path, lambda partial, shown=shown: shown.save(partial, format="png"))
+        gallery.append((text, path))
+    text = model_card(
+        repo_id,
+        run=run,
+        evaluations=records,
+        examples=gallery,
+        chosen=bool(pictures),
+        predicts_presence=model.config.predict_presence,
+    )
+    write_text(target / "README.md", text)
+
+    check_card(text, target)
+    files = list_files(target)
+    check_contents(target, files, model_folder)
+    check_answer(target)
+    return files
+
+
+def load_whole(folder: Path) -> tuple[SeraForReferringSegmentation, SeraProcessor]:
+    """Model and processor of a folder; `ValueError` where a part is missing, damaged or not safetensors."""
+    try:
+        model, loading = SeraForReferringSegmentation.from_pretrained(
+            folder, use_safetensors=True, output_loading_info=True
+        )
+        processor = SeraProcessor.from_pretrained(folder)
+    except Exception as error:  # what transformers raises on a damaged file is not of one kind
+        raise ValueError(f"{folder} holds no whole model: {_one_line(error)}") from error
+    if len(processor.tokenizer) < NUM_BYTES:  # transformers makes an empty one up where there is no file
+        raise ValueError(f"{folder} holds no whole model: its tokenizer has no vocabulary; is tokenizer.json missing?")
+    missing = sorted(loading["missing_keys"]) + sorted(map(str, loading["mismatched_keys"]))
+    if missing:
+        raise ValueError(f"{folder} holds no whole model: its weights lack {missing[0]} and {len(missing) - 1} more.")
+    return model.eval(), processor
+
+
+def scene_examples(run: TrainingRun | None) -> list[tuple[Image.Image, str]]:
+    """The first held-out scenes, each with the first expression about its first object; none for a model of other data."""
+    if run is None or run.settings.data.source != "scenes":
+        return []
+    data, chosen = run.settings.data, {}
+    rows = generate_scenes(min(NUM_SCENE_EXAMPLES, data.num_scenes[2]), data.scene_seed, data.scene_size, split="test")
+    for row in rows:
+        chosen.setdefault(row["image_id"], (open_image(row["image"]), row["sentences"][0]))
+    return list(chosen.values())
+
+
+def list_files(folder: Path) -> list[PushedFile]:
+    """Every file below a folder, by path."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [PushedFile(path.relative_to(folder).as_posix(), path.stat().st_size, _sha256(path)) for path in paths]
+
+
+def check_contents(folder: Path, files: list[PushedFile], model_folder: Path) -> None:
+    """`ValueError` that names the file where one is not of [`FILES`], or holds a token or a path of this machine."""
+    places = {
+        Path.home(),
+        Path.cwd(),
+        model_folder.absolute(),
+        REPOSITORY,
+        Path(tempfile.gettempdir()),
+        Path(sys.prefix),
+    }
+    names = sorted({str(place) for place in places if len(place.parts) > 1})
+    here = re.compile(r"(?<![\w.~-])(" + "|".join(map(re.escape, names)) + r")(?![\w.-])")
+    token = get_token()
+    for file in files:
+        if file.path not in FILES and not NUMBERED.fullmatch(file.path):
+            raise ValueError(f"{file.path} is not a file that goes up.")
+        if Path(file.path).suffix in BINARY:
+            continue
+        text = (folder / file.path).read_text(encoding="utf-8").replace("\\\\", "\\")  # as JSON writes backslashes
+        if TOKEN.search(text) or (token and token in text):
+            raise ValueError(f"{file.path} holds what looks like a token; remove it from the model's folder.")
+        if found := here.search(text) or OTHER_HOME.search(text):
+            raise ValueError(
+                f"{file.path} holds a path of this machine, {found[0]!r}; remove it from the model's folder."
+            )
+
+
+def check_answer(folder: Path) -> None:
+    """`ValueError` where the staged folder does not answer a request by itself, as an endpoint would ask it."""
+    with tempfile.TemporaryDirectory() as modules:
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": modules}
+        command = [sys.executable, "-I", "-B", "-c", ASK_THE_HANDLER, str(folder)]
+        done = subprocess.run(command, env=environment, cwd=modules, capture_output=True, text=True)
+    if done.returncode:
+        logger.debug(done.stderr)
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise ValueError(f"The staged model does not answer by itself: {reason}")
+
+
+def upload(repo_id: str, folder: Path, files: list[PushedFile], *, private: bool, tag: str | None) -> str:
+    """Send a staged folder as one commit, and tag that.
+
+    `HfApi.upload_folder` may send several commits, between which the repository holds half a model.
+
+    Args:
+        repo_id: "user/name"; made where absent.
+        folder: The staged folder.
+        files: What of it goes up.
+        private: Whether the repository must be private.
+        tag: Name of the new tag; `None` for none.
+
+    Returns:
+        The commit's URL.
+
+    Raises:
+        ValueError: Where the repository is public and should not be, has the tag already, or the Hub refuses the card.
+        HfHubHTTPError, HTTPError, RuntimeError: Where the Hub refuses or cannot be reached.
+    """
+    api = HfApi()
+    api.create_repo(repo_id, private=private or None, exist_ok=True)
+    if private and not api.model_info(repo_id).private:
+        raise ValueError(f"{repo_id} exists and is public; make it private on the Hub first, or leave --private out.")
+    if tag and any(found.name == tag for found in api.list_repo_refs(repo_id).tags):
+        raise ValueError(f"{repo_id} has a tag {tag!r} already; choose another.")
+    operations = [CommitOperationAdd(file.path, folder / file.path) for file in files]
+    commit = api.create_commit(repo_id, operations, commit_message=f"Push {tag}" if tag else "Push the model")
+    if tag:
+        api.create_tag(repo_id, tag=tag, revision=commit.oid)
+    return commit.commit_url
+
+
+def describe_refusal(error: Exception, repo_id: str) -> str:
+    """What the Hub, or the way to it, said, in a sentence."""
+    if isinstance(error, RuntimeError) and error.__cause__ is not None:
+        error = error.__cause__  # of a file that is sent on its own
+    if not isinstance(error, HfHubHTTPError):
+        return f"The Hub cannot be reached at {HfApi().endpoint}: {_one_line(error)}"
+    status = error.response.status_code
+    if status == 401:
+        return "The Hub does not accept the token (401); log in with `hf auth login`, or set HF_TOKEN to one that may write."
+    if status == 403:
+        return f"The token may not write to {repo_id} (403); use one that may, or another name."
+    return f"The Hub refused {repo_id} ({status}): {_one_line(error.server_message or error)}"
+
+
+def push_parser() -> ArgumentParser:
+    """The options of the command."""
+    parser = ArgumentParser(
+        description="Publish a trained SERA on the Hub: weights, code, processor, endpoint and card."
+    )
+    parser.add_argument("folder", type=str, help="a run's folder, or a model's")
+    parser.add_argument("repo_id", type=str, help="where it goes: user/name")
+    parser.add_argument(
+        "--evaluation",
+        type=str,
+        action="append",
+        default=[],
+        help="JSON file of training/evaluation.py; may be repeated",
+    )
+    parser.add_argument(
+        "--example",
+        type=str,
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("PICTURE", "EXPRESSION"),
+        help="for the card's gallery, a picture that you may publish; may be repeated (default, after training on scenes: three of "
+        "the held-out ones)",
+    )
+    parser.add_argument("--private", action="store_true", help="make the repository private")
+    parser.add_argument("--revision-tag", type=str | None, default=None, metavar="v1", help="tag the commit")
+    parser.add_argument("--dry-run", action="store_true", help="list what would go up, and send nothing")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    options = push_parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        validate_repo_id(options.repo_id)
+        if options.repo_id.count("/") != 1:
+            raise HFValidationError("give user/name")
+    except HFValidationError as error:
+        raise ValueError(f"{options.repo_id!r} is no repository on the Hub: {_one_line(error)}") from error
+    tag = options.revision_tag
+    if tag is not None and not re.fullmatch(r"\w[\w.-]*", tag):
+        raise ValueError(f"--revision-tag {tag!r}: a tag consists of letters, digits, '_', '-' and '.', such as v1.")
+    model_folder = find_model(Path(options.folder))
+    if not options.dry_run and get_token() is None:
+        raise ValueError("There is no token of the Hub; log in with `hf auth login`, or set HF_TOKEN.")
+
+    with tempfile.TemporaryDirectory() as place:
+        staged = Path(place) / "model"
+        files = stage(
+            model_folder,
+            options.repo_id,
+            staged,
+            evaluations=[Path(path) for path in options.evaluation],
+            examples=[(picture, text) for picture, text in options.example],
+        )
+        sys.stdout.writelines(f"{file}\n" for file in files)
+        total = sum(file.size for file in files)
+        if options.dry_run:
+            logger.info(f"{len(files)} files, {total} bytes, would go to {options.repo_id}; nothing was sent")
+            return
+        try:
+            url = upload(options.repo_id, staged, files, private=options.private, tag=tag)
+        except (HTTPError, RuntimeError) as error:
+            raise OSError(describe_refusal(error, options.repo_id)) from error
+    logger.info(f"{len(files)} files, {total} bytes: {url}" + (f", tagged {tag}" if tag else ""))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        logging.getLogger(__name__).debug("the error's traceback", exc_info=True)
+        sys.exit(f"error: {_one_line(error)}")
