@@ -1,5 +1,6 @@
 """The README's commands and code run as they are written there, in a folder that holds what they name."""
 
+import json
 import os
 import re
 import subprocess
@@ -36,7 +37,7 @@ def commands(section: str) -> list[str]:
 def run(tmp_path_factory):
     """Runs a shell command in a folder with the code, REFER sets and, under their Hub ids, small towers."""
     place = tmp_path_factory.mktemp("readme")
-    for name in ("modeling_sera", "processing_sera", "training", "benchmarks"):
+    for name in ("modeling_sera", "processing_sera", "training", "benchmarks", "hub", "model_card.md"):
         (place / name).symlink_to(REPOSITORY / name)
     for (dataset, split_by), pictures in SETS.items():
         Folder(place / "refer", dataset=dataset, split_by=split_by).fill(pictures)
@@ -89,11 +90,22 @@ def test_train_use_and_evaluate(run):
     written = {path.name for path in (run.place / "outputs").rglob("*.json")}
     assert {"evaluation-testA.json", "calibrated-testA.json", "refcoco-plus-val.json"} <= written
 
-    (run.place / "outputs" / "demo").mkdir()
-    (run.place / "outputs" / "demo" / "model").symlink_to(model)
-    (snippet,) = blocks("Use", "python")
-    (run.place / "snippet.py").write_text(snippet + "\nprint(results[0]['mask'].shape, results[1]['score'])\n")
-    assert "torch.Size([40, 60])" in run("python snippet.py")
+    # the other sections use the demo's model
+    (run.place / "outputs" / "demo").symlink_to(run.place / "outputs" / "refcoco")
+    record = json.loads((model.parent / "evaluation-testA.json").read_text())
+    (model.parent / "evaluation-test.json").write_text(json.dumps(record | {"model": "demo"}))
+    by_hand, in_one_call = blocks("Use", "python")
+    (run.place / "by_hand.py").write_text(by_hand + "\nprint(results[0]['mask'].shape, results[1]['score'])\n")
+    assert "torch.Size([40, 60])" in run("python by_hand.py")
+    (run.place / "in_one_call.py").write_text(in_one_call)
+    said = run("python in_one_call.py")
+    assert "['left zebra']" in said and "['right zebra', 'the grass']" in said
     for command in commands("Use"):
         run(command)
     assert (run.place / "prediction" / "overlay.png").is_file()
+
+    (snippet,) = blocks("Serve", "python")
+    (run.place / "serve.py").write_text(snippet + "\nprint(len(answers), answers[0]['label'])\n")
+    assert "2 left zebra" in run("python serve.py")
+    (command,) = commands("Share")
+    assert "model.safetensors" in run(command)
