@@ -24,9 +24,9 @@ from training.building import build_model, build_processor
 from training.configuration import TrainingSettings, read_settings
 from training.environment import command_line, describe_hardware, library_versions
 from training.files import write_text
+from training.optimizers import build_optimizer
 from training.splits import load_splits
-from training.train import checkpoint_activations
-from training.tuning import apply_tuning
+from training.tuning import apply_tuning, checkpoint_activations
 
 WARM_UP = 3  # first calls allocate, compile and choose kernels
 
@@ -79,9 +79,8 @@ def benchmark(settings: TrainingSettings, repeats: int) -> dict[str, Any]:
     if settings.activation_checkpointing:
         checkpoint_activations(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=float(settings.optimization.learning_rate), fused=True)
     tower = model.model.vision.tower
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model, optimizer = accelerator.prepare(model, build_optimizer(model, settings.optimization))
     if settings.compile:
         model = torch.compile(model)
     inputs = made[0].to(device)
