@@ -20,7 +20,7 @@ demo: $(VENV)/.installed
 	@echo "The sheet of examples is $(OUT)/sheet.png; the model is in $(OUT)/model."
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

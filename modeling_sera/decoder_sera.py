@@ -42,7 +42,7 @@ class SeraMerge(nn.Module):
         """Maps (N, fusion_dim, H, W) and sentence (N, projection_dim) to (N, decoder_dim, H, W)."""
         gated = [gate(grid, sentence) for grid, gate in zip(maps, self.gates, strict=True)]
         merged = self.reduce(torch.cat(gated, dim=1))
-        coordinates = self.coordinates(*merged.shape[-2:], merged).expand(len(merged), -1, -1, -1)
+        coordinates = self.coordinates(*merged.shape[-2:], merged).expand(merged.shape[0], -1, -1, -1)
         return merged + self.coordinate_conv(torch.cat([merged, coordinates], dim=1))
 
 
@@ -84,7 +84,8 @@ class SeraProjector(nn.Module):
         """Map (N, decoder_dim, H, W) and sentence (N, projection_dim) to logits (N, 4H, 4W)."""
         grid = self.reduce(grid)
         for refine in self.refine:
-            grid = refine(interpolate(grid, scale_factor=2, mode="bilinear", align_corners=False))
+            doubled = [2 * side for side in grid.shape[-2:]]  # a factor would become a float in a traced graph
+            grid = refine(interpolate(grid, size=doubled, mode="bilinear", align_corners=False))
         predicted = self.predict_kernel(sentence)
         # scaled so that logits of a fresh model have unit size whatever the width
         kernel = predicted[:, :-1].unflatten(1, (9, self.channels)) * (9 * self.channels) ** -0.5

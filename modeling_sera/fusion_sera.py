@@ -20,6 +20,18 @@ from .routing_sera import SeraRouting, SeraTopKRouter
 EXPERT_NAMES = ("spatial", "context", "boundary", "shape")
 
 
+def replicate_border(grid: Tensor, radius: int) -> Tensor:
+    """(B, C, H, W) with its border repeated `radius` times on every side."""
+    if not torch.compiler.is_dynamo_compiling():
+        return pad(grid, (radius,) * 4, mode="replicate")
+    # torch.compile's code for the CPU stops in that padding's backward pass (torch 2.13). Outside of a compiled graph, where
+    # they become one loop, these copies would take several times as long.
+    for dim in (2, 3):
+        first, last = grid.narrow(dim, 0, 1), grid.narrow(dim, grid.shape[dim] - 1, 1)
+        grid = torch.cat([first] * radius + [grid] + [last] * radius, dim)
+    return grid
+
+
 class SeraFixedFilters(nn.Module):
     """A bank of fixed kernels applied to every channel alike. Borders are replicated, so that they are no edges.
 
@@ -38,7 +50,7 @@ class SeraFixedFilters(nn.Module):
     def forward(self, grid: Tensor) -> list[Tensor]:
         """(B, C, H, W) to one such map per kernel; cross-correlation, as in a convolution layer."""
         channels, radius = grid.shape[1], self.kernels.shape[-1] // 2
-        padded = pad(grid, (radius,) * 4, mode="replicate")
+        padded = replicate_border(grid, radius)
         kernels = self.kernels.to(grid.dtype)[:, None]
         return [conv2d(padded, kernel.expand(channels, -1, -1, -1), groups=channels) for kernel in kernels]
 

@@ -372,12 +372,12 @@ def _check_batch(pixel_values: Tensor, input_ids: Tensor, image_index: Tensor | 
     if input_ids.ndim != 2:
         raise ValueError(f"input_ids have shape {tuple(input_ids.shape)}; expected (expressions, tokens).")
     if image_index is None:
-        if len(input_ids) != len(pixel_values):
+        if input_ids.shape[0] != pixel_values.shape[0]:  # len() would make a constant of it in a traced graph
             raise ValueError(
                 f"{len(input_ids)} expressions for {len(pixel_values)} pictures need image_index, which says the picture that "
                 "each expression is about."
             )
-    elif image_index.shape != (len(input_ids),):
+    elif image_index.shape != input_ids.shape[:1]:
         raise ValueError(f"image_index has shape {tuple(image_index.shape)}; expected ({len(input_ids)},).")
     elif (
         not torch.compiler.is_compiling() and image_index.device.type == "cpu"

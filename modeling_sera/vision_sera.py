@@ -1,14 +1,17 @@
 """The vision tower: a DINOv2 whose chosen blocks carry a SERA-Adapter, read out at several depths."""
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 from transformers import AutoModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .adapter_sera import SeraAdapter
 from .configuration_sera import SeraConfig
+from .layers_sera import grid_to_tokens, tokens_to_grid
 
 
 class SeraTap(NamedTuple):
@@ -69,8 +72,8 @@ class SeraVisionEncoder(nn.Module):
         self.adapted_blocks = nn.ModuleDict({str(i): SeraAdaptedBlock(config) for i in sorted(config.adapter_layers)})
         self.patch_size = config.patch_size
         self.tap_layers = tuple(config.tap_layers)
-        registers = config.vision_config.model_type == "dinov2_with_registers"
-        self.num_prefix = 1 + (config.vision_config.num_register_tokens if registers else 0)
+        self.has_registers = config.vision_config.model_type == "dinov2_with_registers"
+        self.num_prefix = 1 + (config.vision_config.num_register_tokens if self.has_registers else 0)
 
     def grid_size(self, pixel_values: Tensor) -> tuple[int, int]:
         """Rows and columns of patches of (B, 3, H, W) pictures; `ValueError` where a side is no multiple of the patch."""
@@ -93,7 +96,7 @@ class SeraVisionEncoder(nn.Module):
         Returns:
             One tap per configured depth, and per adapter its router weights (N, 2).
         """
-        hidden_states = self.tower.embeddings(pixel_values)
+        hidden_states = self._embed(pixel_values)
         shared = image_index is not None  # rows are pictures until a block has seen the text
         taps, router_weights = [], []
         for i, block in enumerate(self.tower.encoder.layer):
@@ -111,6 +114,27 @@ class SeraVisionEncoder(nn.Module):
                 tapped = self.tower.layernorm(hidden_states) if is_last else hidden_states
                 taps.append(SeraTap(tapped[:, self.num_prefix :], shared))
         return taps, tuple(router_weights)
+
+    def _embed(self, pixel_values: Tensor) -> Tensor:
+        """(B, 3, H, W) pictures to the first hidden states (B, num_prefix + H·W, hidden_size)."""
+        embeddings = self.tower.embeddings
+        if not torch.compiler.is_compiling():
+            return embeddings(pixel_values)
+        # The same again without `int()` of the grid's size, which makes it a constant of a traced graph.
+        positions = embeddings.position_embeddings
+        side = math.isqrt(positions.shape[1] - 1)
+        resized = interpolate(
+            tokens_to_grid(positions[:, 1:].float(), (side, side)),
+            size=self.grid_size(pixel_values),
+            mode="bicubic",
+            align_corners=False,
+            antialias=self.has_registers,
+        ).to(positions.dtype)
+        patches = embeddings.patch_embeddings(pixel_values.to(positions.dtype)) + grid_to_tokens(resized)
+        prefix = embeddings.cls_token + positions[:, :1]
+        if self.has_registers:
+            prefix = torch.cat([prefix, embeddings.register_tokens], dim=1)
+        return embeddings.dropout(torch.cat([prefix.expand(patches.shape[0], -1, -1), patches], dim=1))
 
 
 __all__ = ["SeraVisionEncoder"]
