@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -53,6 +54,14 @@ def make_inputs(
         "attention_mask": mask,
         "image_index": torch.tensor(index),
     }
+
+
+@pytest.fixture(autouse=True)
+def datasets_cache(tmp_path_factory, monkeypatch) -> Path:
+    """Nothing that a test loads is taken from, or left in, the user's cache."""
+    folder = tmp_path_factory.mktemp("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+    return folder
 
 
 @pytest.fixture

@@ -25,11 +25,6 @@ LOST = {
 }
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
 @pytest.fixture
 def folder(tmp_path) -> Folder:
     return Folder(tmp_path / "refer").fill(SPLITS)
@@ -80,18 +75,18 @@ def test_pictures_without_a_coco_id_are_told_apart_by_negative_numbers(folder):
     assert max(RowFolder(str(folder.root.parent / "RefCopy")).image_ids("train")) < 0
 
 
-def test_a_stream_is_not_copied(folder, tmp_path):
+def test_a_stream_is_not_copied(folder, datasets_cache):
     copy = copy_of(folder, "lmms_lab", shards=3)
-    before = sorted((tmp_path / "cache").rglob("*.arrow"))
+    before = sorted(datasets_cache.rglob("*.arrow"))
     rows = copy.read("train", streaming=True)
     assert rows.num_shards == 3 and len(list(rows)) == len(folder.load()["train"])
-    assert sorted((tmp_path / "cache").rglob("*.arrow")) == before == []
+    assert sorted(datasets_cache.rglob("*.arrow")) == before == []
 
 
-def test_reading_one_split_copies_no_other(folder, tmp_path):
+def test_reading_one_split_copies_no_other(folder, tmp_path, datasets_cache):
     prepare_refer(folder.root, tmp_path / "prepared")
     RowFolder(str(tmp_path / "prepared")).read("val")
-    copied = [path.name for path in (tmp_path / "cache").rglob("*.arrow")]
+    copied = [path.name for path in datasets_cache.rglob("*.arrow")]
     assert len(copied) == 1 and "val" in copied[0]
 
 

@@ -24,11 +24,6 @@ from training.preparation import PUBLISHED_REFS, compare_with_published, main, p
 SPLITS = {"train": [31, 7, 19, 2, 25, 11], "val": [4, 3], "testA": [8], "testB": [5, 6]}
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
 @pytest.fixture
 def folder(tmp_path) -> Folder:
     return Folder(tmp_path / "refer").fill(SPLITS)

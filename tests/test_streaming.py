@@ -25,11 +25,6 @@ VARIED = AugmentationSettings(flip=0.5, min_crop=0.6, color_jitter=0.3, word_dro
 SPLITS = {"train": [*range(30, 66)], "val": [4, 3], "testA": [8], "testB": [5, 6]}
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> str:
     """72 rows of 36 pictures in about ten shards."""
