@@ -21,6 +21,7 @@ from accelerate import Accelerator
 
 from training.batches import Collator, TrainingExamples
 from training.building import build_model, build_processor
+from training.commands import run_command
 from training.configuration import TrainingSettings, read_settings
 from training.environment import command_line, describe_hardware, library_versions
 from training.files import write_text
@@ -195,7 +196,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import runpy
 import signal
@@ -21,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import CLIPTextConfig, CLIPTextModel, Dinov2Config, Dinov2Model
 
 from modeling_sera import SeraForReferringSegmentation
-from processing_sera import SeraProcessor
+from processing_sera import SeraImageProcessor, SeraProcessor
 from training import splits, train
 from training.configuration import (
     AugmentationSettings,
@@ -524,3 +525,24 @@ def test_the_script_ends_with_a_message_alone(tmp_path, monkeypatch, capsys):
         runpy.run_path(str(REPOSITORY / "training" / "train.py"), run_name="__main__")
     assert error.value.code not in (None, 0)
     assert nowhere in capsys.readouterr().err + str(error.value)
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluation.py", "preparation.py"])
+def test_a_pickle_that_names_code_ends_every_command_with_one_sentence(script, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    root, output, model = (str(tmp_path / name) for name in ("data", "out", "model"))
+    Folder(tmp_path / "data").load()
+    (refs,) = (tmp_path / "data").rglob("refs(*).p")
+    refs.write_bytes(pickle.dumps([{"ref_id": Path("x")}]))
+    make_model().save_pretrained(model)
+    tokenizer = tiny_tokenizer()
+    SeraProcessor(SeraImageProcessor(size={"height": 56, "width": 56}), tokenizer).save_pretrained(model)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    options = {
+        "train.py": ["--data.root", root, "--model.tokenizer", str(tmp_path / "tokenizer"), "--output_dir", output],
+        "evaluation.py": [model, "--data.root", root, "--split", "val"],
+        "preparation.py": [root, "--output", output],
+    }
+    monkeypatch.setattr(sys, "argv", [script, *options[script]])
+    with pytest.raises(SystemExit, match=r"^error: .*refs\(unc\)\.p.* names .*pathlib"):
+        runpy.run_path(str(REPOSITORY / "training" / script), run_name="__main__")

@@ -7,7 +7,6 @@ as Markdown, as a PNG of curves and of the worst and best cases, and as the `mod
 import json
 import logging
 import math
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +25,7 @@ from modeling_sera import SeraForReferringSegmentation
 from processing_sera import SeraProcessor
 from training.batches import Collator, EvaluationExamples, shuffled_sentences
 from training.boundary import boundary_f_score
+from training.commands import run_command
 from training.configuration import DataSettings, load_settings
 from training.environment import command_line
 from training.figures import draw_report, draw_sheet
@@ -298,8 +298,4 @@ def evaluation_parser() -> ArgumentParser:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        logging.getLogger(__name__).debug("the error's traceback", exc_info=True)
-        sys.exit(f"error: {error}")
+    run_command(main)

@@ -9,7 +9,6 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,6 +31,7 @@ from transformers.exporters import (
 from modeling_sera import SeraConfig, SeraForReferringSegmentation
 from modeling_sera.modeling_sera import SeraReferringSegmentationOutput
 from processing_sera import SeraProcessor
+from training.commands import run_command
 from training.configuration import load_settings
 from training.environment import command_line, describe_hardware, library_versions
 from training.evaluation import model_name, score_sentences
@@ -240,8 +240,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        logging.getLogger(__name__).debug("the error's traceback", exc_info=True)
-        sys.exit(f"error: {error}")
+    run_command(main)

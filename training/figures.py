@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from modeling_sera import SeraForReferringSegmentation
+from modeling_sera.fusion_sera import EXPERT_NAMES
 from modeling_sera.modeling_sera import SeraReferringSegmentationOutput
 from processing_sera import SeraProcessor
 from training.batches import picture_as_annotated
@@ -20,14 +21,13 @@ from training.data import decode_mask
 from training.files import write_binary
 from training.metric import SentenceScore
 from training.overlay import COLORS, overlay
+from training.routing_health import ADAPTER_EXPERTS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.gridspec import SubplotSpec
 
-FUSION_EXPERTS = ("spatial", "context", "boundary", "shape")
-ADAPTER_EXPERTS = ("spatial", "boundary")
 YELLOW = (1.0, 0.85, 0.1)
 DPI = 70
 SLICES_DRAWN = ("size", "length", "wording", "targets")
@@ -235,7 +235,7 @@ def _draw_routing(axis: Axes, outputs: SeraReferringSegmentationOutput) -> None:
     """Bars of each expert's share: the fusion experts at every tap, the adapter experts in every adapted block."""
     names = []
     for kind, experts, routed in (
-        ("fusion", FUSION_EXPERTS, outputs.fusion_router_weights),
+        ("fusion", EXPERT_NAMES, outputs.fusion_router_weights),
         ("adapter", ADAPTER_EXPERTS, outputs.adapter_router_weights),
     ):
         shares = np.array([weights[0].float().cpu().numpy() for weights in routed])  # (depths, experts)

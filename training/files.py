@@ -1,5 +1,6 @@
 """Writing files so that a reader finds the whole of them or nothing (ours)."""
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -21,6 +22,15 @@ def write_binary(path: Path, write: Callable[[Path], object]) -> None:
     write(partial)
     _sync(partial)
     os.replace(partial, path)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file in hexadecimal, read piece by piece."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def partial_path(path: Path) -> Path:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 from PIL import Image
 
+from training.commands import in_one_line
 from training.files import write_binary, write_text
 from training.overlay import overlay
 
@@ -58,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
         pipe = load_pipeline(options.model, device=options.device, dtype=options.dtype)
         records = write_prediction(image, predict(pipe, image, options.expressions, options.threshold), output)
     except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: error: {_in_one_line(error)}\n")
+        parser.exit(2, f"{parser.prog}: error: {in_one_line(error)}\n")
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack an expression's characters
     for record in records:
         absence = f", no target {record['no_target']:.3f}" if "no_target" in record else ""
@@ -87,12 +88,12 @@ def load_pipeline(model: str, device: str | None = None, dtype: str = "auto") ->
     try:
         torch.zeros(1, device=device).tolist()
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"The device {device!r} cannot be used: {_in_one_line(error)}") from error
+        raise ValueError(f"The device {device!r} cannot be used: {in_one_line(error)}") from error
     _check_folder(model)
     try:
         kind = SeraConfig.get_config_dict(model)[0].get("model_type")
     except OSError as error:
-        raise OSError(f"{model} is no folder here and cannot be had from the Hub: {_in_one_line(error)}") from error
+        raise OSError(f"{model} is no folder here and cannot be had from the Hub: {in_one_line(error)}") from error
     if kind != SeraConfig.model_type:
         raise ValueError(f"{model} holds a model of the type {kind!r}, not {SeraConfig.model_type!r}.")
     try:
@@ -102,7 +103,7 @@ def load_pipeline(model: str, device: str | None = None, dtype: str = "auto") ->
                 model, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
             )
     except Exception as error:  # damaged files make the libraries raise almost anything
-        raise ValueError(f"{model} cannot be loaded: {_in_one_line(error)}") from error
+        raise ValueError(f"{model} cannot be loaded: {in_one_line(error)}") from error
     unfit = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if unfit:
         raise ValueError(
@@ -218,10 +219,6 @@ def _quiet_libraries() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-
-
-def _in_one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _refuse_to_overwrite(parser: OneLineParser, photo: str, output: Path) -> None:

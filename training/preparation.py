@@ -4,13 +4,10 @@
 `datasets.load_dataset("prepared/refcoco")` gives rows of `training.data.REFER_FEATURES`, and so does `--data.source folder`.
 """
 
-import hashlib
 import logging
 import os
-import pickle
 import re
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from os import PathLike
@@ -24,8 +21,9 @@ from accelerate.utils import tqdm
 from datasets.table import embed_table_storage
 from jsonargparse import ArgumentParser
 
+from training.commands import run_command
 from training.data import REFER_FEATURES, load_refer, open_image
-from training.files import partial_folder, replace_folder, write_text
+from training.files import partial_folder, replace_folder, sha256_of, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -203,14 +201,7 @@ def _describe(splits: datasets.DatasetDict, folder: Path, dataset: str, split_by
 
 def _checksums(paths: Sequence[Path]) -> list[str]:
     """Lines as `sha256sum` writes them, the paths from the folder above."""
-    lines = []
-    for path in paths:
-        with path.open("rb") as file:
-            digest = hashlib.sha256()
-            while block := file.read(1 << 20):
-                digest.update(block)
-        lines.append(f"{digest.hexdigest()}  {path.parent.name}/{path.name}")
-    return lines
+    return [f"{sha256_of(path)}  {path.parent.name}/{path.name}" for path in paths]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -233,8 +224,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError, pickle.UnpicklingError) as error:
-        logging.getLogger(__name__).debug("the error's traceback", exc_info=True)
-        sys.exit(f"error: {error}")
+    run_command(main)

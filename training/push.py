@@ -5,7 +5,6 @@ lies in the model's folder can come along), the endpoint's handler, and the card
 nothing of ours installed before anything is sent, and is sent as one commit. `--dry-run` stops before the network. (Ours.)
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -30,9 +29,10 @@ from modeling_sera import SeraForReferringSegmentation
 from processing_sera import SeraProcessor
 from processing_sera.image_processing_sera import to_rgb_image
 from training.card import TrainingRun, check_card, model_card, read_evaluation, read_run
+from training.commands import in_one_line, run_command
 from training.data import open_image
 from training.evaluation import model_name
-from training.files import write_binary, write_text
+from training.files import sha256_of, write_binary, write_text
 from training.overlay import overlay
 from training.scenes import generate_scenes
 
@@ -170,7 +170,7 @@ def load_whole(folder: Path) -> tuple[SeraForReferringSegmentation, SeraProcesso
         )
         processor = SeraProcessor.from_pretrained(folder)
     except Exception as error:  # what transformers raises on a damaged file is not of one kind
-        raise ValueError(f"{folder} holds no whole model: {_one_line(error)}") from error
+        raise ValueError(f"{folder} holds no whole model: {in_one_line(error)}") from error
     if len(processor.tokenizer) < NUM_BYTES:  # transformers makes an empty one up where there is no file
         raise ValueError(f"{folder} holds no whole model: its tokenizer has no vocabulary; is tokenizer.json missing?")
     missing = sorted(loading["missing_keys"]) + sorted(map(str, loading["mismatched_keys"]))
@@ -193,7 +193,7 @@ def scene_examples(run: TrainingRun | None) -> list[tuple[Image.Image, str]]:
 def list_files(folder: Path) -> list[PushedFile]:
     """Every file below a folder, by path."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return [PushedFile(path.relative_to(folder).as_posix(), path.stat().st_size, _sha256(path)) for path in paths]
+    return [PushedFile(path.relative_to(folder).as_posix(), path.stat().st_size, sha256_of(path)) for path in paths]
 
 
 def check_contents(folder: Path, files: list[PushedFile], model_folder: Path) -> None:
@@ -272,13 +272,13 @@ def describe_refusal(error: Exception, repo_id: str) -> str:
     if isinstance(error, RuntimeError) and error.__cause__ is not None:
         error = error.__cause__  # of a file that is sent on its own
     if not isinstance(error, HfHubHTTPError):
-        return f"The Hub cannot be reached at {HfApi().endpoint}: {_one_line(error)}"
+        return f"The Hub cannot be reached at {HfApi().endpoint}: {in_one_line(error)}"
     status = error.response.status_code
     if status == 401:
         return "The Hub does not accept the token (401); log in with `hf auth login`, or set HF_TOKEN to one that may write."
     if status == 403:
         return f"The token may not write to {repo_id} (403); use one that may, or another name."
-    return f"The Hub refused {repo_id} ({status}): {_one_line(error.server_message or error)}"
+    return f"The Hub refused {repo_id} ({status}): {in_one_line(error.server_message or error)}"
 
 
 def push_parser() -> ArgumentParser:
@@ -320,7 +320,7 @@ def main(arguments: list[str] | None = None) -> None:
         if options.repo_id.count("/") != 1:
             raise HFValidationError("give user/name")
     except HFValidationError as error:
-        raise ValueError(f"{options.repo_id!r} is no repository on the Hub: {_one_line(error)}") from error
+        raise ValueError(f"{options.repo_id!r} is no repository on the Hub: {in_one_line(error)}") from error
     tag = options.revision_tag
     if tag is not None and not re.fullmatch(r"\w[\w.-]*", tag):
         raise ValueError(f"--revision-tag {tag!r}: a tag consists of letters, digits, '_', '-' and '.', such as v1.")
@@ -349,21 +349,5 @@ def main(arguments: list[str] | None = None) -> None:
     logger.info(f"{len(files)} files, {total} bytes: {url}" + (f", tagged {tag}" if tag else ""))
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        logging.getLogger(__name__).debug("the error's traceback", exc_info=True)
-        sys.exit(f"error: {_one_line(error)}")
+    run_command(main, in_one_line)

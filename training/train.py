@@ -9,7 +9,6 @@ import json
 import logging
 import math
 import os
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from processing_sera import SeraProcessor
 from training.batches import Collator, TrainingExamples
 from training.building import build_model, build_processor
 from training.checkpoints import Checkpoints, LossLog, Progress, check_same_run
+from training.commands import run_command
 from training.configuration import (
     OptimizationSettings,
     TrainingSettings,
@@ -258,9 +258,11 @@ def save_model(model: SeraForReferringSegmentation, processor: SeraProcessor, fo
         replace_folder(folder)
 
 
-def message(error: Exception) -> str:
-    """What went wrong, in a sentence."""
+def message(error: Exception) -> str | None:
+    """What went wrong, in a sentence; `None` where it is a fault of ours, not of the input."""
     text = str(error)
+    if isinstance(error, RuntimeError) and "DataLoader worker" not in text:
+        return None
     if isinstance(error, (ConnectionError, EOFError)) or text.startswith("DataLoader worker"):
         return f"a process was lost that prepares batches ({text or 'no answer'}); the same command goes on from the checkpoint."
     if text.startswith("Caught "):
@@ -271,10 +273,4 @@ def message(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError, EOFError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-            raise  # a fault of ours, not of the input
-        logging.getLogger(__name__).debug("the error's traceback", exc_info=True)
-        sys.exit(f"error: {message(error)}")
+    run_command(main, message, also=(EOFError, RuntimeError))
