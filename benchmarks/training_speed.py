@@ -7,17 +7,14 @@ takes every option of `training/train.py`, prints a Markdown table and writes a 
 import argparse
 import json
 import logging
-import resource
 import statistics
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from measuring import measure, memory, reset_memory
 
 from training.batches import Collator, TrainingExamples
 from training.building import build_model, build_processor
@@ -30,20 +27,6 @@ from training.splits import load_splits
 from training.tuning import apply_tuning, checkpoint_activations
 
 WARM_UP = 3  # first calls allocate, compile and choose kernels
-
-
-def measure(call: Callable[[], object], repeats: int, device: torch.device) -> dict[str, float]:
-    """Seconds of one call: median and quartiles over `repeats`, after warm-up, the device's queue empty at both ends."""
-    seconds = []
-    for i in range(WARM_UP + repeats):
-        _wait(device)
-        start = time.perf_counter()
-        call()
-        _wait(device)
-        if i >= WARM_UP:
-            seconds.append(time.perf_counter() - start)
-    low, _, high = statistics.quantiles(seconds, n=4) if repeats > 1 else seconds * 3
-    return {"median": statistics.median(seconds), "low": low, "high": high}
 
 
 def benchmark(settings: TrainingSettings, repeats: int) -> dict[str, Any]:
@@ -72,7 +55,7 @@ def benchmark(settings: TrainingSettings, repeats: int) -> dict[str, Any]:
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a worker process has one
-    pipeline = measure(prepare, repeats, torch.device("cpu"))
+    pipeline = measure({"pipeline": prepare}, repeats, torch.device("cpu"), WARM_UP)["pipeline"]
     torch.set_num_threads(threads)
 
     model = build_model(settings, processor)
@@ -102,9 +85,9 @@ def benchmark(settings: TrainingSettings, repeats: int) -> dict[str, Any]:
     for name, call in (("tower_forward", forward), ("training_step", step)):
         if name == "training_step":
             model.train()
-        _reset_memory(device)
-        seconds = measure(call, repeats, device)
-        figures[name] = seconds | _rates(seconds, size, len(inputs["input_ids"])) | {"peak_memory": _memory(device)}
+        reset_memory(device)
+        seconds = measure({name: call}, repeats, device, WARM_UP)[name]
+        figures[name] = seconds | _rates(seconds, size, len(inputs["input_ids"])) | {"peak_memory": memory(device)}
     return {
         "figures": figures,
         "step_per_tower_forward": figures["training_step"]["median"] / figures["tower_forward"]["median"],
@@ -139,15 +122,15 @@ def format_figures(record: dict[str, Any]) -> str:
     ]
     for key, figure in record["figures"].items():
         median, low, high = (1000 * figure[name] for name in ("median", "low", "high"))
-        memory = f"{figure['peak_memory'] / 2**20:.0f}" if "peak_memory" in figure else "–"
+        peak = f"{figure['peak_memory'] / 2**20:.0f}" if "peak_memory" in figure else "–"
         rates = f"{figure['images_per_second']:.1f} | {figure['samples_per_second']:.1f}"
-        lines.append(f"| {names[key]} | {median:.1f} [{low:.1f}, {high:.1f}] | {rates} | {memory} |")
-    memory = "allocated on the GPU" if record["device"].startswith("cuda") else "of the whole process"
+        lines.append(f"| {names[key]} | {median:.1f} [{low:.1f}, {high:.1f}] | {rates} | {peak} |")
+    where_used = "allocated on the GPU" if record["device"].startswith("cuda") else "of the whole process"
     lines += [
         "",
         f"{where}, {record['threads']} thread(s), {record['mixed_precision']} mixed precision, {record['repeats']} repeats. "
         f"A batch: {batch['pictures']} pictures of {batch['input'][2]}×{batch['input'][3]} with {batch['expressions']} expressions "
-        f"(samples). Memory: the highest {memory} so far.",
+        f"(samples). Memory: the highest {where_used} so far.",
         f"A step takes {record['step_per_tower_forward']:.1f} times the tower's forward; {record['workers_needed']:.2f} cores of "
         "input pipeline keep it fed.",
     ]
@@ -159,23 +142,6 @@ def _rates(seconds: dict[str, float], pictures: float, samples: float) -> dict[s
         "images_per_second": pictures / seconds["median"],
         "samples_per_second": samples / seconds["median"],
     }
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _reset_memory(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def _memory(device: torch.device) -> int:
-    """Peak bytes: allocated on the GPU since the last reset, or, without one, resident of this process since it began."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .configuration_sera import SeraConfig
 from .layers_sera import SeraAttention, SeraConvUnit, grid_to_tokens, tokens_to_grid
@@ -47,7 +48,17 @@ class SeraAdapterBoundaryExpert(nn.Module):
 
     def forward(self, grid: Tensor) -> Tensor:
         """(B, d, H, W) to the same shape."""
+        if isinstance(self.norm, nn.Identity):
+            return self.conv(grid).relu()
         return self.norm(grid + 0.1 * self.conv(grid)).relu()
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Take the sum and the batch norm of inference into the convolution, for good."""
+        if isinstance(self.norm, nn.BatchNorm2d):
+            self.conv.weight.mul_(0.1)
+            self.conv.weight[:, :, 1, 1] += 1  # the kernel's centre passes the map itself
+            self.conv, self.norm = fuse_conv_bn_eval(self.conv, self.norm), nn.Identity()
 
 
 class SeraUpProjection(nn.Linear):
@@ -62,9 +73,11 @@ class SeraAdapter(nn.Module):
         dim = config.adapter_dim
         self.down_proj = nn.Linear(config.vision_config.hidden_size, dim)
         self.enrich = SeraMultiScaleConv(dim)
-        self.spatial_expert = SeraAdapterSpatialExpert(dim)
-        self.boundary_expert = SeraAdapterBoundaryExpert(dim)
-        self.router = SeraAdapterRouter(config)
+        self.router = None
+        if config.adapter_experts:
+            self.spatial_expert = SeraAdapterSpatialExpert(dim)
+            self.boundary_expert = SeraAdapterBoundaryExpert(dim)
+            self.router = SeraAdapterRouter(config)
         self.text_norm = nn.LayerNorm(dim)
         self.text_attention = SeraAttention(
             config, dim=dim, num_heads=config.adapter_num_heads, context_dim=config.text_config.hidden_size
@@ -80,7 +93,7 @@ class SeraAdapter(nn.Module):
         text_mask: Tensor | None,
         sentence: Tensor,
         image_index: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         """
         Args:
             patches: (B, H·W, hidden_size) patch tokens, without class and register tokens.
@@ -93,23 +106,51 @@ class SeraAdapter(nn.Module):
 
         Returns:
             The correction (N, H·W, hidden_size), to be scaled and added by the caller, and the router weights (N, 2) of the
-            spatial and the boundary expert.
+            spatial and the boundary expert; `None` without experts.
         """
+        return self.attend(
+            self.look(patches, grid_size),
+            text_states=text_states,
+            text_mask=text_mask,
+            sentence=sentence,
+            image_index=image_index,
+        )
+
+    def look(self, patches: Tensor, grid_size: tuple[int, int]) -> tuple[Tensor, ...]:
+        """What does not depend on the text: the enriched map and, scaled, each expert's, all (B, d, H, W)."""
         grid = self.enrich(tokens_to_grid(self.down_proj(patches), grid_size))
-        spatial = SPATIAL_GAIN * self.spatial_expert(grid)
-        boundary = BOUNDARY_GAIN * self.boundary_expert(grid)
-        if self.router.score_sentence is not None and image_index is not None:
-            # the weights differ between expressions of one picture, so only the experts themselves can be shared
-            grid, spatial, boundary = grid[image_index], spatial[image_index], boundary[image_index]
-            image_index = None
-        weights = self.router(grid, sentence)
-        share = weights[..., None, None, None]
-        refined = grid_to_tokens(grid + share[:, 0] * spatial + share[:, 1] * boundary)
+        if self.router is None:
+            return (grid,)
+        return grid, SPATIAL_GAIN * self.spatial_expert(grid), BOUNDARY_GAIN * self.boundary_expert(grid)
+
+    def attend(
+        self,
+        maps: tuple[Tensor, ...],
+        *,
+        text_states: Tensor,
+        text_mask: Tensor | None,
+        sentence: Tensor,
+        image_index: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The rest of [`forward`], whose arguments and result it has, from the maps that [`look`] made."""
+        grid, *experts = maps
+        weights = None
+        if self.router is not None:
+            spatial, boundary = experts
+            if self.router.score_sentence is not None and image_index is not None:
+                # the weights differ between expressions of one picture, so only the experts themselves can be shared
+                grid, spatial, boundary = grid[image_index], spatial[image_index], boundary[image_index]
+                image_index = None
+            weights = self.router(grid, sentence)
+            share = weights[..., None, None, None]
+            grid = grid + share[:, 0] * spatial + share[:, 1] * boundary
+        refined = grid_to_tokens(grid)
 
         attended = self.text_attention(self.text_norm(refined), text_states, text_mask, query_index=image_index)
         if image_index is not None:
-            refined, weights = refined[image_index], weights[image_index]
+            refined = refined[image_index]
+            weights = None if weights is None else weights[image_index]
         return self.up_proj(refined + attended), weights
 
 
-__all__ = ["SeraAdapter"]
+__all__ = ["SeraAdapter", "SeraAdapterBoundaryExpert"]

@@ -1,5 +1,7 @@
 """Configuration of SERA: which towers, where the experts sit, how wide everything is."""
 
+from typing import Literal
+
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
@@ -42,6 +44,14 @@ class SeraConfig(PreTrainedConfig):
         router_noise_std (`float`, *optional*, defaults to 0.1): Standard deviation of the noise on routing logits in training.
         expression_aware_routing (`bool`, *optional*, defaults to `False`):
             Whether both kinds of router see the sentence feature beside the pooled picture.
+        routing (`str`, *optional*, defaults to `"learned"`):
+            `"uniform"` gives every expert the same fixed weight for every sample and has no routers: the control of an ablation
+            that says whether routing itself helps.
+        adapter_experts (`bool`, *optional*, defaults to `True`):
+            Whether adapters hold their two experts. Without them an adapter projects, enriches and attends to the text: the
+            uniform baseline that SERA-Adapter is measured against.
+        fusion_experts (`bool`, *optional*, defaults to `True`):
+            Whether taps are refined by the four fusion experts. Without them a tap is projected and normalised only.
         router_logit_loss_weight (`float`, *optional*, defaults to 1e-3): λz, weight of the mean squared routing logit.
         router_balance_loss_weight (`float`, *optional*, defaults to 1e-2): λb, weight of the squared coefficient of variation.
         router_token_loss_weight (`float`, *optional*, defaults to 1e-2): λt, weight of the selection-times-probability term.
@@ -50,6 +60,9 @@ class SeraConfig(PreTrainedConfig):
         decoder_num_heads (`int`, *optional*, defaults to 8): Heads of the decoder's attentions.
         decoder_ffn_dim (`int`, *optional*, defaults to 1024): Hidden width of the decoder's feed-forward parts.
         decoder_dropout (`float`, *optional*, defaults to 0.1): Dropout on the decoder's residual branches.
+        mask_targets (`str`, *optional*, defaults to `"area"`):
+            What a mask logit learns: `"area"`, the mean of the mask over the pixels that the logit covers, or `"nearest"`, the
+            mask at one of them, as the field does it.
         bce_loss_weight (`float`, *optional*, defaults to 1.0): Weight of the binary cross-entropy.
         dice_loss_weight (`float`, *optional*, defaults to 1.0): Weight of the Dice loss.
         predict_presence (`bool`, *optional*, defaults to `False`):
@@ -82,6 +95,9 @@ class SeraConfig(PreTrainedConfig):
     router_hidden_dim: int = 128
     router_noise_std: float = 0.1
     expression_aware_routing: bool = False
+    routing: Literal["learned", "uniform"] = "learned"
+    adapter_experts: bool = True
+    fusion_experts: bool = True
     router_logit_loss_weight: float = 1e-3
     router_balance_loss_weight: float = 1e-2
     router_token_loss_weight: float = 1e-2
@@ -90,6 +106,7 @@ class SeraConfig(PreTrainedConfig):
     decoder_num_heads: int = 8
     decoder_ffn_dim: int = 1024
     decoder_dropout: float = 0.1
+    mask_targets: Literal["area", "nearest"] = "area"
     bce_loss_weight: float = 1.0
     dice_loss_weight: float = 1.0
     predict_presence: bool = False
@@ -112,6 +129,13 @@ class SeraConfig(PreTrainedConfig):
         if not 1 <= self.num_selected_experts <= NUM_FUSION_EXPERTS:
             raise ValueError(
                 f"num_selected_experts is {self.num_selected_experts}; it must lie in 1..{NUM_FUSION_EXPERTS}."
+            )
+        if self.routing == "uniform" and (
+            self.expression_aware_routing or self.num_selected_experts < NUM_FUSION_EXPERTS
+        ):
+            raise ValueError(
+                "routing is 'uniform', which uses every expert and looks at nothing; leave expression_aware_routing False and "
+                f"num_selected_experts {NUM_FUSION_EXPERTS}."
             )
         for width, heads in (
             ("adapter_dim", "adapter_num_heads"),

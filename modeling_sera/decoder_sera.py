@@ -43,6 +43,7 @@ class SeraMerge(nn.Module):
         gated = [gate(grid, sentence) for grid, gate in zip(maps, self.gates, strict=True)]
         merged = self.reduce(torch.cat(gated, dim=1))
         coordinates = self.coordinates(*merged.shape[-2:], merged).expand(merged.shape[0], -1, -1, -1)
+        coordinates = coordinates.contiguous(memory_format=torch.channels_last)  # as `merged` lies, or both are copied
         return merged + self.coordinate_conv(torch.cat([merged, coordinates], dim=1))
 
 

@@ -132,40 +132,41 @@ class SeraFusion(nn.Module):
         super().__init__()
         self.project = nn.Linear(config.vision_config.hidden_size, config.fusion_dim)
         self.norm = nn.LayerNorm(config.fusion_dim)
-        self.router = SeraTopKRouter(config)
-        self.experts = nn.ModuleDict(
-            {
-                "spatial": SeraSpatialExpert(config),
-                "context": SeraContextExpert(config),
-                "boundary": SeraBoundaryExpert(config),
-                "shape": SeraShapeExpert(config),
-            }
-        )
+        self.router = None
+        if config.fusion_experts:
+            self.router = SeraTopKRouter(config)
+            self.experts = nn.ModuleDict(
+                {
+                    "spatial": SeraSpatialExpert(config),
+                    "context": SeraContextExpert(config),
+                    "boundary": SeraBoundaryExpert(config),
+                    "shape": SeraShapeExpert(config),
+                }
+            )
 
     def forward(
-        self, tokens: Tensor, *, grid_size: tuple[int, int], sentence: Tensor, image_index: Tensor | None = None
-    ) -> tuple[Tensor, SeraRouting]:
+        self, tokens: Tensor, *, grid_size: tuple[int, int], sentence: Tensor | None, image_index: Tensor | None = None
+    ) -> tuple[Tensor, SeraRouting | None]:
         """
         Args:
             tokens: (B, H·W, hidden_size), a tap.
             grid_size: (H, W).
             sentence: (N, projection_dim), seen by the router with `expression_aware_routing` only.
-            image_index: (N,) row of `tokens` each expression is about; `None` means N = B, one each. What does not depend on
-                the text is then computed once per row of `tokens`.
+            image_index: (N,) row of `tokens` each expression is about, for routers that see the sentence; the experts then run
+                once per row of `tokens`. `None` means N = B.
 
         Returns:
-            The refined map (N, fusion_dim, H, W) and the routing of the N samples.
+            The refined map (N, fusion_dim, H, W) and the routing of the N samples; `None` without experts.
         """
         grid = tokens_to_grid(self.norm(self.project(tokens)), grid_size)
+        if self.router is None:
+            return (grid if image_index is None else grid[image_index]), None
         pooled = grid.mean(dim=(2, 3))
         if image_index is None:
             routing = self.router(pooled, sentence)
             return self._mix(grid, routing), routing
-        if self.router.hidden_sentence is not None:  # expressions weigh differently, so only the experts can be shared
-            routing = self.router(pooled[image_index], sentence)
-            return self._mix(grid, routing, image_index), routing
-        routing = self.router(pooled)
-        return self._mix(grid, routing)[image_index], routing.take(image_index)
+        routing = self.router(pooled[image_index], sentence)
+        return self._mix(grid, routing, image_index), routing
 
     def _mix(self, grid: Tensor, routing: SeraRouting, image_index: Tensor | None = None) -> Tensor:
         weights = routing.weights.to(grid.dtype)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_sera import SeraConfig
@@ -155,6 +156,11 @@ class SeraConvUnit(nn.Sequential):
             nn.BatchNorm2d(out_channels),
             nn.ReLU(),
         )
+
+    def fold(self) -> None:
+        """Take the batch norm of inference into the convolution, for good."""
+        if isinstance(self[1], nn.BatchNorm2d):
+            self[0], self[1] = fuse_conv_bn_eval(self[0], self[1]), nn.Identity()
 
 
 __all__ = ["SeraAttention", "SeraConvUnit", "SeraFeedForward", "SeraGridCache"]

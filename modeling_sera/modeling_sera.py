@@ -12,12 +12,13 @@ from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.utils import ModelOutput, logging
 
-from .adapter_sera import SeraUpProjection
+from .adapter_sera import SeraAdapterBoundaryExpert, SeraUpProjection
 from .configuration_sera import SeraConfig
 from .decoder_sera import SeraMaskDecoder, SeraSentenceGate
 from .fusion_sera import SeraFixedFilters, SeraFusion, SeraSpatialExpert
+from .layers_sera import SeraConvUnit
 from .routing_sera import SeraRouterScore, SeraRouting, router_auxiliary_loss
-from .vision_sera import SeraVisionEncoder
+from .vision_sera import SeraPictures, SeraVisionEncoder
 
 logger = logging.get_logger(__name__)
 
@@ -34,8 +35,8 @@ class SeraModelOutput(ModelOutput):
         text_states: (N, L, text hidden size) token features of the expressions.
         text_mask: Attention mask that hides the padding, in the form the attention kernel takes; `None` without padding.
         sentence: (N, projection_dim) sentence features.
-        fusion_routings: One [`SeraRouting`] per tap.
-        adapter_router_weights: One (N, 2) per adapter: weights of the spatial and of the boundary expert.
+        fusion_routings: One [`SeraRouting`] per tap; none where the taps have no experts.
+        adapter_router_weights: One (N, 2) per adapter with experts: weights of the spatial and of the boundary expert.
     """
 
     fused_maps: tuple[Tensor, ...] | None = None
@@ -146,7 +147,36 @@ class SeraModel(SeraPreTrainedModel):
             ValueError: Where sizes do not fit each other or the patch.
         """
         _check_batch(pixel_values, input_ids, image_index)
-        grid_size = self.vision.grid_size(pixel_values)
+        return self.condition(*self.encode_pictures(pixel_values), input_ids, attention_mask, image_index)
+
+    def encode_pictures(
+        self, pixel_values: Tensor
+    ) -> tuple[SeraPictures, list[tuple[Tensor, SeraRouting | None]] | None]:
+        """All that does not depend on the text, of (B, 3, H, W) pictures: what their expressions share.
+
+        Returns:
+            What the vision tower makes of them, and the fused map and the routing of every tap that no text has reached; `None`
+            for the latter where routers see the sentence.
+        """
+        pictures = self.vision.encode_pictures(pixel_values)
+        if self.config.expression_aware_routing:
+            return pictures, None
+        fused = [
+            fusion(tokens, grid_size=pictures.grid_size, sentence=None)
+            for fusion, tokens in zip(self.fusions, pictures.taps, strict=False)
+        ]
+        return pictures, fused
+
+    def condition(
+        self,
+        pictures: SeraPictures,
+        fused_pictures: list[tuple[Tensor, SeraRouting | None]] | None,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        image_index: Tensor | None = None,
+    ) -> SeraModelOutput:
+        """The rest of [`forward`], from what [`encode_pictures`] returned; for all of the expressions or for a part of them."""
+        grid_size = pictures.grid_size
         text_states, sentence = self.encode_text(input_ids, attention_mask)
         text_mask = create_bidirectional_mask(
             config=self.config,
@@ -160,23 +190,29 @@ class SeraModel(SeraPreTrainedModel):
             "text_mask": text_mask,
             "sentence": sentence,
         }
-        taps, adapter_weights = self.vision(pixel_values, image_index=image_index, condition=condition)
-        fused = [
-            fusion(tap.tokens, grid_size=grid_size, sentence=sentence, image_index=image_index if tap.shared else None)
-            for fusion, tap in zip(self.fusions, taps, strict=True)
-        ]
+        taps, adapter_weights = self.vision(pictures, image_index=image_index, condition=condition)
+        fused = []
+        for grid, routing in fused_pictures or ():
+            if image_index is not None:
+                grid, routing = grid[image_index], None if routing is None else routing.take(image_index)
+            fused.append((grid, routing))
+        for fusion, tap in list(zip(self.fusions, taps, strict=True))[len(fused) :]:
+            index = image_index if tap.shared else None
+            fused.append(fusion(tap.tokens, grid_size=grid_size, sentence=sentence, image_index=index))
         return SeraModelOutput(
             fused_maps=tuple(grid for grid, _ in fused),
             text_states=text_states,
             text_mask=text_mask,
             sentence=sentence,
-            fusion_routings=tuple(routing for _, routing in fused),
+            fusion_routings=tuple(routing for _, routing in fused if routing is not None),
             adapter_router_weights=adapter_weights,
         )
 
 
 class SeraForReferringSegmentation(SeraPreTrainedModel):
     """SERA with its mask decoder: the mask of the one thing that an expression means."""
+
+    is_fused = False  # by `fuse_for_inference`
 
     def __init__(self, config: SeraConfig):
         super().__init__(config)
@@ -187,6 +223,42 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         """The text tower's token embedding."""
         return self.model.get_input_embeddings()
+
+    def fuse_for_inference(self) -> "SeraForReferringSegmentation":
+        """Make this model, in place and for good, one that only predicts, a little faster: same results but for rounding.
+
+        Batch norms are taken into their convolutions, and convolutions keep their weights channels-last, as feature maps lie
+        here. To be called before a cast to bfloat16, so that the folding is done in float32. What is left can neither be
+        trained nor saved.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            ValueError: In training mode.
+        """
+        if self.training:
+            raise ValueError("The model is in training mode; call eval() before fuse_for_inference().")
+        for module in self.modules():
+            if isinstance(module, (SeraConvUnit, SeraAdapterBoundaryExpert)):
+                module.fold()
+        self.requires_grad_(False)
+        self.is_fused = True
+        return self.to(memory_format=torch.channels_last)
+
+    def train(self, mode: bool = True) -> "SeraForReferringSegmentation":
+        """As of every module; `ValueError` for the training mode of a model that [`fuse_for_inference`] has changed."""
+        if mode and self.is_fused:
+            raise ValueError("fuse_for_inference() has folded this model's batch norms; load it again to train it.")
+        return super().train(mode)
+
+    def save_pretrained(self, *args, **kwargs) -> None:
+        """As of every model; `ValueError` for one that [`fuse_for_inference`] has changed: it would not load again."""
+        if self.is_fused:
+            raise ValueError(
+                "fuse_for_inference() has folded this model's batch norms; save it before, or load it again."
+            )
+        super().save_pretrained(*args, **kwargs)
 
     @classmethod
     def from_vision_text_pretrained(
@@ -275,6 +347,7 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
         image_index: Tensor | None = None,
         labels: Tensor | None = None,
         output_router_weights: bool = False,
+        max_expressions: int | None = None,
         **kwargs,
     ) -> SeraReferringSegmentationOutput:
         """
@@ -285,23 +358,34 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
             image_index: (N,) row of `pixel_values` that each expression is about. `None` means N = B, one each.
             labels: (N, H, W) masks over the input in [0, 1], of any dtype; all zero where nothing in the picture is meant.
             output_router_weights: Whether to return what the routers decided.
+            max_expressions: How many expressions are worked on at once, to bound the memory; the pictures' part still runs once.
+                `None` means all. In inference only. Memory beside the weights is about 90 MiB per expression at once
+                (SERA-B, 448×448, float32) and grows with the number of patches.
             **kwargs: Ignored, so that everything the processor returns (such as `original_sizes`) can be handed on.
 
         Raises:
-            ValueError: Where sizes do not fit each other or the patch.
+            ValueError: Where sizes do not fit each other or the patch, and for `max_expressions` below 1 or in training.
         """
         if labels is not None and labels.shape != (len(input_ids), *pixel_values.shape[-2:]):
             raise ValueError(
                 f"labels have shape {tuple(labels.shape)}; expected {(len(input_ids), *pixel_values.shape[-2:])}, one mask per "
                 "expression over the input picture."
             )
-        encoded = self.model(pixel_values, input_ids, attention_mask, image_index)
-        logits, presence_logits = self.decoder(
-            encoded.fused_maps, encoded.text_states, encoded.text_mask, encoded.sentence
-        )
+        if max_expressions is not None:
+            if max_expressions < 1 or self.training:
+                raise ValueError(f"max_expressions is {max_expressions}; it must be 1 or more, and None in training.")
+            logits, presence_logits, adapter_weights, fusion_weights = self._in_parts(
+                pixel_values, input_ids, attention_mask, image_index, max_expressions
+            )
+            router_aux_loss = None
+        else:
+            encoded = self.model(pixel_values, input_ids, attention_mask, image_index)
+            logits, presence_logits = self._decode(encoded)
+            adapter_weights = encoded.adapter_router_weights
+            fusion_weights = tuple(routing.weights for routing in encoded.fusion_routings)
+            router_aux_loss = self._router_loss(encoded.fusion_routings, logits) if self.training else None
 
         loss = mask_loss = presence_loss = None
-        router_aux_loss = self._router_loss(encoded.fusion_routings) if self.training else None
         if labels is not None:
             mask_loss = mask_segmentation_loss(logits, labels, self.config)
             if presence_logits is not None:
@@ -314,11 +398,45 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
             mask_loss=mask_loss,
             presence_loss=presence_loss,
             router_aux_loss=router_aux_loss,
-            adapter_router_weights=encoded.adapter_router_weights if output_router_weights else None,
-            fusion_router_weights=tuple(r.weights for r in encoded.fusion_routings) if output_router_weights else None,
+            adapter_router_weights=adapter_weights if output_router_weights else None,
+            fusion_router_weights=fusion_weights if output_router_weights else None,
         )
 
-    def _router_loss(self, routings: Sequence[SeraRouting]) -> Tensor:
+    def _decode(self, encoded: SeraModelOutput) -> tuple[Tensor, Tensor | None]:
+        return self.decoder(encoded.fused_maps, encoded.text_states, encoded.text_mask, encoded.sentence)
+
+    def _in_parts(
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        image_index: Tensor | None,
+        max_expressions: int,
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Logits, presence logits and the adapters' and the fusions' router weights, of so many expressions at once."""
+        _check_batch(pixel_values, input_ids, image_index)
+        shared = self.model.encode_pictures(pixel_values)
+        if image_index is None:
+            image_index = torch.arange(len(input_ids), device=input_ids.device)
+        parts = []
+        for rows in torch.arange(len(input_ids), device=input_ids.device).split(max_expressions):
+            encoded = self.model.condition(
+                *shared, input_ids[rows], None if attention_mask is None else attention_mask[rows], image_index[rows]
+            )
+            routings = tuple(routing.weights for routing in encoded.fusion_routings)
+            logits, presence = self._decode(encoded)
+            parts.append((logits, presence, encoded.adapter_router_weights, routings))
+        logits, presence, adapters, fusions = zip(*parts, strict=True)
+        return (
+            torch.cat(logits),
+            None if presence[0] is None else torch.cat(presence),
+            tuple(torch.cat(weights) for weights in zip(*adapters, strict=True)),
+            tuple(torch.cat(weights) for weights in zip(*fusions, strict=True)),
+        )
+
+    def _router_loss(self, routings: Sequence[SeraRouting], like: Tensor) -> Tensor:
+        if not routings:
+            return like.new_zeros((), dtype=torch.float32)
         losses = [
             router_auxiliary_loss(
                 routing,
@@ -336,14 +454,15 @@ def mask_segmentation_loss(logits: Tensor, labels: Tensor, config: SeraConfig) -
 
     Args:
         logits: (N, h, w).
-        labels: (N, H, W) masks in [0, 1]; each logit's target is their mean over the area that it covers.
-        config: For the two weights.
+        labels: (N, H, W) masks in [0, 1]; each logit's target is their mean over the area that it covers or, with
+            `mask_targets="nearest"`, their value at one pixel of it.
+        config: For the two weights and the kind of target.
 
     Returns:
         A scalar in float32.
     """
     logits = logits.float()
-    targets = interpolate(labels[:, None].float(), size=logits.shape[-2:], mode="area")[:, 0]
+    targets = interpolate(labels[:, None].float(), size=logits.shape[-2:], mode=config.mask_targets)[:, 0]
     bce = binary_cross_entropy_with_logits(logits, targets)
     probability = logits.sigmoid()
     overlap = (probability * targets).sum(dim=(1, 2))

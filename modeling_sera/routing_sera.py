@@ -31,11 +31,14 @@ class SeraRouterScore(nn.Linear):
 
 
 class SeraAdapterRouter(nn.Module):
-    """Soft router of an adapter: `[w_s, w_b] = softmax(Linear(mean over positions of G))` (paper, SERA-Adapter)."""
+    """Soft router of an adapter: `[w_s, w_b] = softmax(Linear(mean over positions of G))` (paper, SERA-Adapter).
+
+    With `routing="uniform"` it holds no parameters and both weights are 1/2.
+    """
 
     def __init__(self, config: SeraConfig):
         super().__init__()
-        self.score = SeraRouterScore(config.adapter_dim, 2)
+        self.score = SeraRouterScore(config.adapter_dim, 2) if config.routing == "learned" else None
         self.score_sentence = (
             SeraRouterScore(config.projection_dim, 2, bias=False) if config.expression_aware_routing else None
         )
@@ -49,6 +52,8 @@ class SeraAdapterRouter(nn.Module):
         Returns:
             (N, 2): the weights of the spatial and of the boundary expert; each row sums to 1.
         """
+        if self.score is None:
+            return grid.new_full((grid.shape[0], 2), 1 / 2)
         logits = self.score(grid.mean(dim=(2, 3)))
         if self.score_sentence is not None:
             logits = logits + self.score_sentence(sentence)
@@ -56,12 +61,19 @@ class SeraAdapterRouter(nn.Module):
 
 
 class SeraTopKRouter(nn.Module):
-    """Sparse router of SERA-Fusion: `r = W2·σ(W1·z)`, noise in training, top k, softmax over those kept (paper)."""
+    """Sparse router of SERA-Fusion: `r = W2·σ(W1·z)`, noise in training, top k, softmax over those kept (paper).
+
+    With `routing="uniform"` it holds no parameters, its logits are zero and every weight is 1/4.
+    """
 
     def __init__(self, config: SeraConfig):
         super().__init__()
         self.k = config.num_selected_experts
         self.noise_std = config.router_noise_std
+        self.hidden_sentence = None
+        self.is_uniform = config.routing == "uniform"
+        if self.is_uniform:
+            return
         self.hidden = nn.Linear(config.fusion_dim, config.router_hidden_dim)
         self.hidden_sentence = (
             nn.Linear(config.projection_dim, config.router_hidden_dim, bias=False)
@@ -77,6 +89,13 @@ class SeraTopKRouter(nn.Module):
             pooled: (N, fusion_dim), z: the mean over positions.
             sentence: (N, projection_dim), used with `expression_aware_routing` only.
         """
+        if self.is_uniform:
+            shape = (pooled.shape[0], NUM_FUSION_EXPERTS)
+            return SeraRouting(
+                weights=pooled.new_full(shape, 1 / NUM_FUSION_EXPERTS, dtype=torch.float32),
+                logits=pooled.new_zeros(shape, dtype=torch.float32),
+                selected=pooled.new_ones(shape, dtype=torch.bool),
+            )
         hidden = self.hidden(pooled)
         if self.hidden_sentence is not None:
             hidden = hidden + self.hidden_sentence(sentence)

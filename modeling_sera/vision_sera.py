@@ -26,6 +26,36 @@ class SeraTap(NamedTuple):
     shared: bool
 
 
+class SeraBlockView(NamedTuple):
+    """What an adapted block makes of pictures before it sees the text.
+
+    Attributes:
+        hidden_states: (B, num_prefix + H·W, hidden_size) after the block's attention.
+        update: Of the same shape, the feed-forward part's output.
+        maps: What [`SeraAdapter.look`] gives.
+    """
+
+    hidden_states: Tensor
+    update: Tensor
+    maps: tuple[Tensor, ...]
+
+
+class SeraPictures(NamedTuple):
+    """Pictures as far as the tower takes them without text; rows are pictures (B).
+
+    Attributes:
+        hidden_states: (B, num_prefix + H·W, hidden_size) before the first adapted block, or after the last of all.
+        view: The first adapted block's; `None` where there is no adapter, and in training.
+        taps: Patch tokens (B, H·W, hidden_size) of the depths so far.
+        grid_size: (H, W).
+    """
+
+    hidden_states: Tensor
+    view: SeraBlockView | None
+    taps: list[Tensor]
+    grid_size: tuple[int, int]
+
+
 class SeraAdaptedBlock(GradientCheckpointingLayer):
     """One transformer block with an adapter on its feed-forward path: `x + LS2(MLP(norm2 x) + s·Adapter(norm2 x, text))`.
 
@@ -39,7 +69,7 @@ class SeraAdaptedBlock(GradientCheckpointingLayer):
 
     def forward(
         self, hidden_states: Tensor, block: nn.Module, num_prefix: int, image_index: Tensor | None, condition: dict
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         """
         Args:
             hidden_states: (B, num_prefix + H·W, hidden_size).
@@ -49,14 +79,27 @@ class SeraAdaptedBlock(GradientCheckpointingLayer):
             condition: `grid_size`, `text_states`, `text_mask` and `sentence` for the adapter.
 
         Returns:
-            (N, num_prefix + H·W, hidden_size) and the router weights (N, 2).
+            (N, num_prefix + H·W, hidden_size) and the router weights (N, 2); `None` without experts.
         """
+        view = self.look(hidden_states, block, num_prefix, condition["grid_size"])
+        return self.attend(view, block, num_prefix, image_index, condition)
+
+    def look(
+        self, hidden_states: Tensor, block: nn.Module, num_prefix: int, grid_size: tuple[int, int]
+    ) -> SeraBlockView:
+        """The part of [`forward`] that does not depend on the text."""
         attended, _ = block.attention(block.norm1(hidden_states))
         hidden_states = block.drop_path(block.layer_scale1(attended)) + hidden_states
-
         normed = block.norm2(hidden_states)
-        correction, weights = self.adapter(normed[:, num_prefix:], image_index=image_index, **condition)
-        update = block.mlp(normed)
+        return SeraBlockView(hidden_states, block.mlp(normed), self.adapter.look(normed[:, num_prefix:], grid_size))
+
+    def attend(
+        self, view: SeraBlockView, block: nn.Module, num_prefix: int, image_index: Tensor | None, condition: dict
+    ) -> tuple[Tensor, Tensor | None]:
+        """The rest of [`forward`]."""
+        hidden_states, update, maps = view
+        text = {name: value for name, value in condition.items() if name != "grid_size"}
+        correction, weights = self.adapter.attend(maps, image_index=image_index, **text)
         if image_index is not None:
             update, hidden_states = update[image_index], hidden_states[image_index]
         update = torch.cat([update[:, :num_prefix], update[:, num_prefix:] + self.scale * correction], dim=1)
@@ -64,12 +107,13 @@ class SeraAdaptedBlock(GradientCheckpointingLayer):
 
 
 class SeraVisionEncoder(nn.Module):
-    """DINOv2 with SERA-Adapters. Blocks before the first adapter run once per picture, the others once per expression."""
+    """DINOv2 with SERA-Adapters. What comes before the text runs once per picture, the rest once per expression."""
 
     def __init__(self, config: SeraConfig):
         super().__init__()
         self.tower = AutoModel.from_config(config.vision_config)
         self.adapted_blocks = nn.ModuleDict({str(i): SeraAdaptedBlock(config) for i in sorted(config.adapter_layers)})
+        self.first_adapted = min(config.adapter_layers, default=config.vision_config.num_hidden_layers)
         self.patch_size = config.patch_size
         self.tap_layers = tuple(config.tap_layers)
         self.has_registers = config.vision_config.model_type == "dinov2_with_registers"
@@ -84,36 +128,57 @@ class SeraVisionEncoder(nn.Module):
             )
         return height // self.patch_size, width // self.patch_size
 
+    def encode_pictures(self, pixel_values: Tensor) -> SeraPictures:
+        """All that does not depend on the text, of (B, 3, H, W) pictures, normalised; sides are multiples of the patch."""
+        grid_size = self.grid_size(pixel_values)
+        hidden_states, taps = self._embed(pixel_values), []
+        for i in range(self.first_adapted):
+            hidden_states = self.tower.encoder.layer[i](hidden_states)
+            self._tap(hidden_states, i + 1, taps)
+        view = None
+        if self.adapted_blocks and not self.training:  # in training the whole block's activations can be checkpointed
+            first = str(self.first_adapted)
+            block = self.tower.encoder.layer[self.first_adapted]
+            view = self.adapted_blocks[first].look(hidden_states, block, self.num_prefix, grid_size)
+        return SeraPictures(hidden_states, view, taps, grid_size)
+
     def forward(
-        self, pixel_values: Tensor, *, image_index: Tensor | None, condition: dict
+        self, pictures: SeraPictures, *, image_index: Tensor | None, condition: dict
     ) -> tuple[list[SeraTap], tuple[Tensor, ...]]:
         """
         Args:
-            pixel_values: (B, 3, H, W), normalised; sides are multiples of the patch.
-            image_index: (N,) row of `pixel_values` each expression is about; `None` means one each.
+            pictures: From [`encode_pictures`].
+            image_index: (N,) row of `pictures` each expression is about; `None` means one each.
             condition: What conditions the adapters; see [`SeraAdaptedBlock`].
 
         Returns:
-            One tap per configured depth, and per adapter its router weights (N, 2).
+            One tap per configured depth, and per adapter with experts its router weights (N, 2).
         """
-        hidden_states = self._embed(pixel_values)
-        shared = image_index is not None  # rows are pictures until a block has seen the text
-        taps, router_weights = [], []
-        for i, block in enumerate(self.tower.encoder.layer):
-            if str(i) in self.adapted_blocks:
-                hidden_states, weights = self.adapted_blocks[str(i)](
-                    hidden_states, block, self.num_prefix, image_index if shared else None, condition
-                )
-                shared = False
-                router_weights.append(weights)
-            else:
+        hidden_states, router_weights, tokens = pictures.hidden_states, [], []
+        for i in range(self.first_adapted, len(self.tower.encoder.layer)):
+            block = self.tower.encoder.layer[i]
+            if str(i) not in self.adapted_blocks:
                 hidden_states = block(hidden_states)
-            depth = i + 1
-            if depth in self.tap_layers:
-                is_last = depth == len(self.tower.encoder.layer)
-                tapped = self.tower.layernorm(hidden_states) if is_last else hidden_states
-                taps.append(SeraTap(tapped[:, self.num_prefix :], shared))
+            else:
+                adapted, is_first = self.adapted_blocks[str(i)], i == self.first_adapted
+                context = (block, self.num_prefix, image_index if is_first else None, condition)
+                if is_first and pictures.view is not None:
+                    hidden_states, weights = adapted.attend(pictures.view, *context)
+                else:
+                    hidden_states, weights = adapted(hidden_states, *context)
+                if weights is not None:
+                    router_weights.append(weights)
+            self._tap(hidden_states, i + 1, tokens)
+        shared = image_index is not None  # rows are pictures until a block has seen the text
+        taps = [SeraTap(tap, shared) for tap in pictures.taps] + [SeraTap(tap, False) for tap in tokens]
         return taps, tuple(router_weights)
+
+    def _tap(self, hidden_states: Tensor, depth: int, taps: list[Tensor]) -> None:
+        """Add the patch tokens after `depth` blocks to `taps`, if they are among the configured depths."""
+        if depth in self.tap_layers:
+            is_last = depth == len(self.tower.encoder.layer)
+            tapped = self.tower.layernorm(hidden_states) if is_last else hidden_states
+            taps.append(tapped[:, self.num_prefix :])
 
     def _embed(self, pixel_values: Tensor) -> Tensor:
         """(B, 3, H, W) pictures to the first hidden states (B, num_prefix + H·W, hidden_size)."""
@@ -137,4 +202,4 @@ class SeraVisionEncoder(nn.Module):
         return embeddings.dropout(torch.cat([prefix.expand(patches.shape[0], -1, -1), patches], dim=1))
 
 
-__all__ = ["SeraVisionEncoder"]
+__all__ = ["SeraPictures", "SeraVisionEncoder"]

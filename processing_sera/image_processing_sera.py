@@ -1,6 +1,6 @@
 """Pictures to letterboxed, normalised pixel values, and masks into the same frame.
 
-Everything here is Pillow and numpy: torchvision is not needed. One function, `letterbox_box`, says where a
+Everything here is Pillow, numpy and torch: torchvision is not needed. One function, `letterbox_box`, says where a
     picture
 lies in its frame; the forward direction, the training labels and the post-processing all ask it.
 """
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch.nn.functional import interpolate
 from transformers.image_processing_base import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import load_image
@@ -23,6 +24,7 @@ ImageLike = str | os.PathLike | Image.Image | np.ndarray | torch.Tensor
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 ORIENTATION_TAG = 0x0112
+TORCH_FILTERS = {int(Image.Resampling.BILINEAR): "bilinear", int(Image.Resampling.BICUBIC): "bicubic"}
 ACCEPTED = "a PIL image, a path or URL, or an array or tensor of shape (H,W), (H,W,1|3|4) or (1|3|4,H,W)"
 
 
@@ -281,13 +283,9 @@ class SeraImageProcessor(BaseImageProcessor):
             rgb = to_rgb_image(image, name="image" if len(images) == 1 else f"images[{i}]")
             original_sizes[i] = rgb.height, rgb.width
             top, left, height, width = letterbox_box((rgb.height, rgb.width), self.frame_size)
-            if rgb.size != (width, height):
-                # a gap of 3 halves the time of large reductions, and the result cannot be told from the full
-                # one
-                rgb = rgb.resize((width, height), self.resample, reducing_gap=3.0)
-            for channel, plane in enumerate(rgb.split()):
+            for channel, plane in enumerate(_resized(rgb, height, width, self.resample)):
                 content = pixel_values[i, channel, top : top + height, left : left + width]
-                np.multiply(np.asarray(plane), scale[channel], out=content)
+                np.multiply(plane, scale[channel], out=content)
                 content += offset[channel]
         data = {"pixel_values": pixel_values, "original_sizes": original_sizes}
         return BatchFeature(data, tensor_type=return_tensors)
@@ -311,6 +309,25 @@ class SeraImageProcessor(BaseImageProcessor):
                 expected = f"{tuple(size)} (height, width, upright)"
                 raise ValueError(f"masks[{i}] has shape {masks[i].shape}, its picture is {expected}.")
         return letterbox_masks(masks, self.frame_size)
+
+
+def _resized(image: Image.Image, height: int, width: int, resample: int) -> np.ndarray:
+    """An RGB picture at another size: uint8 (3, height, width). Downscaling is anti-aliased.
+
+    torch has Pillow's bilinear and bicubic filters in code that is four times as fast. From rounding, few values
+    differ by a level, in enlarged pictures by two at most. Pillow does the other filters, and reductions to a
+    sixth or less, where it may average blocks first (a gap of 3): that halves their time, and the result cannot
+    be told from the full one.
+    """
+    mode = TORCH_FILTERS.get(resample)
+    if image.size == (width, height):
+        planes = np.asarray(image)
+    elif mode is None or max(image.width / width, image.height / height) >= 6:
+        planes = np.asarray(image.resize((width, height), resample, reducing_gap=3.0))
+    else:
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+        return interpolate(pixels, size=(height, width), mode=mode, antialias=True)[0].numpy()
+    return planes.transpose(2, 0, 1)
 
 
 def as_image_list(images: Any) -> list[Any]:

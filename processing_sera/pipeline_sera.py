@@ -131,19 +131,9 @@ class ReferringImageSegmentationPipeline(Pipeline):
         }
 
     def _run_model(self, features: dict[str, torch.Tensor], max_expressions: int) -> dict[str, torch.Tensor]:
-        """`logits` (N, h, w) and, where the model gives them, `presence_logits` (N,); of so many expressions at once."""
-        parts = []
-        for rows in torch.arange(len(features["input_ids"]), device=self.device).split(max_expressions):
-            pictures, image_index = features["image_index"][rows].unique(return_inverse=True)
-            outputs = self.model(
-                pixel_values=features["pixel_values"][pictures],
-                original_sizes=features["original_sizes"][pictures],
-                input_ids=features["input_ids"][rows],
-                attention_mask=features["attention_mask"][rows],
-                image_index=image_index,
-            )
-            parts.append({name: outputs[name] for name in ("logits", "presence_logits") if name in outputs})
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        """`logits` (N, h, w) and, where the model gives them, `presence_logits` (N,)."""
+        outputs = self.model(**features, max_expressions=max_expressions)
+        return {name: outputs[name] for name in ("logits", "presence_logits") if name in outputs}
 
     def postprocess(self, model_outputs: dict[str, Any], threshold: float | None = None) -> list[dict[str, Any]]:
         features = model_outputs["features"]

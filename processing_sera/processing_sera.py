@@ -17,6 +17,7 @@ from .image_processing_sera import ImageLike, as_image_list, letterbox_box
 from .pipeline_sera import ReferringImageSegmentationPipeline  # so that the file is saved with the processor
 
 CLIP_MAX_TOKENS = 77
+NO_TARGET_THRESHOLD = 0.5  # probability of absence above which a mask is left empty
 UNSET_LENGTH = 10**6  # a tokenizer's model_max_length is astronomical where nobody set it
 LOADING_OPTIONS = ("dtype", "is_local", "local_files_only")  # transformers keeps these among the tokenizer's settings
 
@@ -182,7 +183,7 @@ class SeraProcessor(ProcessorMixin):
         inputs: Any,
         threshold: float | None = None,
         return_probabilities: bool = False,
-        no_target_threshold: float = 0.5,
+        no_target_threshold: float = NO_TARGET_THRESHOLD,
     ) -> list[dict[str, Any]]:
         """Masks of the pictures' own sizes from logits that cover the letterboxed frame.
 
@@ -235,8 +236,9 @@ class SeraProcessor(ProcessorMixin):
             mask = probabilities > threshold
             if absence is not None and absence[n] > no_target_threshold:
                 mask = torch.zeros_like(mask)
-            inside = (probabilities * mask).sum() / mask.sum()
-            score = inside if mask.any() else probabilities.max()
+            count = int(mask.sum())
+            # `torch.threshold` keeps what the mask keeps, in one pass
+            score = torch.threshold(probabilities, threshold, 0).sum() / count if count else probabilities.max()
             results.append({"mask": mask, "score": score.item()})
             if absence is not None:
                 results[-1]["no_target"] = absence[n]

@@ -1,4 +1,4 @@
-"""The benchmark of training runs on a small configuration, and its figures fit each other."""
+"""The benchmarks run on small configurations, their figures fit each other, and SERA-B computes no more than its budget."""
 
 import json
 import os
@@ -8,9 +8,10 @@ import sys
 import pytest
 from conftest import REPOSITORY
 
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+
 
 def test_training_speed(tmp_path):
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     command = [
         sys.executable,
         "benchmarks/training_speed.py",
@@ -20,7 +21,7 @@ def test_training_speed(tmp_path):
         str(tmp_path / "speed.json"),
     ]
     command += ["--config", "training/configs/demo.yaml", "--data.num_scenes", "[8,1,1]"]
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "speed.json").read_text())
     figures, batch = record["figures"], record["batch"]
@@ -32,3 +33,51 @@ def test_training_speed(tmp_path):
     assert record["step_per_tower_forward"] == pytest.approx(step["median"] / tower["median"]) and record["hardware"]
     assert batch["expressions"] > batch["pictures"] == 6  # the demo asks about every object of a picture
     assert "training step" in done.stdout + done.stderr
+
+
+def test_inference_speed(tmp_path):
+    command = [sys.executable, "benchmarks/inference_speed.py", "--tiny", "--repeats", "2", "--no-memory", "--curves"]
+    command += ["--only", "float32)", "training", "--output", str(tmp_path / "speed.json")]
+    done = subprocess.run(command, cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "speed.json").read_text())
+    assert record["hardware"] and record["versions"]["torch"] and record["skipped"] == {} and record["tiny"]
+    for name, figures in record["entries"].items():
+        assert 0 < figures["low"] <= figures["median"] <= figures["high"]
+        assert figures["expressions_per_second"] == pytest.approx(figures["expressions"] / figures["median"])
+        assert "float32)" in name and name in done.stdout + done.stderr
+    flops = {name: figures["flops"] for name, figures in record["entries"].items()}
+    assert flops["SERA-B (float32)"] == flops["SERA-B, fused for inference (float32)"]
+    assert flops["SERA-B, 4 pictures (float32)"] == pytest.approx(4 * flops["SERA-B (float32)"], rel=0.01)
+    assert flops["SERA-B, 4 expressions (float32)"] < 0.99 * flops["SERA-B, 4 pictures (float32)"]
+    assert flops["bare DINOv2-B/14, 4 registers (float32)"] < flops["SERA-B, late adapters (float32)"]
+    assert len(record["training"]) == 2 and all(figures["batch"] == 2 for figures in record["training"].values())
+    (parts,) = record["parts"].values()
+    assert min(parts.values()) > 0 and set(parts) == {
+        "text",
+        "backbone",
+        "adapters",
+        "fusion",
+        "decoder",
+        "projector",
+        "all",
+    }
+    assert list(record["processing"]) == ["decode the JPEG", "pre-processing", "post-processing"]
+    assert set(record["curves"]["expressions"]) == {"sera", "late"} and len(record["curves"]["side"]) == 5
+    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_sera_b_computes_no_more_than_its_budget(monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
+    from subjects import count_flops
+
+    backbone, alone = (count_flops(kind, 1, 1, False) for kind in ("backbone", "sera"))
+    patches, width = 32 * 32, 768
+    tokens = patches + 5
+    linear = 12 * 2 * tokens * 12 * width**2  # query, key, value, output: 4 width²; feed-forward: 8 width²
+    attention = 12 * 4 * tokens**2 * width
+    embedding = 2 * patches * 3 * 14 * 14 * width
+    assert backbone == pytest.approx(linear + attention + embedding, rel=1e-3)
+    assert alone <= 275e9
+    assert count_flops("sera", 1, 16, False) <= 0.88 * 16 * alone
+    assert count_flops("late", 1, 16, False) <= 0.55 * 16 * count_flops("late", 1, 1, False)

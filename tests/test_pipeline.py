@@ -26,11 +26,11 @@ class BrightnessModel(PreTrainedModel):
         super().__init__(config)
         self.gain = torch.nn.Parameter(torch.tensor(4.0))
         self.dark = dark
-        self.calls = []  # numbers of pictures and of expressions
+        self.calls = []  # numbers of pictures, of expressions, and of expressions at once
         self.post_init()
 
-    def forward(self, pixel_values, input_ids, attention_mask, image_index, original_sizes):
-        self.calls.append((len(pixel_values), len(input_ids)))
+    def forward(self, pixel_values, input_ids, attention_mask, image_index, original_sizes, max_expressions):
+        self.calls.append((len(pixel_values), len(input_ids), max_expressions))
         assert pixel_values.dtype == self.gain.dtype
         assert input_ids.shape == attention_mask.shape and len(original_sizes) == len(pixel_values)
         grey = torch.nn.functional.avg_pool2d(pixel_values.mean(1, keepdim=True), 2)[:, 0]
@@ -121,24 +121,21 @@ def test_the_batch_size_is_that_of_pictures_whose_expressions_go_together(pipe, 
     pipe(examples(), batch_size=batch_size)
     counts = [1, 2, 1]
     groups = [counts[i : i + batch_size] for i in range(0, 3, batch_size)]
-    assert pipe.model.calls == [(len(group), sum(group)) for group in groups]
+    assert pipe.model.calls == [(len(group), sum(group), 32) for group in groups]
 
 
-def test_500_expressions_go_through_the_model_in_parts(pipe):
+def test_500_expressions_about_one_picture_are_one_call_that_the_model_bounds(pipe):
     image, texts = two_sided((40, 30)), ["dark " * (1 + i % 3) if i % 2 else f"bright {i}" for i in range(500)]
     results = pipe(image, texts)
-    assert len(results) == 500 and sum(count for _, count in pipe.model.calls) == 500
-    assert max(count for _, count in pipe.model.calls) <= 32
+    assert len(results) == 500 and pipe.model.calls == [(1, 500, 32)]
     for result, text in zip(results, texts, strict=True):
         check(result, image, text)
 
 
 @pytest.mark.parametrize("max_expressions", [1, 2, 3])
-def test_parts_may_end_within_a_picture(pipe, max_expressions):
-    """Nor does a part hold pictures that none of its expressions is about."""
+def test_the_caller_says_how_many_expressions_go_through_the_model_at_once(pipe, max_expressions):
     check_all(pipe(examples(), batch_size=3, max_expressions=max_expressions))
-    for pictures, expressions in pipe.model.calls:
-        assert pictures <= expressions <= max_expressions
+    assert pipe.model.calls == [(3, 4, max_expressions)]
 
 
 def test_several_pictures_asked_the_same(pipe):

@@ -23,6 +23,7 @@ from transformers import BatchFeature
 
 from modeling_sera import SeraForReferringSegmentation
 from processing_sera import SeraProcessor
+from processing_sera.processing_sera import NO_TARGET_THRESHOLD
 from training.batches import Collator, EvaluationExamples, shuffled_sentences
 from training.boundary import boundary_f_score
 from training.commands import run_command
@@ -37,7 +38,6 @@ from training.workers import end_with_parent
 
 logger = logging.getLogger(__name__)
 
-NO_TARGET_THRESHOLD = 0.5  # probability of absence above which nothing is predicted, for models that predict presence
 CALIBRATION_SPLITS = ("val", "validation")
 CALIBRATION_THRESHOLDS = tuple(i / 20 for i in range(1, 20))
 
@@ -154,9 +154,7 @@ def _answers(
             for part in split_expressions(inputs.to(accelerator.device), max_expressions):
                 with torch.inference_mode(), accelerator.autocast():
                     outputs = model(**part)
-                results = processor.post_process_referring_segmentation(
-                    outputs, part, threshold, return_probabilities, NO_TARGET_THRESHOLD
-                )
+                results = processor.post_process_referring_segmentation(outputs, part, threshold, return_probabilities)
                 for result in results:
                     yield next(sources), next(truths), result
     finally:

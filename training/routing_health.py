@@ -23,9 +23,15 @@ class RoutingHealth:
     def __init__(self, model: SeraForReferringSegmentation):
         self.config = model.config
         self.fusions = {
-            str(depth): f.router for depth, f in zip(model.config.tap_layers, model.model.fusions, strict=True)
+            str(depth): fusion.router
+            for depth, fusion in zip(model.config.tap_layers, model.model.fusions, strict=True)
+            if fusion.router is not None
         }
-        self.adapters = {name: block.adapter.router for name, block in model.model.vision.adapted_blocks.items()}
+        self.adapters = {
+            name: block.adapter.router
+            for name, block in model.model.vision.adapted_blocks.items()
+            if block.adapter.router is not None
+        }
         # per tap: weights, selected, probability, squared logits of every expert, then entropy and number of samples
         device = model.device
         self.fusion_sums = {tap: torch.zeros(4 * len(EXPERT_NAMES) + 2, device=device) for tap in self.fusions}
