@@ -44,9 +44,12 @@ class EndpointHandler:
             OSError, ValueError: Where the folder does not hold a whole model.
         """
         self.processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
-        # where a file is missing, transformers makes up an empty tokenizer, or takes the tokenizer for the processor
-        if len(getattr(self.processor, "tokenizer", ())) < NUM_BYTES:
-            raise ValueError("The model's processor is not whole; is its code or its tokenizer.json missing?")
+        # where a file is missing, transformers makes up an empty or another tokenizer, or takes the tokenizer for the processor
+        tokenizer = getattr(self.processor, "tokenizer", ())
+        if len(tokenizer) < NUM_BYTES or tokenizer.pad_token_id is None:
+            raise ValueError(
+                "The model's processor is not whole; is its code, its tokenizer.json or its tokenizer_config.json missing?"
+            )
         model = AutoModel.from_pretrained(path, trust_remote_code=True)
         self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 

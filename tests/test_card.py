@@ -20,7 +20,7 @@ from training.configuration import (
 )
 from training.files import write_text
 from training.metric import SentenceScore
-from training.reports import Threshold, evaluation_record
+from training.reports import Threshold, evaluation_record, model_index
 from training.scenes import generate_scenes
 
 SCENES = DataSettings(source="scenes", num_scenes=(40, 2, 3), scene_size=64)
@@ -208,6 +208,8 @@ def test_splits_of_one_name_stay_apart(tmp_path):
     for by, record in zip(REFCOCOG, records, strict=True):
         (value,) = (r.metric_value for r in results if r.metric_type == "mIoU" and r.dataset_config == by)
         assert value == pytest.approx(100 * record["summary"]["as written"]["all"]["mIoU"], abs=0.005)
+        (result,) = yaml.safe_load(model_index(record))["model-index"][0]["results"]
+        assert result["dataset"]["config"] == by and result["dataset"]["type"] == "refcocog"
     assert len(front_matter(card)["model-index"][0]["results"]) == 2
     assert len(re.findall("^### ", card, flags=re.MULTILINE)) == 2
     with pytest.raises(ValueError, match=r"Two of the evaluations are of RefCOCOg \(umd\), split val"):

@@ -136,7 +136,13 @@ def test_a_model_without_a_run_is_scored_on_a_refer_folder(run_folder, tmp_path)
     assert record["model"] == "weights" and record["data"]["root"] == "data"
     (entry,) = yaml.safe_load((tmp_path / "a.yaml").read_text())["model-index"]
     dataset = entry["results"][0]["dataset"]
-    assert dataset == {"name": "RefCOCO (unc)", "type": "refcoco", "split": "testA", "args": record["counts"]}
+    assert dataset == {
+        "name": "RefCOCO (unc)",
+        "type": "refcoco",
+        "config": "unc",
+        "split": "testA",
+        "args": record["counts"],
+    }
     assert record["intervals"] == {"all": {}}  # of a single picture there is none
 
 

@@ -5,11 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from builders import tiny_tokenizer
 from conftest import REPOSITORY, make_inputs, make_model
+from test_readme import commands
 from torch.nn.functional import pad
 
 from modeling_sera import SeraForReferringSegmentation
@@ -57,7 +59,7 @@ def differences(model, other, sizes=SIZES) -> list[float]:
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
     """A run's folder: a small model that has learnt four masks by heart, its processor, and settings that name its data."""
-    folder = tmp_path_factory.mktemp("outputs") / "trial"
+    folder = tmp_path_factory.mktemp("readme") / "outputs" / "demo"
     shorter = {"adapter_layers": [1], "tap_layers": [1, 2], "predict_presence": True}
     model = make_model(vision_config={"num_hidden_layers": 2}, text_config=text_config(), **shorter).train()
     labels = torch.zeros(4, 56, 56)
@@ -78,14 +80,16 @@ def run_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exported(run_folder):
-    """What the command wrote, run as a user runs it."""
-    output = run_folder / "exported"
-    options = ["--output", output, "--int8", "--evaluate", "test"]
-    command = [sys.executable, "training/export.py", run_folder / "model", *options]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([*map(str, command)], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    """What the README's command wrote, run as it is written there."""
+    place = run_folder.parents[1]
+    for name in ("modeling_sera", "processing_sera", "training"):
+        (place / name).symlink_to(REPOSITORY / name)
+    (command,) = commands("Export")
+    environment = os.environ | {"PYTHONPATH": ".", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment |= {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
+    done = subprocess.run(command, shell=True, cwd=place, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    return output
+    return place / "exported"
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +146,7 @@ def test_the_model_and_its_graphs_are_scored(exported):
 
 @needs_onnx
 def test_no_file_names_a_folder_of_the_machine(exported, run_folder):
-    folders = [str(run_folder.parent), str(REPOSITORY), sys.prefix]
+    folders = [str(run_folder.parents[1]), str(REPOSITORY), sys.prefix]
     for file in exported.iterdir():
         assert not [folder for folder in folders if folder.encode() in file.read_bytes()], file.name
     assert not list(exported.parent.glob(".*"))

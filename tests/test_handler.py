@@ -154,6 +154,14 @@ def test_formats(handler, form):
     assert mask.shape == (40, 60)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (5000, 1), (1, 5000)])
+def test_pictures_of_any_shape(handler, size):
+    buffer = io.BytesIO()
+    Image.new("RGB", size, "red").save(buffer, "PNG")
+    (mask,) = masks(handler(request(image=encoded(buffer.getvalue()))))
+    assert mask.shape == size[::-1]
+
+
 def test_a_telephones_jpeg_of_two_pictures_is_accepted(handler):
     first, second = (Image.new("RGB", (30, 20), colour) for colour in ("red", "blue"))
     buffer = io.BytesIO()
@@ -289,7 +297,10 @@ def test_after_a_bad_request_the_next_is_answered(handler):
     assert handler(request()) == before
 
 
-@pytest.mark.parametrize("missing", ["model.safetensors", "config.json", "processor_config.json", "tokenizer.json"])
+@pytest.mark.parametrize(
+    "missing",
+    ["model.safetensors", "config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"],
+)
 def test_a_folder_that_lacks_a_file_does_not_start(module, folder, tmp_path, missing):
     partial = shutil.copytree(folder, tmp_path / "model")
     (partial / missing).unlink()

@@ -155,9 +155,6 @@ def _index_results(evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
     results, seen = [], set()
     for record in evaluations:
         (result,) = yaml.safe_load(model_index(record))["model-index"][0]["results"]
-        if record["data"]["source"] == "refer":
-            # the Hub's libraries tell results apart by type, configuration and split: RefCOCOg has a val of UMD's and of Google's
-            result["dataset"]["config"] = record["data"]["split_by"]
         place = tuple(result["dataset"].get(key) for key in ("type", "config", "split"))
         if place in seen:
             raise ValueError(

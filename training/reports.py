@@ -93,6 +93,7 @@ def evaluation_record(
         "processes": processes,
         "hardware": describe_hardware(),
         "versions": library_versions(),
+        "image_ids": list(pictures),  # of each row
         "scores": [asdict(score) for score in scores],
     }
 
@@ -138,6 +139,8 @@ def model_index(record: dict[str, Any]) -> str:
             task_name="Referring image segmentation",
             dataset_type=data["dataset"] if data["source"] == "refer" else data_name(record).replace(" ", "-"),
             dataset_name=data_name(record),
+            # the Hub's libraries join results of one type, configuration and split: RefCOCOg has a val of UMD's and of Google's
+            dataset_config=data["split_by"] if data["source"] == "refer" else None,
             dataset_split=record["split"],
             dataset_args=record["counts"],
             metric_type=name,
