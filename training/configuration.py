@@ -51,6 +51,10 @@ class DataSettings:
         streaming: Read the training rows of folders as they are needed, instead of copying them to the cache first.
         train_split: Split that is trained on.
         val_split: Split that chooses the best epoch; the only one that training looks at.
+        hide_sentences: Replace every sentence by one and the same word: what the pictures alone tell, as a control.
+        scene_set: Which embedded scenes: "demo" for easy ones, or the benchmark's (`docs/scenes.md`): "location" (location words
+            allowed), "appearance" (excluded), "relation" (long), "mixed" (all three about the same scenes).
+        scene_no_target: Add to every scene of the benchmark expressions about something that is not in it.
         num_scenes: Number of embedded scenes for training, validation and test.
         scene_size: Side in pixels of the embedded scenes.
         scene_seed: Seed of the embedded scenes.
@@ -68,6 +72,9 @@ class DataSettings:
     streaming: bool = False
     train_split: str = "train"
     val_split: str = "val"
+    hide_sentences: bool = False
+    scene_set: Literal["demo", "location", "appearance", "relation", "mixed"] = "demo"
+    scene_no_target: bool = False
     num_scenes: tuple[int, int, int] = (4000, 200, 200)
     scene_size: PositiveInt = 96
     scene_seed: NonNegativeInt = 0

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from dataclasses import replace
 
 import datasets
 import numpy as np
@@ -10,9 +11,12 @@ from accelerate import PartialState
 from training.configuration import DataSettings
 from training.data import load_refer, refer_image_ids
 from training.hub_layouts import RowFolder
-from training.scenes import generate_scenes
+from training.scenes import check_scenes, generate_scenes, load_scenes
 
 logger = logging.getLogger(__name__)
+
+
+HIDDEN = "something"  # every sentence, where they are hidden
 
 
 def load_splits(data: DataSettings, splits: list[str]) -> list[datasets.Dataset]:
@@ -24,16 +28,13 @@ def load_splits(data: DataSettings, splits: list[str]) -> list[datasets.Dataset]
         FileNotFoundError: Where there are no such data.
         ValueError: Where there is no such split.
     """
+    if data.hide_sentences:
+        return [_hide_sentences(rows) for rows in load_splits(replace(data, hide_sentences=False), splits)]
     if data.source == "scenes":
-        sizes = dict(zip(("train", "val", "test"), data.num_scenes, strict=True))
         for split in splits:
-            if split not in sizes:
-                raise ValueError(f"The embedded scenes have no split {split!r}; they have {', '.join(sizes)}.")
-        workers = max((os.cpu_count() or 1) // PartialState().num_processes, 1)  # every process draws its own
-        return [
-            generate_scenes(sizes[split], data.scene_seed, data.scene_size, split=split, num_workers=workers)
-            for split in splits
-        ]
+            check_scenes(data.scene_set, split, data.scene_no_target)
+        sizes = dict(zip(("train", "val", "test"), data.num_scenes, strict=True)) | {"test_seen": data.num_scenes[2]}
+        return [_scenes(data, split, sizes[split]) for split in splits]
     if data.root is None:
         raise ValueError("data.root is not set; name the folder that holds the data.")
     if data.source == "folder":
@@ -43,6 +44,22 @@ def load_splits(data: DataSettings, splits: list[str]) -> list[datasets.Dataset]
         return [folder.read(split) for split in splits]
     loaded = load_refer(data.root, data.dataset, data.split_by, image_dir=data.image_dir, splits=splits)
     return [loaded[split] for split in splits]
+
+
+def _scenes(data: DataSettings, split: str, number: int) -> datasets.Dataset:
+    cores = os.cpu_count() or 1
+    if data.scene_set == "demo":
+        workers = max(cores // PartialState().num_processes, 1)  # every process draws its own
+        return generate_scenes(number, data.scene_seed, data.scene_size, split=split, num_workers=workers)
+    return load_scenes(
+        number,
+        data.scene_seed,
+        data.scene_size,
+        split=split,
+        scene_set=data.scene_set,
+        no_target=data.scene_no_target,
+        num_workers=cores,
+    )
 
 
 def load_training_splits(data: DataSettings) -> tuple[datasets.Dataset | datasets.IterableDataset, datasets.Dataset]:
@@ -56,6 +73,11 @@ def load_training_splits(data: DataSettings) -> tuple[datasets.Dataset | dataset
         FileNotFoundError: Where there are no such data.
         ValueError: Where there is no such split, settings do not go together, or a set in a mixture has no COCO image ids.
     """
+    if data.hide_sentences:
+        if data.streaming:
+            raise ValueError("data.hide_sentences does not go together with data.streaming.")
+        train, val = load_training_splits(replace(data, hide_sentences=False))
+        return _hide_sentences(train), _hide_sentences(val)
     if data.source == "scenes" and data.mix:
         raise ValueError("data.mix takes REFER sets or folders; set data.source to refer or folder.")
     if data.source != "folder" and data.streaming:
@@ -80,6 +102,13 @@ def load_training_splits(data: DataSettings) -> tuple[datasets.Dataset | dataset
         held_out = frozenset().union(*others)
         train = [_leave_out(rows, held_out, member, data.train_split) for rows, member in zip(train, sets, strict=True)]
     return datasets.concatenate_datasets(train), sets[0].read(data.val_split)
+
+
+def _hide_sentences(rows: datasets.Dataset) -> datasets.Dataset:
+    """The rows with as many sentences, all of them the same."""
+    hidden = [[HIDDEN] * len(sentences) for sentences in rows["sentences"]]
+    names, feature = rows.column_names, rows.features["sentences"]
+    return rows.remove_columns("sentences").add_column("sentences", hidden, feature=feature).select_columns(names)
 
 
 class ReferSet:
