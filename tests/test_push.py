@@ -30,6 +30,7 @@ from training.files import write_text
 from training.push import PushedFile, check_contents, find_model, list_files
 
 REPO = "someone/zebra-finder"
+SPACE = "someone/zebra-space"
 TOKEN = "hf_" + "a1B2" * 8
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -41,7 +42,9 @@ class HubServer(ThreadingHTTPServer):
         requests: Method and path of every request, in order.
         created: Bodies of the requests to create a repository.
         files: Committed files, by path.
-        commits: Number of commits.
+        space_files: Files committed to the Space, by path.
+        space_variables: Of the Space.
+        commits: Number of commits, the Space's too.
         tags: Tags and the commits that they name.
         private: Whether the repository is; `None` before it exists.
         failures: Status to answer with, by the beginning of a path.
@@ -54,6 +57,8 @@ class HubServer(ThreadingHTTPServer):
         self.created: list[dict] = []
         self.blobs: dict[str, bytes] = {}
         self.files: dict[str, bytes] = {}
+        self.space_files: dict[str, bytes] = {}
+        self.space_variables: dict[str, str] = {}
         self.commits = 0
         self.tags: dict[str, str] = {}
         self.private: bool | None = None
@@ -108,6 +113,8 @@ class _Hub(BaseHTTPRequestHandler):
 
     def create(self, body: bytes) -> None:
         self.server.created.append(json.loads(body))
+        if json.loads(body).get("type") == "space":
+            return self.reply({"url": f"{self.server.url}/spaces/{SPACE}"})
         url = {"url": f"{self.server.url}/{REPO}"}
         if self.server.private is not None:
             return self.reply(url | {"error": "You already created this model repo"}, 409)
@@ -125,7 +132,8 @@ class _Hub(BaseHTTPRequestHandler):
 
     def validate(self, body: bytes) -> None:
         sent = json.loads(body)
-        assert sent["repoType"] == "model" and yaml.safe_load(sent["content"].split("---\n")[1])["pipeline_tag"]
+        metadata = yaml.safe_load(sent["content"].split("---\n")[1])
+        assert metadata["pipeline_tag"] if sent["repoType"] == "model" else metadata["sdk"] == "gradio"
         self.reply({"warnings": [], "errors": []})
 
     def preupload(self, body: bytes) -> None:
@@ -142,13 +150,23 @@ class _Hub(BaseHTTPRequestHandler):
             item["actions"] = {"upload": {"href": f"{self.server.url}/stored/{item['oid']}"}}
         self.reply({"transfer": "basic", "objects": objects})
 
+    def variable(self, body: bytes) -> None:
+        assert not self.server.space_files  # they start it
+        sent = json.loads(body)
+        self.server.space_variables[sent["key"]] = sent["value"]
+        self.reply({sent["key"]: {"value": sent["value"], "updatedAt": "2026-01-01T00:00:00.000Z"}})
+
+    def space_information(self, body: bytes) -> None:
+        self.reply({"id": SPACE, "private": False, "sha": COMMIT, "siblings": [], "tags": []})
+
     def commit(self, body: bytes) -> None:
+        files = self.server.space_files if self.path.startswith("/api/spaces/") else self.server.files
         for line in map(json.loads, body.splitlines()):
             value = line["value"]
             if line["key"] == "file":
-                self.server.files[value["path"]] = base64.b64decode(value["content"])
+                files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
-                self.server.files[value["path"]] = self.server.blobs[value["oid"]]
+                files[value["path"]] = self.server.blobs[value["oid"]]
         self.server.commits += 1
         self.reply({"commitUrl": f"{self.server.url}/{REPO}/commit/{COMMIT}", "commitOid": COMMIT})
 
@@ -165,6 +183,10 @@ class _Hub(BaseHTTPRequestHandler):
         f"POST /{REPO}.git/info/lfs/objects/batch": batch,
         f"POST /api/models/{REPO}/commit/main": commit,
         f"POST /api/models/{REPO}/tag/{COMMIT}": tag,
+        f"GET /api/spaces/{SPACE}": space_information,
+        f"POST /api/spaces/{SPACE}/variables": variable,
+        f"POST /api/spaces/{SPACE}/preupload/main": preupload,
+        f"POST /api/spaces/{SPACE}/commit/main": commit,
     }
 
 
@@ -272,17 +294,21 @@ def test_what_goes_up_is_the_model_its_code_and_nothing_that_lay_beside(staged, 
     code = {
         path.name for name in ("modeling_sera", "processing_sera") for path in (REPOSITORY / name).glob("*_sera.py")
     }
-    examples = {f"examples/{i}.png" for i in (1, 2, 3)}
+    shown, bare = ({f"examples/{i}{kind}.png" for i in (1, 2, 3)} for kind in ("", "-picture"))
+    examples = shown | bare | {"examples/examples.json"}
     model = {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json", "tokenizer_config.json"}
     assert paths == code | examples | model | {"README.md", "LICENSE", "handler.py", "requirements.txt"}
     secrets = (TOKEN.encode(), b"planted", str(run_folder).encode(), str(Path.home()).encode() + b"/")
     for path in paths:
         assert not any(secret in (staged / path).read_bytes() for secret in secrets), path
-    for path in examples:
+    for path in shown | bare:
         with Image.open(staged / path) as picture:
             assert picture.size == (64, 64) and not picture.info
     widget = yaml.safe_load((staged / "README.md").read_text().split("---\n")[1])["widget"]
-    assert {example["output"]["url"] for example in widget} == examples and all(example["text"] for example in widget)
+    assert {example["output"]["url"] for example in widget} == shown and all(example["text"] for example in widget)
+    asked = json.loads((staged / "examples" / "examples.json").read_text())
+    assert {f"examples/{example['picture']}" for example in asked} == bare
+    assert [example["text"] for example in asked] == [[example["text"]] for example in widget]
 
 
 def test_the_weights_are_those_of_the_model(staged, run_folder):
@@ -298,9 +324,10 @@ def test_examples_are_drawn_from_pixels_alone(run_folder, tmp_path, monkeypatch)
     photo.write_bytes(picture_bytes("JPEG", exif=exif))
     target = tmp_path / "staged"
     push.stage(run_folder / "model", REPO, target, evaluations=[], examples=[(str(photo), "left zebra")])
-    assert b"at home" not in (target / "examples" / "1.png").read_bytes()
-    with Image.open(target / "examples" / "1.png") as picture:
-        assert picture.size == (40, 60)
+    for name in ("1.png", "1-picture.png"):
+        assert b"at home" not in (target / "examples" / name).read_bytes()
+        with Image.open(target / "examples" / name) as picture:
+            assert picture.size == (40, 60)
     assert not (target / "examples" / "2.png").exists() and "chosen by whoever" in (target / "README.md").read_text()
 
 
@@ -310,6 +337,33 @@ def test_a_second_push_to_the_same_place(hub, already_staged, run_folder):
     first = dict(hub.files)
     push.main([str(run_folder / "model"), REPO, "--private", "--revision-tag", "v2"])
     assert hub.files == first and hub.commits == 2 and hub.tags == {"v2": COMMIT}
+
+
+def test_a_space_is_told_the_model_before_it_starts(hub, already_staged, run_folder, capsys):
+    command = [str(run_folder), REPO, "--space", SPACE]
+    push.main([*command, "--dry-run"])
+    would = listed(capsys.readouterr().out)
+    assert hub.requests == []
+    push.main(command)
+    assert listed(capsys.readouterr().out) == would and hub.commits == 2
+    assert hub.space_variables == {"SERA_MODEL": REPO}
+    assert [(body.get("type"), body.get("sdk")) for body in hub.created][1:] == [("space", "gradio")]
+    place = f"spaces/{SPACE}/"
+    sent = {(place + path, len(data), hashlib.sha256(data).hexdigest()) for path, data in hub.space_files.items()}
+    assert sent == {file for file in would if file.path.startswith(place)} and len(hub.files) == len(would) - len(sent)
+    metadata = yaml.safe_load(hub.space_files["README.md"].decode().split("---\n")[1])
+    assert metadata["models"] == [REPO] and metadata["app_file"] in hub.space_files
+    assert b"user/" not in hub.space_files["README.md"]
+
+
+def test_a_space_that_is_refused_is_named(hub, already_staged, run_folder):
+    hub.failures = {f"/api/spaces/{SPACE}/variables": 403}
+    assert f"may not write to {SPACE} (403)" in refusal([str(run_folder), REPO, "--space", SPACE])
+    hub.private = True
+    with pytest.raises(ValueError, match="someone/zebra-space exists and is public"):
+        push.main([str(run_folder), REPO, "--private", "--space", SPACE])
+    assert hub.space_files == {}
+    assert "no repository on the Hub" in refusal([str(run_folder), REPO, "--space", "zebra", "--dry-run"])
 
 
 def test_nothing_is_sent_to_a_public_repository_that_should_be_private(hub, already_staged, run_folder):

@@ -2,9 +2,11 @@
 
 What goes up is staged in a temporary folder first: weights and processor saved anew by the libraries (so that nothing else that
 lies in the model's folder can come along), the endpoint's handler, and the card. The staged folder must answer a request with
-nothing of ours installed before anything is sent, and is sent as one commit. `--dry-run` stops before the network. (Ours.)
+nothing of ours installed before anything is sent, and is sent as one commit. `--space user/name` puts up a Space that shows the
+model, too. `--dry-run` stops before the network. (Ours.)
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -47,13 +49,24 @@ CODE = {
 # everything that may go up; what else a library writes is refused, not skipped
 FILES = CODE | {"config.json", "model.safetensors", "model.safetensors.index.json", "processor_config.json"}
 FILES |= {"preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
-FILES |= {"vocab.json", "merges.txt", "README.md", "LICENSE", "handler.py", "requirements.txt"}
-NUMBERED = re.compile(r"model-\d{5}-of-\d{5}\.safetensors|examples/\d+\.png")
+FILES |= {
+    "vocab.json",
+    "merges.txt",
+    "README.md",
+    "LICENSE",
+    "handler.py",
+    "requirements.txt",
+    "examples/examples.json",
+}
+NUMBERED = re.compile(r"model-\d{5}-of-\d{5}\.safetensors|examples/\d+(-picture)?\.png")
 BINARY = {".safetensors", ".png"}
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 OTHER_HOME = re.compile(r"(?<![\w.~-])/(home|Users)/\w|\b[A-Z]:\\+Users\\")
 NUM_BYTES = 256  # every one of them is in a CLIP tokenizer's vocabulary
 NUM_SCENE_EXAMPLES = 3
+SPACE = REPOSITORY / "hub" / "space"
+SPACE_FILES = ("README.md", "app.py", "requirements.txt")
+SPACE_MODEL = "user/sera-demo"  # what stands for the model in the Space's README.md
 
 # what an endpoint does with the folder, in a process that does not find our packages by PYTHONPATH or its working folder
 ASK_THE_HANDLER = """
@@ -136,7 +149,7 @@ def stage(
     processor.save_pretrained(target)
     for file in ("LICENSE", "hub/handler.py", "hub/requirements.txt"):
         shutil.copyfile(REPOSITORY / file, target / Path(file).name)
-    gallery = []
+    gallery, asked = [], []
     for i, (picture, text) in enumerate(pictures or scene_examples(run), start=1):
         inputs = processor(images=[picture], text=[text], return_tensors="pt")
         with torch.inference_mode():
@@ -145,6 +158,11 @@ def stage(
         path = f"examples/{i}.png"
         write_binary(target / path, lambda partial, shown=shown: shown.save(partial, format="png"))
         gallery.append((text, path))
+        name = f"{i}-picture.png"  # what the Space offers to try
+        write_binary(target / "examples" / name, lambda partial, bare=picture: bare.save(partial, format="png"))
+        asked.append({"picture": name, "text": [text]})
+    if asked:
+        write_text(target / "examples" / "examples.json", json.dumps(asked, indent=1, ensure_ascii=False))
     text = model_card(
         repo_id,
         run=run,
@@ -184,7 +202,8 @@ def scene_examples(run: TrainingRun | None) -> list[tuple[Image.Image, str]]:
     if run is None or run.settings.data.source != "scenes":
         return []
     data, chosen = run.settings.data, {}
-    rows = generate_scenes(min(NUM_SCENE_EXAMPLES, data.num_scenes[2]), data.scene_seed, data.scene_size, split="test")
+    number = min(NUM_SCENE_EXAMPLES, data.num_scenes[2])
+    rows = generate_scenes(number, data.scene_seed, data.scene_size, split="test", scene_set=data.scene_set)
     for row in rows:
         chosen.setdefault(row["image_id"], (open_image(row["image"]), row["sentences"][0]))
     return list(chosen.values())
@@ -255,9 +274,7 @@ def upload(repo_id: str, folder: Path, files: list[PushedFile], *, private: bool
         HfHubHTTPError, HTTPError, RuntimeError: Where the Hub refuses or cannot be reached.
     """
     api = HfApi()
-    api.create_repo(repo_id, private=private or None, exist_ok=True)
-    if private and not api.model_info(repo_id).private:
-        raise ValueError(f"{repo_id} exists and is public; make it private on the Hub first, or leave --private out.")
+    make_repository(api, repo_id, private=private)
     if tag and any(found.name == tag for found in api.list_repo_refs(repo_id).tags):
         raise ValueError(f"{repo_id} has a tag {tag!r} already; choose another.")
     operations = [CommitOperationAdd(file.path, folder / file.path) for file in files]
@@ -265,6 +282,33 @@ def upload(repo_id: str, folder: Path, files: list[PushedFile], *, private: bool
     if tag:
         api.create_tag(repo_id, tag=tag, revision=commit.oid)
     return commit.commit_url
+
+
+def make_repository(api: HfApi, repo_id: str, *, private: bool, repo_type: str | None = None, **options: str) -> None:
+    """Make a repository (of a model, by default) where there is none; `ValueError` where it is public and should not be."""
+    api.create_repo(repo_id, repo_type=repo_type, private=private or None, exist_ok=True, **options)
+    if private and not api.repo_info(repo_id, repo_type=repo_type).private:
+        raise ValueError(f"{repo_id} exists and is public; make it private on the Hub first, or leave --private out.")
+
+
+def space_files(repo_id: str) -> dict[str, bytes]:
+    """The files of a Space that shows the model `repo_id`, by name."""
+    files = {name: (SPACE / name).read_bytes() for name in SPACE_FILES}
+    files["README.md"] = files["README.md"].replace(SPACE_MODEL.encode(), repo_id.encode())
+    return files
+
+
+def upload_space(space_id: str, repo_id: str, *, private: bool) -> str:
+    """Send the Space `space_id`, as one commit, and tell it the model `repo_id`; raises what [`upload`] does.
+
+    Returns:
+        The commit's URL.
+    """
+    api = HfApi()
+    make_repository(api, space_id, private=private, repo_type="space", space_sdk="gradio")
+    api.add_space_variable(space_id, "SERA_MODEL", repo_id)  # first, for the commit starts the Space
+    operations = [CommitOperationAdd(name, content) for name, content in space_files(repo_id).items()]
+    return api.create_commit(space_id, operations, commit_message="Push the Space", repo_type="space").commit_url
 
 
 def describe_refusal(error: Exception, repo_id: str) -> str:
@@ -305,22 +349,31 @@ def push_parser() -> ArgumentParser:
         help="for the card's gallery, a picture that you may publish; may be repeated (default, after training on scenes: three of "
         "the held-out ones)",
     )
-    parser.add_argument("--private", action="store_true", help="make the repository private")
+    parser.add_argument("--private", action="store_true", help="make the repository private, and the Space")
     parser.add_argument("--revision-tag", type=str | None, default=None, metavar="v1", help="tag the commit")
+    parser.add_argument(
+        "--space", type=str | None, default=None, metavar="user/name", help="also put up a Space that shows the model"
+    )
     parser.add_argument("--dry-run", action="store_true", help="list what would go up, and send nothing")
     return parser
+
+
+def check_repository(repo_id: str) -> None:
+    """`ValueError` where a name is not user/name."""
+    try:
+        validate_repo_id(repo_id)
+        if repo_id.count("/") != 1:
+            raise HFValidationError("give user/name")
+    except HFValidationError as error:
+        raise ValueError(f"{repo_id!r} is no repository on the Hub: {in_one_line(error)}") from error
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     options = push_parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        validate_repo_id(options.repo_id)
-        if options.repo_id.count("/") != 1:
-            raise HFValidationError("give user/name")
-    except HFValidationError as error:
-        raise ValueError(f"{options.repo_id!r} is no repository on the Hub: {in_one_line(error)}") from error
+    for repo_id in (options.repo_id, *([] if options.space is None else [options.space])):
+        check_repository(repo_id)
     tag = options.revision_tag
     if tag is not None and not re.fullmatch(r"\w[\w.-]*", tag):
         raise ValueError(f"--revision-tag {tag!r}: a tag consists of letters, digits, '_', '-' and '.', such as v1.")
@@ -339,14 +392,23 @@ def main(arguments: list[str] | None = None) -> None:
         )
         sys.stdout.writelines(f"{file}\n" for file in files)
         total = sum(file.size for file in files)
+        if options.space is not None:
+            for name, content in space_files(options.repo_id).items():
+                listed = PushedFile(f"spaces/{options.space}/{name}", len(content), hashlib.sha256(content).hexdigest())
+                sys.stdout.write(f"{listed}\n")
         if options.dry_run:
-            logger.info(f"{len(files)} files, {total} bytes, would go to {options.repo_id}; nothing was sent")
+            also = "" if options.space is None else f", the Space to {options.space}"
+            logger.info(f"{len(files)} files, {total} bytes, would go to {options.repo_id}{also}; nothing was sent")
             return
+        goal = options.repo_id
         try:
-            url = upload(options.repo_id, staged, files, private=options.private, tag=tag)
+            url = upload(goal, staged, files, private=options.private, tag=tag)
+            logger.info(f"{len(files)} files, {total} bytes: {url}" + (f", tagged {tag}" if tag else ""))
+            if options.space is not None:
+                goal = options.space
+                logger.info(f"the Space: {upload_space(goal, options.repo_id, private=options.private)}")
         except (HTTPError, RuntimeError) as error:
-            raise OSError(describe_refusal(error, options.repo_id)) from error
-    logger.info(f"{len(files)} files, {total} bytes: {url}" + (f", tagged {tag}" if tag else ""))
+            raise OSError(describe_refusal(error, goal)) from error
 
 
 if __name__ == "__main__":
