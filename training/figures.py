@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from training.boundary import mask_outline
 from training.data import decode_mask
 from training.files import write_binary
 from training.metric import SentenceScore
-from training.overlay import COLORS, overlay
+from training.overlay import COLORS, fit_lines, overlay
 from training.routing_health import ADAPTER_EXPERTS
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def sheet_figure(
     """The sheet of the given examples, two beside each other; an expression too long for its place ends in "…"."""
     num_rows = (len(chosen) + 1) // 2
     height = 3.3 * num_rows + 0.6
-    figure = _new_figure(18, height)
+    figure = new_figure(18, height)
     grid = figure.add_gridspec(
         num_rows, 2, left=0.01, right=0.99, top=1 - 1.1 / height, bottom=0.35 / height, hspace=0.3, wspace=0.04
     )
@@ -110,7 +110,7 @@ def draw_report(
     path: Path,
     num_cases: int = 5,
 ) -> None:
-    """One PNG of an evaluation: Pr@X over X, IoU histogram, mIoU by slice, and the worst and the best cases.
+    """One PNG of an evaluation: Pr@X over X, IoU histogram, mIoU by slice, and the worst, the median and the best cases.
 
     Args:
         model: The model that was scored.
@@ -120,9 +120,9 @@ def draw_report(
         shuffled: Of its sentences asked of other objects.
         record: See `training.reports.evaluation_record`.
         path: Of the PNG file.
-        num_cases: Worst cases, and as many best ones, each of another picture.
+        num_cases: Worst cases, and as many at the median and best ones, each of another picture.
     """
-    figure = _new_figure(3.6 * num_cases, 12)
+    figure = new_figure(3.6 * num_cases, 15.6)
     threshold = record["threshold"]
     figure.suptitle(
         f"{record['model']}, {record['split']}: {len(scores)} expressions, threshold {threshold['value']:g}, {threshold['source']}",
@@ -130,7 +130,7 @@ def draw_report(
         parse_math=False,
     )
     candidates = threshold["candidates"]
-    curves = figure.add_gridspec(1, 4 if candidates else 3, left=0.05, right=0.98, top=0.93, bottom=0.69, wspace=0.6)
+    curves = figure.add_gridspec(1, 4 if candidates else 3, left=0.05, right=0.98, top=0.945, bottom=0.76, wspace=0.6)
     _draw_precisions(
         figure.add_subplot(curves[0]), {"as written": scores, "shuffled": shuffled}, record["summary"]["as written"]
     )
@@ -142,8 +142,10 @@ def draw_report(
         axis.axvline(threshold["value"], color="grey", linestyle=":")
         axis.set(title="calibration", xlabel="threshold", ylabel="mIoU")
     ranked = sorted(scores, key=lambda score: score.iou)
-    cases = figure.add_gridspec(2, num_cases, left=0.01, right=0.99, top=0.58, bottom=0.02, hspace=0.4, wspace=0.06)
-    for line, (name, order) in enumerate((("worst", ranked), ("best", ranked[::-1]))):
+    middle = ranked[len(ranked) // 2].iou
+    at_median = sorted(ranked, key=lambda score: abs(score.iou - middle))
+    cases = figure.add_gridspec(3, num_cases, left=0.01, right=0.99, top=0.67, bottom=0.02, hspace=0.4, wspace=0.06)
+    for line, (name, order) in enumerate((("worst", ranked), ("median", at_median), ("best", ranked[::-1]))):
         for column, score in enumerate(_one_per_picture(order, rows)[:num_cases]):
             row = rows[score.row]
             image, text = picture_as_annotated(row), row["sentences"][score.sentence]
@@ -155,31 +157,8 @@ def draw_report(
             axis.set_axis_off()
             axis.set_anchor("NW")
             _write_above(figure, cases[line, column], f"{name}, IoU {score.iou:.2f}: “{text}”", fontsize=10)
-    figure.text(0.01, 0.635, "Red: prediction. Yellow outline: truth. One expression of each picture.", fontsize=10)
+    figure.text(0.01, 0.715, "Red: prediction. Yellow outline: truth. One expression of each picture.", fontsize=10)
     write_binary(path, lambda partial: figure.savefig(partial, format="png", dpi=DPI))
-
-
-def fit_lines(text: str, width: float, measure: Callable[[str], float], max_lines: int = 2) -> str:
-    """Wrap a text to lines of at most `width`, as `measure` gives it; what does not fit into `max_lines` becomes "…".
-
-    Words longer than a line are broken; white space is collapsed.
-    """
-    rest, lines = " ".join(text.split()), []
-    while rest and len(lines) < max_lines:
-        last = len(lines) == max_lines - 1
-        if measure(rest) <= width:
-            lines.append(rest)
-            break
-        mark = "…" if last else ""
-        fitting, too_many = 1, len(rest)  # the longest beginning that fits, by bisection
-        while too_many - fitting > 1:
-            middle = (fitting + too_many) // 2
-            fitting, too_many = (middle, too_many) if measure(rest[:middle] + mark) <= width else (fitting, middle)
-        space = rest.rfind(" ", 1, fitting + 1)
-        end = space if space > 0 and not last else fitting
-        lines.append(rest[:end].rstrip() + mark)
-        rest = rest[end:].lstrip()
-    return "\n".join(lines)
 
 
 def evenly_ranked(scores: list[SentenceScore], number: int) -> list[SentenceScore]:
@@ -193,7 +172,8 @@ def evenly_ranked(scores: list[SentenceScore], number: int) -> list[SentenceScor
     return chosen
 
 
-def _new_figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches that is drawn into memory, with no window."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and most commands draw nothing
     from matplotlib.figure import Figure
 

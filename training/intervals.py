@@ -30,6 +30,52 @@ def bootstrap_intervals(
     Returns:
         Per metric the lower and the upper end.
     """
+    numerators, denominators = _resampled(terms, pictures, resamples, seed)
+    intervals = {}
+    for name, over, under in zip(terms, numerators, denominators, strict=True):
+        defined = under > 0
+        values = over[defined] / under[defined] if defined.any() else np.ones(1)  # no pixel anywhere: all rightly empty
+        intervals[name] = _ends(values, level)
+    return intervals
+
+
+def paired_intervals(
+    terms: Terms,
+    other: Terms,
+    pictures: Sequence[int],
+    *,
+    resamples: int = RESAMPLES,
+    level: float = LEVEL,
+    seed: int = 0,
+) -> dict[str, tuple[float, float]]:
+    """Percentile intervals of how much higher each metric is in `terms` than in `other`, asked the same of the same pictures.
+
+    Both are scored on each resample's pictures, so that what makes a picture hard or easy for both does not count.
+
+    Args:
+        terms: Per metric the numerators and denominators of N expressions, each of which may stand there several times (once for
+            every seed, say).
+        other: The same of another model.
+        pictures: The picture of each of the N expressions, any integers.
+        resamples: How many times pictures are drawn.
+        level: Share of the resamples between the two ends, in (0, 1).
+        seed: Of the draws.
+
+    Returns:
+        Per metric of both the lower and the upper end.
+    """
+    names = [name for name in terms if name in other]
+    both = {("terms", name): terms[name] for name in names} | {("other", name): other[name] for name in names}
+    over, under = _resampled(both, pictures, resamples, seed)
+    values = np.divide(over, under, out=np.ones_like(over), where=under > 0)
+    return {
+        name: _ends(first - second, level)
+        for name, first, second in zip(names, values[: len(names)], values[len(names) :], strict=True)
+    }
+
+
+def _resampled(terms: Terms, pictures: Sequence[int], resamples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numerators and denominators, both (metrics, resamples), summed over the pictures that each resample drew."""
     _, picture = np.unique(np.asarray(pictures), return_inverse=True)
     number = int(picture.max()) + 1
     columns = [side for pair in terms.values() for side in pair]
@@ -43,11 +89,9 @@ def bootstrap_intervals(
         times = np.bincount(places.ravel(), minlength=drawn.size).reshape(drawn.shape)
         sums.append(times @ totals)
     numerators, denominators = np.concatenate(sums).reshape(resamples, -1, 2).transpose(2, 1, 0)
-    ends = (0.5 - level / 2, 0.5 + level / 2)
-    intervals = {}
-    for name, over, under in zip(terms, numerators, denominators, strict=True):
-        defined = under > 0
-        values = over[defined] / under[defined] if defined.any() else np.ones(1)  # no pixel anywhere: all rightly empty
-        low, high = np.quantile(values, ends)
-        intervals[name] = (float(low), float(high))
-    return intervals
+    return numerators, denominators
+
+
+def _ends(values: np.ndarray, level: float) -> tuple[float, float]:
+    low, high = np.quantile(values, (0.5 - level / 2, 0.5 + level / 2))
+    return float(low), float(high)

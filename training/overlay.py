@@ -1,6 +1,6 @@
-"""Masks laid over a photograph (ours)."""
+"""Masks laid over a photograph, and texts that fit beside it (ours)."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from PIL import Image
@@ -25,3 +25,26 @@ def overlay(image: Image.Image, masks: Iterable[np.ndarray], opacity: float = 0.
         canvas = np.where(mask[..., None], (1 - opacity) * canvas + opacity * color, canvas)
         canvas = np.where(mask_outline(mask)[..., None], 1.0, canvas)
     return Image.fromarray((canvas * 255).round().astype(np.uint8))
+
+
+def fit_lines(text: str, width: float, measure: Callable[[str], float], max_lines: int = 2) -> str:
+    """Wrap a text to lines of at most `width`, as `measure` gives it; what does not fit into `max_lines` becomes "…".
+
+    Words longer than a line are broken; white space is collapsed.
+    """
+    rest, lines = " ".join(text.split()), []
+    while rest and len(lines) < max_lines:
+        last = len(lines) == max_lines - 1
+        if measure(rest) <= width:
+            lines.append(rest)
+            break
+        mark = "…" if last else ""
+        fitting, too_many = 1, len(rest)  # the longest beginning that fits, by bisection
+        while too_many - fitting > 1:
+            middle = (fitting + too_many) // 2
+            fitting, too_many = (middle, too_many) if measure(rest[:middle] + mark) <= width else (fitting, middle)
+        space = rest.rfind(" ", 1, fitting + 1)
+        end = space if space > 0 and not last else fitting
+        lines.append(rest[:end].rstrip() + mark)
+        rest = rest[end:].lstrip()
+    return "\n".join(lines)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")  # in one file, or in several
 MODEL_FILES = ("config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json")
+EXPERTS_FILE = "experts.png"
 EXPRESSIONS_AT_ONCE = 32  # masks of this many are in memory together
 
 
@@ -57,7 +58,11 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         image = to_rgb_image(options.photo)
         pipe = load_pipeline(options.model, device=options.device, dtype=options.dtype)
+        if options.experts and not pipe.model.config.fusion_experts:
+            raise ValueError(f"{options.model} has no fusion experts, so --experts has nothing to show.")
         records = write_prediction(image, predict(pipe, image, options.expressions, options.threshold), output)
+        if options.experts:
+            write_experts(pipe, image, options.expressions, options.threshold, output)
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {in_one_line(error)}\n")
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack an expression's characters
@@ -65,6 +70,8 @@ def main(arguments: list[str] | None = None) -> None:
         absence = f", no target {record['no_target']:.3f}" if "no_target" in record else ""
         print(f"{output / record['mask']}: score {record['score']:.3f}{absence}, {record['expression']}")
     print(output / "overlay.png")
+    if options.experts:
+        print(output / EXPERTS_FILE)
     print(output / "prediction.json")
 
 
@@ -81,6 +88,7 @@ def load_pipeline(model: str, device: str | None = None, dtype: str = "auto") ->
         OSError: Where the model is not found, or a file of it.
     """
     import torch
+    from transformers import CLIPTokenizer
 
     from modeling_sera import SeraConfig, SeraForReferringSegmentation
     from processing_sera import ReferringImageSegmentationPipeline, SeraProcessor
@@ -104,6 +112,8 @@ def load_pipeline(model: str, device: str | None = None, dtype: str = "auto") ->
             )
     except Exception as error:  # damaged files make the libraries raise almost anything
         raise ValueError(f"{model} cannot be loaded: {in_one_line(error)}") from error
+    if not isinstance(processor.tokenizer, CLIPTokenizer):
+        raise ValueError(f"{model} cannot be loaded: its tokenizer_config.json describes no CLIPTokenizer.")
     unfit = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if unfit:
         raise ValueError(
@@ -154,6 +164,20 @@ def write_prediction(image: Image.Image, results: Iterable[dict[str, Any]], outp
     return records
 
 
+def write_experts(
+    pipe: ReferringImageSegmentationPipeline,
+    image: Image.Image,
+    expressions: list[str],
+    threshold: float | None,
+    output: Path,
+) -> None:
+    """Write `experts.png` into a folder: what each fusion expert does to the answer for each expression."""
+    from training.expert_maps import draw_expert_maps, expert_maps
+
+    sheet = draw_expert_maps(image, list(expert_maps(pipe.model, pipe.processor, image, expressions, threshold)))
+    write_binary(output / EXPERTS_FILE, lambda partial: sheet.save(partial, format="png"))
+
+
 def _parser() -> OneLineParser:
     parser = OneLineParser(
         prog="sera-segment",
@@ -172,6 +196,11 @@ def _parser() -> OneLineParser:
         type=_probability,
         metavar="P",
         help="probability, between 0 and 1, above which a pixel is in the mask (default: the model's own)",
+    )
+    parser.add_argument(
+        "--experts",
+        action="store_true",
+        help="also draw what each fusion expert does: where the probability changes without it (five more passes per expression)",
     )
     parser.add_argument(
         "--device", metavar="DEVICE", help="such as cpu, cuda or cuda:1 (default: an accelerator if there is one)"
@@ -225,7 +254,9 @@ def _refuse_to_overwrite(parser: OneLineParser, photo: str, output: Path) -> Non
     if output.exists() and not output.is_dir():
         parser.error(f"--out {output} is a file; name a folder")
     path = Path(photo)
-    if path.parent.resolve() == output.resolve() and (path.name == "overlay.png" or path.match("mask-*.png")):
+    if path.parent.resolve() == output.resolve() and (
+        path.name in ("overlay.png", EXPERTS_FILE) or path.match("mask-*.png")
+    ):
         parser.error(f"{photo} would be overwritten; name another folder with --out")
 
 

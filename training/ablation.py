@@ -1,0 +1,325 @@
+"""Train and score every variant of an ablation: `python training/ablation.py GRID.yaml [--jobs N] [--minutes M] [--only NAME …]`.
+
+Each run is `training/train.py`, then `training/evaluation.py`, in processes of their own. A finished run is one line of
+`runs.jsonl`; the same command goes on with the others, from their last checkpoints, whatever ended it before. Tables and figures
+are made of what is finished. (Ours.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import logging
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training.ablation_grid import Grid, Records, Run, read_grid, without_paths
+from training.ablation_tables import write_results
+from training.commands import run_command
+from training.configuration import dump_settings
+from training.environment import describe_hardware, library_versions, without_folders
+from training.files import write_text
+
+logger = logging.getLogger(__name__)
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+LAST_SECONDS = (
+    30.0  # before the time is up, in which a run is stopped as soon as it has saved a checkpoint, and none is begun
+)
+HEARTBEAT = 5.0  # seconds between notes of the time that a run has taken
+LOSSES_KEPT = 100  # points of the loss curve in a record
+SCRIPTS = {"training": REPOSITORY / "training" / "train.py", "evaluation": REPOSITORY / "training" / "evaluation.py"}
+PHASES = tuple(SCRIPTS)
+OK, FAILED, UNFINISHED = 0, 1, 3  # exit codes
+
+# As `make demo` has it: memory that a step has freed is kept for the next, a sixth of the time of small models.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line. Exit codes: 0 all is done, 1 a run failed, 3 the time is up and the same command goes on."""
+    options, extra = _parser().parse_known_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if options.minutes and 60 * options.minutes <= LAST_SECONDS:
+        raise ValueError(
+            f"--minutes {options.minutes:g} is too short: nothing is begun in the last {LAST_SECONDS:g} seconds."
+        )
+    grid = read_grid(Path(options.grid), extra)
+    output = Path(options.output or Path("outputs", "ablation", grid.path.stem))
+    runs = grid.runs(options.only, options.seeds)
+    output.mkdir(parents=True, exist_ok=True)
+    with _alone(output) as lock:
+        work = Work(grid, output, Machine(options.jobs, lock))
+        deadline = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
+        try:
+            failed = work.do(runs, deadline)
+        finally:
+            write_results(grid, list(work.records.read().values()), output, command_of(grid))
+    finished = work.records.read()
+    missing = [run.key for run in runs if run.key not in finished]
+    logger.info(f"{len(runs) - len(missing)} of {len(runs)} runs are done; tables: {output / 'results.md'}")
+    for key in failed:
+        logger.error(f"failed: {output / 'runs' / key / 'log.txt'}")
+    return FAILED if failed else UNFINISHED if missing else OK
+
+
+@dataclass
+class Machine:
+    """What runs share: so many at once, each with its part of the cores, spread over the GPUs where there are some.
+
+    Attributes:
+        jobs: Runs at once.
+        lock: File descriptor of the output's lock, which every process of a run holds.
+        threads: Of each run; OMP_NUM_THREADS where it is set.
+        gpus: By name; a run sees one of them.
+    """
+
+    jobs: int
+    lock: int
+    threads: int = field(init=False)
+    gpus: list[str] = field(init=False)
+
+    def __post_init__(self):
+        wanted = os.environ.get("OMP_NUM_THREADS", "")
+        self.threads = int(wanted) if wanted.isdigit() else max(describe_hardware()["cores"] // self.jobs, 1)
+        named = os.environ.get("CUDA_VISIBLE_DEVICES")
+        self.gpus = [name for name in (named or "").split(",") if name]
+        if named is None:
+            self.gpus = [str(i) for i in range(torch.cuda.device_count())]
+
+    def start(self, command: list[str], slot: int, log: Path) -> subprocess.Popen:
+        """A script of `training/`, its output added to a file."""
+        environment = ALLOCATOR | os.environ | {"OMP_NUM_THREADS": str(self.threads), "TOKENIZERS_PARALLELISM": "false"}
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+        if self.gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
+        with log.open("ab") as file:
+            return subprocess.Popen(
+                [sys.executable, str(REPOSITORY / "training" / "child.py"), str(os.getpid()), *command],
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                pass_fds=(self.lock,),
+                start_new_session=True,
+            )
+
+
+@dataclass
+class Job:
+    """A process at work on one phase of a run."""
+
+    run: Run
+    folder: Path
+    slot: int
+    process: subprocess.Popen
+    phase: str
+    state: dict[str, Any]  # kept in the folder: the seconds of each phase, which of them are done
+    noted: float
+    checkpoint: int  # when its last checkpoint was written, as of the last look
+
+
+class Work:
+    """Runs on their way to being finished."""
+
+    def __init__(self, grid: Grid, output: Path, machine: Machine):
+        self.grid, self.output, self.machine = grid, output, machine
+        self.records = Records(output / "runs.jsonl")
+        self.jobs: list[Job] = []
+
+    def do(self, runs: list[Run], deadline: float) -> list[str]:
+        """Finish what is not, until the deadline (of `time.monotonic`); the keys of the runs that failed."""
+        finished = self.records.read()
+        waiting = deque(run for run in runs if run.key not in finished)
+        failed = []
+        try:
+            while waiting or self.jobs:
+                left = deadline - time.monotonic()
+                while waiting and len(self.jobs) < self.machine.jobs and left > LAST_SECONDS:
+                    self._begin(waiting.popleft())
+                for job in list(self.jobs):
+                    if job.process.poll() is not None:
+                        self._note_time(job)
+                        self.jobs.remove(job)
+                        if job.process.returncode:
+                            failed.append(job.run.key)
+                            logger.error(f"{job.run.key}: the {job.phase} failed, see {job.folder / 'log.txt'}")
+                        else:
+                            self._go_on(job, left)
+                    elif left < 0 or (left < LAST_SECONDS and _written(job.folder / "checkpoint") > job.checkpoint):
+                        self._stop(job)
+                    else:
+                        if time.monotonic() - job.noted > HEARTBEAT:
+                            self._note_time(job)
+                        if left > LAST_SECONDS:
+                            job.checkpoint = _written(job.folder / "checkpoint")
+                if left <= LAST_SECONDS and not self.jobs:
+                    break
+                time.sleep(0.1)
+        finally:
+            for job in list(self.jobs):
+                self._stop(job)
+        return failed
+
+    def _begin(self, run: Run) -> None:
+        folder = self.output / "runs" / run.key
+        folder.mkdir(parents=True, exist_ok=True)
+        state_file = folder / "ablation.json"
+        state = {"seconds": dict.fromkeys(PHASES, 0.0), "done": [], "threads": self.machine.threads}
+        if state_file.exists():
+            state |= json.loads(state_file.read_text(encoding="utf-8"))
+        slot = min(set(range(self.machine.jobs)) - {job.slot for job in self.jobs})
+        self._start(run, folder, slot, state)
+
+    def _start(self, run: Run, folder: Path, slot: int, state: dict[str, Any]) -> None:
+        """Start the first phase that is not done."""
+        phase = next(phase for phase in PHASES if phase not in state["done"])
+        if phase == "training":
+            config = folder / "config.yaml"
+            write_text(config, dump_settings(replace(run.settings, output_dir=str(folder))))
+            arguments = ["--config", str(config)]
+        else:
+            arguments = [str(folder / "model"), "--split", self.grid.split, "--output", str(self._evaluation(run))]
+        process = self.machine.start([str(SCRIPTS[phase]), *arguments], slot, folder / "log.txt")
+        job = Job(run, folder, slot, process, phase, state, time.monotonic(), _written(folder / "checkpoint"))
+        self.jobs.append(job)
+
+    def _go_on(self, job: Job, left: float) -> None:
+        """After a phase came to its end: the next one, or the run's line."""
+        job.state["done"].append(job.phase)
+        self._write_state(job)
+        if job.phase != PHASES[-1]:
+            if left > LAST_SECONDS:
+                self._start(job.run, job.folder, job.slot, job.state)
+            return
+        record = self._record(job)
+        self.records.add(record)
+        shutil.rmtree(job.folder / "checkpoint", ignore_errors=True)  # nothing will go on from it
+        score = record["summary"]["as written"]["all"]["mIoU"]
+        logger.info(f"{job.run.key}: mIoU {100 * score:.1f}, {sum(record['seconds'].values()):.0f} s")
+
+    def _record(self, job: Job) -> dict[str, Any]:
+        """All that a run found and how, as plain values."""
+        run, folder, evaluation = job.run, job.folder, self._evaluation(job.run)
+        scored = json.loads(evaluation.read_text(encoding="utf-8"))
+        lines = (folder / "losses.jsonl").read_text(encoding="utf-8").splitlines()
+        losses = [json.loads(line) for line in lines]
+        each = -(-len(losses) // LOSSES_KEPT)
+        thinned = [losses[start : start + each] for start in range(0, len(losses), each)]
+        return {
+            "key": run.key,
+            "recipe": run.recipe,
+            "variant": run.variant,
+            "seed": run.seed,
+            "overrides": without_paths(run.overrides),
+            "settings": without_paths(asdict(run.settings)),
+            "tuning": json.loads((folder / "tuning.json").read_text(encoding="utf-8")),
+            "curve": json.loads((folder / "history.json").read_text(encoding="utf-8")),
+            "losses": [[part[-1]["step"], sum(one["loss"] for one in part) / len(part)] for part in thinned],
+            **{name: scored[name] for name in ("split", "counts", "threshold", "summary", "intervals", "slices")},
+            "evaluation": str(evaluation.relative_to(self.output)),
+            "seconds": job.state["seconds"],
+            "threads": job.state["threads"],
+            "jobs": self.machine.jobs,
+            "command": f"{command_of(self.grid)} --only {shlex.quote(run.variant)} --seeds {run.seed}",
+            "hardware": describe_hardware(),
+            "versions": library_versions(),
+        }
+
+    def _evaluation(self, run: Run) -> Path:
+        return self.output / "evaluations" / f"{run.key}.json"
+
+    def _stop(self, job: Job) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(job.process.pid, signal.SIGKILL)
+        job.process.wait()
+        self._note_time(job)
+        self.jobs.remove(job)
+
+    def _note_time(self, job: Job) -> None:
+        now = time.monotonic()
+        job.state["seconds"][job.phase] += now - job.noted
+        job.noted = now
+        self._write_state(job)
+
+    def _write_state(self, job: Job) -> None:
+        write_text(job.folder / "ablation.json", json.dumps(job.state))
+
+
+def command_of(grid: Grid) -> str:
+    """The command that does all of a grid, without a path of the machine."""
+    path = grid.path.resolve()
+    path = path.relative_to(REPOSITORY) if path.is_relative_to(REPOSITORY) else path.name
+    return shlex.join(["python", "training/ablation.py", str(path), *map(without_folders, grid.extra)])
+
+
+@contextmanager
+def _alone(output: Path) -> Iterator[int]:
+    """The descriptor of the output's lock, which is free once every process of another command at work there has ended."""
+    descriptor = os.open(output / ".lock", os.O_RDWR | os.O_CREAT)
+    try:
+        for attempt in range(50):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if attempt == 49:
+                    raise OSError(
+                        f"{output}: another command is at work there; name another folder with --output."
+                    ) from error
+                time.sleep(0.1)  # processes of a killed command need a moment to end
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _written(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Train and score every variant of an ablation with every seed; the same command goes on after an interruption.",
+        epilog="Other options are handed to train.py, for every variant: --data.root refer, --optimization.epochs 8, …",
+        allow_abbrev=False,
+    )
+    parser.add_argument("grid", help="YAML file of the ablation, such as training/configs/ablations/scenes.yaml")
+    parser.add_argument("--jobs", type=_positive(int), default=1, help="runs at once (default: %(default)s)")
+    parser.add_argument("--minutes", type=_positive(float), help="stop in time; runs under way keep their checkpoints")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="variants to run (default: all)")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="seeds (default: the grid's)")
+    parser.add_argument(
+        "--output", metavar="DIR", help="folder for everything (default: outputs/ablation/ and the grid's name)"
+    )
+    return parser
+
+
+def _positive(kind: type) -> Any:
+    def number(text: str) -> float:
+        if (value := kind(text)) <= 0:
+            raise ValueError
+        return value
+
+    number.__name__ = f"positive {kind.__name__}"
+    return number
+
+
+if __name__ == "__main__":
+    run_command(lambda: sys.exit(main()))
