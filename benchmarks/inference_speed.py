@@ -44,10 +44,11 @@ ENTRIES = [
     Entry("late"),
     Entry("sera", expressions=4),
     Entry("sera", expressions=16),
-    Entry("late", expressions=16),
+    Entry("sera", expressions=16, at_once=4),
+    Entry("late", expressions=16, at_once=4),
     Entry("sera", pictures=4, expressions=4),
-    Entry("sera", "bf16 weights", expressions=16),
-    Entry("late", "bf16 weights", expressions=16),
+    Entry("sera", "bf16 weights", expressions=16, at_once=4),
+    Entry("late", "bf16 weights", expressions=16, at_once=4),
     *(
         Entry(kind, precision, compiled=True)
         for precision in ("float32", "bf16 weights")

@@ -13,7 +13,7 @@ from training.overlay import COLORS
 
 SIDES = (224, 448, 672, 896, 1022)  # multiples of the patch
 EXPRESSIONS = (1, 4, 16, 64)
-AT_ONCE = 16  # expressions that are worked on at once
+AT_ONCE = 4  # expressions that are worked on at once
 DPI = 90
 
 

@@ -36,6 +36,7 @@ class Entry:
     precision: str = "float32"
     pictures: int = 1
     expressions: int = 1
+    at_once: int | None = None
     compiled: bool = False
 
     @property
@@ -43,6 +44,7 @@ class Entry:
         """For people."""
         amount = "" if self.pictures == 1 else f", {self.pictures} pictures"
         amount += "" if self.expressions == self.pictures else f", {self.expressions} expressions"
+        amount += "" if self.at_once is None else f", {self.at_once} at once"
         return f"{KINDS[self.kind]}{amount} ({self.precision}{', compiled' if self.compiled else ''})"
 
 
@@ -108,8 +110,8 @@ class Models:
     ) -> Callable[[], object]:
         """A call of the entry's model on inputs of its own."""
         model, inputs = self.get(entry), build_inputs(entry, self.tiny, self.device, side)
-        if max_expressions is not None:
-            inputs["max_expressions"] = max_expressions
+        if at_once := max_expressions or entry.at_once:
+            inputs["max_expressions"] = at_once
 
         def call() -> object:
             with torch.inference_mode(), autocast(entry.precision, self.device):

@@ -81,3 +81,25 @@ def test_sera_b_computes_no_more_than_its_budget(monkeypatch):
     assert alone <= 275e9
     assert count_flops("sera", 1, 16, False) <= 0.88 * 16 * alone
     assert count_flops("late", 1, 16, False) <= 0.55 * 16 * count_flops("late", 1, 1, False)
+
+
+LARGE_PARENT = """
+from measuring import memory_alone
+
+def work(size):
+    held = bytearray(size)
+
+if __name__ == "__main__":
+    large = bytearray(3 * 2**30)
+    small, larger = memory_alone(work, 0), memory_alone(work, 2**28)
+    assert 0.9 * 2**28 < larger - small < 1.1 * 2**28, (small, larger)
+    assert small < 2**30, small
+"""
+
+
+def test_memory_is_the_new_processs_own_and_not_its_parents(tmp_path):
+    script = tmp_path / "parent.py"  # a file, which the new process imports
+    script.write_text(LARGE_PARENT)
+    subprocess.run(
+        [sys.executable, script], check=True, cwd=REPOSITORY, env=os.environ | {"PYTHONPATH": "benchmarks:."}
+    )

@@ -94,8 +94,10 @@ def test_train_use_and_evaluate(run):
     (run.place / "outputs" / "demo").symlink_to(run.place / "outputs" / "refcoco")
     record = json.loads((model.parent / "evaluation-testA.json").read_text())
     (model.parent / "evaluation-test.json").write_text(json.dumps(record | {"model": "demo"}))
-    by_hand, in_one_call = blocks("Use", "python")
-    (run.place / "by_hand.py").write_text(by_hand + "\nprint(results[0]['mask'].shape, results[1]['score'])\n")
+    by_hand, in_one_call, faster = blocks("Use", "python")
+    same = "torch.testing.assert_close(outputs.logits, before.logits, atol=1e-4, rtol=1e-4)"
+    by_hand += f"\nprint(results[0]['mask'].shape, results[1]['score'])\nbefore = outputs\n{faster}\n{same}\n"
+    (run.place / "by_hand.py").write_text(by_hand)
     assert "torch.Size([40, 60])" in run("python by_hand.py")
     (run.place / "in_one_call.py").write_text(in_one_call)
     said = run("python in_one_call.py")
