@@ -127,6 +127,11 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
             for precision in ("float32", "bf16 weights")
             if Entry("sera", precision) in calls
         },
+        "operators": {
+            precision: measure_operators(models, precision)
+            for precision in ("float32", "bf16 weights")
+            if Entry("sera", precision) in calls
+        },
         "processing": measure_processing(max(options.repeats, 3) * 5),
         "matrix_rate": {str(dtype).removeprefix("torch."): rate for dtype, rate in rates.items()},
         "skipped": skipped,
@@ -210,6 +215,19 @@ def measure_parts(models: Models, precision: str, repeats: int) -> dict[str, flo
     return {name: medians[name] for name in ("text", "backbone", "adapters", "fusion", "decoder", "projector", "all")}
 
 
+def measure_operators(models: Models, precision: str, count: int = 8) -> dict[str, float]:
+    """Shares, in [0, 1], of the time that the most costly operators take in such a pass, from torch's profiler."""
+    call = models.forward(Entry("sera", precision))
+    call()
+    with torch.profiler.profile() as profiler:
+        call()
+        wait(models.device)
+    on_gpu = models.device.type == "cuda"
+    spent = {e.key: e.self_device_time_total if on_gpu else e.self_cpu_time_total for e in profiler.key_averages()}
+    costly = sorted(spent, key=spent.__getitem__, reverse=True)[:count]
+    return {name.removeprefix("aten::"): spent[name] / sum(spent.values()) for name in costly}
+
+
 def measure_processing(repeats: int) -> dict[str, dict[str, float]]:
     """Seconds for one 640×480 JPEG and one expression on one core, before and after the model."""
     height, width = PHOTOGRAPH
@@ -283,6 +301,9 @@ def format_record(record: dict[str, Any]) -> str:
         lines += ["", f"| SERA-B, one expression: ms | {' | '.join(names)} |", "|---|" + "--:|" * len(names)]
         for precision, parts in record["parts"].items():
             lines.append(f"| {precision} | {' | '.join(f'{1000 * parts[name]:.1f}' for name in names)} |")
+    for precision, shares in record["operators"].items():
+        told = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+        lines += ["", f"SERA-B, one expression, {precision}: {told}."]
     lines += ["", "| a 640×480 JPEG, one core | ms: median [quartiles] |", "|---|--:|"]
     for name, figures in record["processing"].items():
         median, low, high = (1000 * figures[key] for key in ("median", "low", "high"))

@@ -52,6 +52,9 @@ def test_inference_speed(tmp_path):
     assert flops["SERA-B, 4 expressions (float32)"] < 0.99 * flops["SERA-B, 4 pictures (float32)"]
     assert flops["bare DINOv2-B/14, 4 registers (float32)"] < flops["SERA-B, late adapters (float32)"]
     assert len(record["training"]) == 2 and all(figures["batch"] == 2 for figures in record["training"].values())
+    (operators,) = record["operators"].values()
+    assert all(0 < share < 1 for share in operators.values()) and sum(operators.values()) <= 1 + 1e-6
+    assert any("attention" in name for name in operators) and "addmm" in operators
     (parts,) = record["parts"].values()
     assert min(parts.values()) > 0 and set(parts) == {
         "text",
