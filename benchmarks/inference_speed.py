@@ -282,18 +282,16 @@ def format_record(record: dict[str, Any]) -> str:
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for name, figures in record["entries"].items():
-        median, low, high = (figures[key] / unit for key in ("median", "low", "high"))
-        peak = f"{figures['peak_memory'] / 2**20:.0f}" if "peak_memory" in figures else "–"
+        spread, peak = _spread_and_peak(figures, unit)
         lines.append(
-            f"| {name} | {median:.3f} [{low:.3f}, {high:.3f}] | {median / figures['expressions']:.3f} "
+            f"| {name} | {spread} | {figures['median'] / unit / figures['expressions']:.3f} "
             f"| {1000 * figures['median']:.1f} | {figures['flops'] / 1e9:.1f} | {figures['parameters'] / 1e6:.1f} "
             f"| {figures['expressions_per_second']:.2f} | {figures['share_of_matrix_rate']:.2f} | {peak} |"
         )
     for name, figures in record["training"].items():
-        median, low, high = (figures[key] / unit for key in ("median", "low", "high"))
-        peak = f"{figures['peak_memory'] / 2**20:.0f}" if "peak_memory" in figures else "–"
+        spread, peak = _spread_and_peak(figures, unit)
         lines.append(
-            f"| {name} | {median:.3f} [{low:.3f}, {high:.3f}] | – | {1000 * figures['median']:.1f} | – | – "
+            f"| {name} | {spread} | – | {1000 * figures['median']:.1f} | – | – "
             f"| {figures['samples_per_second']:.2f} | – | {peak} |"
         )
     if record["parts"]:
@@ -320,6 +318,13 @@ def format_record(record: dict[str, Any]) -> str:
     for name, reason in record["skipped"].items():
         lines.append(f"Left out: {name}: {reason}")
     return "\n".join(lines)
+
+
+def _spread_and_peak(figures: dict[str, float], unit: float) -> tuple[str, str]:
+    """Cells of a table: the time in units of `unit` with its quartiles, and the peak memory, where it was measured."""
+    median, low, high = (figures[key] / unit for key in ("median", "low", "high"))
+    peak = f"{figures['peak_memory'] / 2**20:.0f}" if "peak_memory" in figures else "–"
+    return f"{median:.3f} [{low:.3f}, {high:.3f}]", peak
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -42,6 +42,11 @@ def tiny_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)
 
 
+def special_ids(tokenizer: CLIPTokenizer) -> dict[str, int]:
+    """What a text tower's configuration must know of its tokenizer beside the number of its tokens."""
+    return {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+
+
 def disc(size: tuple[int, int], centre: tuple[float, float], radius: float) -> np.ndarray:
     """The pixels of an image of size (height, width) whose centres lie in a disc around (row, column)."""
     rows, columns = np.mgrid[0 : size[0], 0 : size[1]] + 0.5

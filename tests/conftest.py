@@ -6,11 +6,12 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from builders import tiny_tokenizer
+from builders import special_ids, tiny_tokenizer
 from PIL import Image
 
 from modeling_sera import SeraConfig, SeraForReferringSegmentation
 from processing_sera import SeraImageProcessor, SeraProcessor
+from training.train import save_model
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 REFER_MINI = REPOSITORY.parent / "shared" / "data" / "refer-mini"
@@ -33,6 +34,15 @@ def make_model(seed: int = 0, **overrides) -> SeraForReferringSegmentation:
                 module.running_mean.normal_(std=0.2)
                 module.running_var.uniform_(0.5, 2.0)
     return model
+
+
+def save_tiny_model(folder: Path, mask_threshold: float = 0.5, **overrides) -> Path:
+    """A model of `make_model` with its processor, for 56×56 pictures, in a folder as training saves them."""
+    tokenizer = tiny_tokenizer()
+    model = make_model(text_config={"vocab_size": len(tokenizer), **special_ids(tokenizer)}, **overrides)
+    image_processor = SeraImageProcessor(size={"height": 56, "width": 56})
+    save_model(model, SeraProcessor(image_processor, tokenizer, mask_threshold=mask_threshold), folder)
+    return folder
 
 
 def make_inputs(

@@ -15,7 +15,7 @@ import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from PIL import Image
-from test_remote_code import EXPRESSIONS, TASKS, contents, copy, save_photo, save_tiny_model
+from test_remote_code import EXPRESSIONS, TASKS, contents, copy, save_photo, save_presence_model
 
 from modeling_sera import SeraForReferringSegmentation
 from processing_sera import ReferringImageSegmentationPipeline, SeraProcessor
@@ -98,7 +98,7 @@ def needed_distributions(requirements: list[str]) -> dict[str, importlib.metadat
 def pushed(tmp_path_factory) -> Path:
     """The folder that `training/push.py` sends, of a tiny model that predicts presence."""
     place = tmp_path_factory.mktemp("pushed")
-    save_tiny_model(place / "trained")
+    save_presence_model(place / "trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(push, "check_answer", lambda folder: None)  # asks less of it than is asked here
         push.stage(place / "trained", "someone/sera", place / "staged", evaluations=[], examples=[])

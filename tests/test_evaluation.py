@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from builders import tiny_tokenizer
+from builders import special_ids, tiny_tokenizer
 from conftest import REFER_MINI, REPOSITORY, make_model, needs_refer_mini
 from PIL import Image
 from pycocotools import mask as coco_mask
@@ -54,7 +54,7 @@ def make_rows(num_scenes: int = 5) -> datasets.Dataset:
 
 def tiny_model(**overrides) -> SeraForReferringSegmentation:
     tokenizer = tiny_tokenizer()
-    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    special = special_ids(tokenizer)
     return make_model(text_config={"vocab_size": len(tokenizer), **special}, **overrides)
 
 

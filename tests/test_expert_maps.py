@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import make_inputs, make_model
+from conftest import make_inputs, make_model, save_tiny_model
 from PIL import Image
 from reference import softmax
 from test_evaluation import make_processor, make_rows, tiny_model
-from test_prediction_command import check_files, photo, photograph, refusal, save_sera, segment  # noqa: F401 (two fixtures)
+from test_prediction_command import check_files, photo, photograph, refusal, segment  # noqa: F401 (two fixtures)
 
 from modeling_sera.fusion_sera import EXPERT_NAMES
 from training.batches import picture_as_annotated
@@ -99,14 +99,14 @@ def test_maps_are_differences_of_two_answers(picture):
 
 
 def test_the_command_for_prediction_draws_the_maps_on_request(photo, tmp_path, capsys):  # noqa: F811
-    model = save_sera(tmp_path / "model")
+    model = save_tiny_model(tmp_path / "model")
     texts = ["left zebra", "the $5 cup — " * 12]
     segment(photo, *texts, "--model", model, "--out", tmp_path / "out", "--experts")
     assert str(tmp_path / "out" / "experts.png") in capsys.readouterr().out
     assert np.asarray(Image.open(tmp_path / "out" / "experts.png").convert("L")).std() > 5
     (tmp_path / "out" / "experts.png").unlink()
     check_files(tmp_path / "out", (64, 40), texts)  # the other files are those of the command without the option
-    bare = save_sera(tmp_path / "bare", fusion_experts=False)
+    bare = save_tiny_model(tmp_path / "bare", fusion_experts=False)
     said = refusal(capsys, photo, "cup", "--model", bare, "--out", tmp_path / "none", "--experts")
     assert "has no fusion experts" in said and not (tmp_path / "none").exists()
 

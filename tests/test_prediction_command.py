@@ -11,32 +11,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders import tiny_tokenizer
-from conftest import REPOSITORY, make_model
+from conftest import REPOSITORY, save_tiny_model
 from PIL import Image
 from pycocotools import mask as coco_mask
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from modeling_sera import SeraForReferringSegmentation
-from processing_sera import SeraImageProcessor, SeraProcessor
+from processing_sera import SeraProcessor
 from training.prediction import main
-from training.train import save_model
 
 EXPRESSIONS = ["left zebra", 'the "right" cup', "zebra — drinking"]
 COMMAND = "import sys; from training.prediction import main; sys.exit(main())"
 
 
-def save_sera(folder: Path, **overrides) -> Path:
-    tokenizer = tiny_tokenizer()
-    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    model = make_model(text_config={"vocab_size": len(tokenizer), **special}, **overrides)
-    save_model(model, SeraProcessor(SeraImageProcessor(size={"height": 56, "width": 56}), tokenizer), folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    return save_sera(tmp_path_factory.mktemp("run") / "model")
+    return save_tiny_model(tmp_path_factory.mktemp("run") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +125,7 @@ def test_help_is_complete_and_needs_no_torch():
 
 
 def test_a_model_that_predicts_presence_says_so(photo, tmp_path, capsys):
-    folder = save_sera(tmp_path / "model", predict_presence=True)
+    folder = save_tiny_model(tmp_path / "model", predict_presence=True)
     segment(photo, *EXPRESSIONS, "--model", folder, "--out", tmp_path / "out")
     check_files(tmp_path / "out", (64, 40), EXPRESSIONS)
     records = json.loads((tmp_path / "out" / "prediction.json").read_text())

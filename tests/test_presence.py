@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from builders import disc
+from builders import disc, special_ids
 from conftest import make_inputs, make_model
 
 from modeling_sera import SeraConfig, SeraForReferringSegmentation
@@ -169,7 +169,7 @@ def test_dictionaries_are_taken_too(processor, inputs):
 
 def test_the_models_own_output_is_taken(processor, picture):
     tokenizer = processor.tokenizer
-    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    special = special_ids(tokenizer)
     model = make_model(predict_presence=True, text_config={"vocab_size": len(tokenizer), **special})
     inputs = processor(images=[picture], text=[["left zebra", "the cup"]], return_tensors="pt")
     with torch.no_grad():

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from builders import Folder, picture_bytes, tiny_tokenizer
+from builders import Folder, picture_bytes, special_ids, tiny_tokenizer
 from conftest import REPOSITORY
 from transformers import CLIPConfig, CLIPModel, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
@@ -47,7 +47,7 @@ def run(tmp_path_factory):
     vision = Dinov2WithRegistersConfig(**small, mlp_ratio=2, patch_size=14, image_size=70, num_register_tokens=4)
     Dinov2WithRegistersModel(vision).save_pretrained(place / "facebook" / "dinov2-with-registers-base")
     tokenizer = tiny_tokenizer()
-    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    special = special_ids(tokenizer)
     text = small | special | {"intermediate_size": 64, "vocab_size": len(tokenizer)}
     clip = CLIPConfig(text_config=text, vision_config=small | {"intermediate_size": 64}, projection_dim=24)
     CLIPModel(clip).save_pretrained(place / "openai" / "clip-vit-base-patch16")

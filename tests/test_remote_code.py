@@ -6,15 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from builders import tiny_tokenizer
-from conftest import REPOSITORY, make_model
+from conftest import REPOSITORY, save_tiny_model
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer, pipeline
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from modeling_sera import SeraConfig, SeraForReferringSegmentation
 from processing_sera import ReferringImageSegmentationPipeline, SeraImageProcessor, SeraProcessor
-from training.train import save_model
 
 PACKAGES = ("modeling_sera", "processing_sera")
 CODE = {path.name: path for package in PACKAGES for path in (REPOSITORY / package).glob("*_sera.py")}
@@ -22,14 +20,9 @@ TASKS = ("image-segmentation", "referring-image-segmentation")
 EXPRESSIONS = ["left zebra", "the cup", "right"]
 
 
-def save_tiny_model(folder: Path) -> Path:
-    """A tiny model that predicts presence, with its processor, as training saves them."""
-    tokenizer = tiny_tokenizer()
-    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    model = make_model(text_config={"vocab_size": len(tokenizer), **special}, predict_presence=True)
-    processor = SeraProcessor(SeraImageProcessor(size={"height": 56, "width": 56}), tokenizer, mask_threshold=0.45)
-    save_model(model, processor, folder)
-    return folder
+def save_presence_model(folder: Path) -> Path:
+    """A tiny model that predicts presence, with a threshold of its own."""
+    return save_tiny_model(folder, mask_threshold=0.45, predict_presence=True)
 
 
 def save_photo(path: Path) -> Path:
@@ -39,7 +32,7 @@ def save_photo(path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("saved") / "model")
+    return save_presence_model(tmp_path_factory.mktemp("saved") / "model")
 
 
 @pytest.fixture(scope="module")

@@ -30,15 +30,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from builders import disc, picture_bytes, tiny_tokenizer
-from conftest import REPOSITORY, make_model
+from builders import disc, picture_bytes
+from conftest import REPOSITORY, save_tiny_model
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from processing_sera import SeraImageProcessor, SeraProcessor
 from training.prediction import write_prediction
 from training.scenes import generate_scenes
-from training.train import save_model
 
 pytest.importorskip("gradio", reason="the Space's page is made with gradio")
 SPACE = REPOSITORY / "hub" / "space"
@@ -75,10 +73,7 @@ def app() -> ModuleType:
 
 def save_tiny(folder: Path, **overrides) -> Path:
     """A tiny random model with its processor, as training saves them, and one example beside it."""
-    tokenizer = tiny_tokenizer()
-    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    model = make_model(text_config={"vocab_size": len(tokenizer), **special}, **overrides)
-    save_model(model, SeraProcessor(SeraImageProcessor(size={"height": 56, "width": 56}), tokenizer), folder)
+    save_tiny_model(folder, **overrides)
     (folder / "examples").mkdir()
     (folder / "examples" / "1-picture.png").write_bytes(picture_bytes("PNG"))
     example = {"picture": "1-picture.png", "text": ["right cup", "zebra"]}

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from builders import Folder, tiny_tokenizer
+from builders import Folder, special_ids, tiny_tokenizer
 from conftest import REPOSITORY, make_inputs, make_model
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -249,7 +249,7 @@ def refer_settings(root: Path) -> TrainingSettings:
     torch.manual_seed(0)
     Dinov2Model(Dinov2Config(**VISION, patch_size=14)).save_pretrained(root / "vision")
     tokenizer = tiny_tokenizer()
-    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    special = special_ids(tokenizer)
     text = CLIPTextConfig(**TEXT, **special, vocab_size=len(tokenizer), projection_dim=24)
     CLIPTextModel(text).save_pretrained(root / "text")
     tokenizer.save_pretrained(root / "text")

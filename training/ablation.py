@@ -37,9 +37,8 @@ from training.files import write_text
 logger = logging.getLogger(__name__)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-LAST_SECONDS = (
-    30.0  # before the time is up, in which a run is stopped as soon as it has saved a checkpoint, and none is begun
-)
+# before the time is up, in which a run is stopped as soon as it has saved a checkpoint, and none is begun
+LAST_SECONDS = 30.0
 HEARTBEAT = 5.0  # seconds between notes of the time that a run has taken
 LOSSES_KEPT = 100  # points of the loss curve in a record
 SCRIPTS = {"training": REPOSITORY / "training" / "train.py", "evaluation": REPOSITORY / "training" / "evaluation.py"}

@@ -16,13 +16,10 @@ from processing_sera import SeraProcessor
 from training.boundary import mask_outline
 from training.overlay import fit_lines, overlay
 
-RAISES, LOWERS = (
-    np.array([0.85, 0.1, 0.1]),
-    np.array([0.1, 0.3, 0.9]),
-)  # colours: the expert raises a pixel's probability, lowers it
-LEAST_SCALE = (
-    0.05  # a change of probability that is drawn in full colour is never smaller, or noise would look like something
-)
+# colours: the expert raises a pixel's probability, lowers it
+RAISES, LOWERS = np.array([0.85, 0.1, 0.1]), np.array([0.1, 0.3, 0.9])
+# a change of probability that is drawn in full colour is never smaller, or noise would look like something
+LEAST_SCALE = 0.05
 CELL, GAP, FONT_SIZE, LINES = 220, 8, 13, 2
 
 

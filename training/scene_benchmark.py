@@ -32,10 +32,8 @@ from training.scene_shapes import FORMS
 VERSION = "1"  # of what is drawn and said; anything that changes a pixel or a word needs another
 SPLITS = ("train", "val", "test", "test_seen")
 
-SHAPES, COLOR_NAMES = (
-    tuple(FORMS),
-    tuple(COLORS),
-)  # in the order in which the rule for held-out compositions numbers them
+# in the order in which the rule for held-out compositions numbers them
+SHAPES, COLOR_NAMES = tuple(FORMS), tuple(COLORS)
 SOLID_SHAPES = tuple(shape for shape in SHAPES if FORMS[shape].solid)
 THIN_SHAPES = tuple(shape for shape in SHAPES if not FORMS[shape].solid)
 TEXTURES = ("plain", "striped", "dotted", "checkered")
