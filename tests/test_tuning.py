@@ -9,7 +9,7 @@ from torch import nn
 
 from modeling_sera import SeraConfig, SeraForReferringSegmentation
 from training.configuration import OptimizationSettings
-from training.optimizers import build_optimizer
+from training.optimizers import Muon, build_optimizer
 from training.tuning import apply_tuning
 
 TOWERS = {"vision": "model.vision.tower.", "text": "model.text_tower."}
@@ -156,7 +156,37 @@ def test_an_optimizer_goes_on_from_its_saved_state(name, tmp_path):
         assert torch.equal(value, other), key
 
 
-def test_muon_says_which_torch_has_it(monkeypatch):
-    monkeypatch.delattr(torch.optim, "Muon", raising=False)
-    with pytest.raises(ValueError, match=r"'muon'.*2\.9"):
-        build_optimizer(make_model(), OptimizationSettings(optimizer="muon"))
+def test_muon_orthogonalises_matrices_of_any_shape():
+    torch.manual_seed(0)
+    for shape in ((3, 24, 40), (2, 40, 24), (1, 16, 16)):
+        matrices = torch.randn(shape) * torch.tensor([1e-4, 1.0, 1e4])[: shape[0], None, None]
+        left, values, right = torch.linalg.svd(Muon.orthogonalized(matrices), full_matrices=False)
+        expected_left, _, expected_right = torch.linalg.svd(matrices, full_matrices=False)
+        assert values.min() > 0.6 and values.max() < 1.3
+        # the polar factor of both is the same, since only the singular values were changed
+        assert torch.allclose(left @ right, expected_left @ expected_right, atol=2e-3)
+
+
+def test_muon_takes_the_steps_of_torchs_up_to_its_rounding():
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon to compare with")
+    torch.manual_seed(0)
+    ours = [nn.Parameter(torch.randn(shape)) for shape in ((24, 40), (40, 24), (24, 40))]
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    settings = {"lr": 0.01, "weight_decay": 0.1}
+    optimizers = [Muon(ours, **settings), torch.optim.Muon(theirs, **settings, adjust_lr_fn="match_rms_adamw")]
+    for _ in range(5):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q in zip(ours, theirs, strict=True):
+        assert torch.allclose(p, q, atol=1e-3)  # a step moves a weight by 2e-3; theirs is computed in bfloat16
+
+
+def test_muon_leaves_a_matrix_without_a_gradient_alone():
+    still, moving = nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(4, 4))
+    moving.grad = torch.eye(4)
+    Muon([still, moving], lr=0.1, weight_decay=0.1).step()
+    assert torch.equal(still, torch.ones(4, 4)) and not torch.equal(moving, torch.ones(4, 4))

@@ -1,9 +1,10 @@
 """The optimiser that a run's settings name, as one object whatever it is made of."""
 
+from collections import defaultdict
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from training.configuration import OptimizationSettings
@@ -13,9 +14,6 @@ def build_optimizer(model: nn.Module, optimization: OptimizationSettings) -> Opt
     """AdamW on everything that is trained, or Muon on the matrices and AdamW on the rest.
 
     Matrices and kernels decay, vectors (biases, norms, gains) do not.
-
-    Raises:
-        ValueError: Where this torch has no Muon.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
@@ -35,14 +33,62 @@ def build_optimizer(model: nn.Module, optimization: OptimizationSettings) -> Opt
         lr=learning_rate,
         fused=True,
     )
-    if not use_muon:
-        return adamw
-    if not hasattr(torch.optim, "Muon"):
-        raise ValueError(
-            f"optimization.optimizer is 'muon', which torch {torch.__version__} lacks; it needs 2.9 or newer."
-        )
-    muon = torch.optim.Muon(matrices, lr=learning_rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
-    return JointOptimizer([muon, adamw])
+    return JointOptimizer([Muon(matrices, lr=learning_rate, weight_decay=decay), adamw]) if use_muon else adamw
+
+
+class Muon(Optimizer):
+    """Momentum whose steps are orthogonalised matrices (Muon, Jordan et al. 2024), in the precision of the weights.
+
+    A step has the root mean square that AdamW's have, so that one learning rate serves both. torch.optim.Muon computes the same
+    in bfloat16, which processors without units for it multiply many times more slowly, and one matrix after the other; here
+    matrices of one shape are orthogonalised together.
+    """
+
+    COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic that draws all singular values near one, by its authors
+    ITERATIONS = 5
+    STEP_SIZE = 0.2  # root mean square of AdamW's steps, about
+
+    def __init__(self, matrices: list[nn.Parameter], *, lr: float, weight_decay: float = 0.0, momentum: float = 0.95):
+        """
+        Args:
+            matrices: Parameters of two dimensions.
+            lr: Learning rate.
+            weight_decay: Decoupled weight decay.
+            momentum: Share of the running mean of the gradients that a step keeps; in [0, 1).
+        """
+        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None) -> None:
+        """One step of every matrix that has a gradient."""
+        for group in self.param_groups:
+            alike = defaultdict(list)
+            for matrix in group["params"]:
+                if matrix.grad is not None:
+                    alike[matrix.shape, matrix.dtype, matrix.device].append(matrix)
+            for matrices in alike.values():
+                directions = []
+                for matrix in matrices:
+                    state = self.state[matrix]
+                    if not state:
+                        state["momentum_buffer"] = torch.zeros_like(matrix)
+                    mean = state["momentum_buffer"].lerp_(matrix.grad, 1 - group["momentum"])
+                    directions.append(matrix.grad.lerp(mean, group["momentum"]))  # Nesterov's
+                rate = group["lr"] * self.STEP_SIZE * max(matrices[0].shape) ** 0.5
+                for matrix, update in zip(matrices, self.orthogonalized(torch.stack(directions)), strict=True):
+                    matrix.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=rate)
+
+    @classmethod
+    def orthogonalized(cls, matrices: Tensor) -> Tensor:
+        """(B, m, n) matrices with about the same singular vectors and singular values between 0.7 and 1.2."""
+        is_tall = matrices.shape[1] > matrices.shape[2]
+        x = matrices.mT if is_tall else matrices  # the products below are of the smaller side
+        x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+        a, b, c = cls.COEFFICIENTS
+        for _ in range(cls.ITERATIONS):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        return x.mT if is_tall else x
 
 
 class JointOptimizer(Optimizer):
