@@ -273,11 +273,11 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
         """A SERA whose towers are pretrained and whose other parts are fresh.
 
         Args:
-            vision_model: Folder or Hub id of a DINOv2, with or without register tokens. `None`: a fresh tower of the
-                configuration given as `vision_config`.
-            text_model: Folder or Hub id of a CLIP text tower, or of a whole CLIP. Where the checkpoint has a text
-                projection, it is taken too; else the projection starts fresh. `None`: a fresh tower of the configuration
-                given as `text_config`.
+            vision_model: Folder or Hub id of a DINOv2, with or without register tokens, or of a SERA, whose tower is taken.
+                `None`: a fresh tower of the configuration given as `vision_config`.
+            text_model: Folder or Hub id of a CLIP text tower, of a whole CLIP, or of a SERA. Where the checkpoint has a
+                text projection, it is taken too; else the projection starts fresh. `None`: a fresh tower of the
+                configuration given as `text_config`.
             dtype: Of all weights.
             attn_implementation: Attention kernel of all parts, such as "eager" or "sdpa".
             **config_overrides: Fields of [`SeraConfig`].
@@ -297,7 +297,7 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
                     f"{name}_config is given beside the pretrained {name} tower {checkpoint}; leave one out."
                 )
             whole = AutoConfig.from_pretrained(checkpoint)
-            config = getattr(whole, f"{name}_config", whole)  # a whole CLIP holds two
+            config = getattr(whole, f"{name}_config", whole)  # a whole CLIP or SERA holds two
             if config.model_type not in TOWER_TYPES[name]:
                 raise ValueError(
                     f"{checkpoint} is a {config.model_type!r}; the {name} tower must be one of {TOWER_TYPES[name]}."
@@ -311,24 +311,35 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
         if attn_implementation is not None:
             model.set_attn_implementation(attn_implementation)
         if vision_model is not None:
-            tower = model.model.vision.tower
-            pretrained, info = AutoModel.from_pretrained(
-                vision_model, config=tower.config, dtype=dtype, output_loading_info=True
-            )
-            _refuse_missing(info["missing_keys"], vision_model, "DINOv2")
-            tower.load_state_dict(pretrained.state_dict())
+            model._load_vision_tower(vision_model)
         if text_model is not None:
             model._load_text_tower(text_model)
         return model
 
+    def _load_vision_tower(self, checkpoint: str | PathLike) -> None:
+        tower = self.model.vision.tower
+        if _is_sera(checkpoint):
+            pretrained = type(self).from_pretrained(checkpoint, dtype=self.dtype).model.vision.tower
+        else:
+            pretrained, info = AutoModel.from_pretrained(
+                checkpoint, config=tower.config, dtype=self.dtype, output_loading_info=True
+            )
+            _refuse_missing(info["missing_keys"], checkpoint, "DINOv2")
+        tower.load_state_dict(pretrained.state_dict())
+
     def _load_text_tower(self, checkpoint: str | PathLike) -> None:
-        pretrained, info = CLIPTextModelWithProjection.from_pretrained(
-            checkpoint, config=self.config.text_config, dtype=self.dtype, output_loading_info=True
-        )
-        _refuse_missing(set(info["missing_keys"]) - {"text_projection.weight"}, checkpoint, "CLIP text tower")
-        self.model.text_tower.load_state_dict(pretrained.text_model.state_dict())
-        projection = pretrained.text_projection.weight
-        if info["missing_keys"]:
+        if _is_sera(checkpoint):
+            whole = type(self).from_pretrained(checkpoint, dtype=self.dtype).model
+            tower, projection = whole.text_tower, whole.text_projection.weight
+        else:
+            pretrained, info = CLIPTextModelWithProjection.from_pretrained(
+                checkpoint, config=self.config.text_config, dtype=self.dtype, output_loading_info=True
+            )
+            _refuse_missing(set(info["missing_keys"]) - {"text_projection.weight"}, checkpoint, "CLIP text tower")
+            tower = pretrained.text_model
+            projection = None if info["missing_keys"] else pretrained.text_projection.weight
+        self.model.text_tower.load_state_dict(tower.state_dict())
+        if projection is None:
             logger.warning(f"{checkpoint} has no text projection; the sentence feature starts from a random one.")
         elif projection.shape == self.model.text_projection.weight.shape:
             with torch.no_grad():
@@ -478,6 +489,10 @@ def presence_detection_loss(presence_logits: Tensor, labels: Tensor) -> Tensor:
     """
     present = (labels > 0).flatten(1).any(dim=1)
     return binary_cross_entropy_with_logits(presence_logits.float(), present.float())
+
+
+def _is_sera(checkpoint: str | PathLike) -> bool:
+    return AutoConfig.from_pretrained(checkpoint).model_type == SeraConfig.model_type
 
 
 def _refuse_missing(keys: set[str], checkpoint: str | PathLike, tower: str) -> None:

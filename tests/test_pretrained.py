@@ -212,6 +212,20 @@ def test_the_sentence_feature_is_clips_own(tmp_path, folders, eos_token_id):
     assert sentence.std(dim=0).min() > 1e-3  # expressions differ
 
 
+def test_a_sera_gives_its_towers_to_another(folders, tmp_path):
+    """Of all else the new model has its own, in sizes of its own."""
+    first = randomised(load(folders / "dinov2", folders / "clip"), 5)
+    saved(first, tmp_path / "sera")
+    second = load(tmp_path / "sera", tmp_path / "sera", adapter_layers=[], fusion_dim=32)
+    assert_same_weights(second.model.vision.tower, first.model.vision.tower)
+    assert_same_weights(second.model.text_tower, first.model.text_tower)
+    assert torch.equal(second.model.text_projection.weight, first.model.text_projection.weight)
+    assert second.config.fusion_dim == 32 and not second.model.vision.adapted_blocks
+    mixed = load(folders / "dinov2-registers", tmp_path / "sera")
+    assert mixed.config.vision_config.model_type == "dinov2_with_registers"
+    assert_same_weights(mixed.model.text_tower, first.model.text_tower)
+
+
 @pytest.mark.parametrize("prefix", ["", "text_model."])
 def test_a_text_tower_is_found_under_its_older_names_too(folders, tmp_path, prefix):
     pretrained = randomised(CLIPTextModel(CLIPTextConfig(**TEXT)), 4)

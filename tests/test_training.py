@@ -24,6 +24,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, Dinov2Config, Dinov2Mode
 from modeling_sera import SeraForReferringSegmentation
 from processing_sera import SeraImageProcessor, SeraProcessor
 from training import splits, train
+from training.building import build_model, build_processor
 from training.configuration import (
     AugmentationSettings,
     DataSettings,
@@ -36,7 +37,9 @@ from training.configuration import (
 )
 from training.evaluation import score_sentences
 from training.metric import summarize
+from training.scenes import generate_scenes
 from training.splits import load_splits
+from training.train import save_model
 from training.tuning import checkpoint_activations
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -525,6 +528,31 @@ def test_the_script_ends_with_a_message_alone(tmp_path, monkeypatch, capsys):
         runpy.run_path(str(REPOSITORY / "training" / "train.py"), run_name="__main__")
     assert error.value.code not in (None, 0)
     assert nowhere in capsys.readouterr().err + str(error.value)
+
+
+def test_a_model_goes_on_at_another_picture_size(tmp_path):
+    rows = generate_scenes(2, 0, 64)
+    settings = replace(
+        TINY, data=replace(TINY.data, image_size=(48, 48)), model=ModelSettings(config=TINY.model.config)
+    )
+    processor = build_processor(settings, rows)
+    first = build_model(settings, processor)
+    save_model(first, processor, tmp_path / "first")
+    for given, expected in (((64, 32), (64, 32)), (None, (48, 48))):
+        data = replace(settings.data, image_size=given)
+        again = replace(settings, data=data, model=ModelSettings(pretrained=str(tmp_path / "first")))
+        processor = build_processor(again, rows)
+        model = build_model(again, processor)
+        save_model(model, processor, tmp_path / "second")
+        size = SeraProcessor.from_pretrained(tmp_path / "second").image_processor.size
+        assert (size["height"], size["width"]) == expected
+        assert SeraForReferringSegmentation.from_pretrained(tmp_path / "second").config.image_size == max(expected)
+        for key, value in first.state_dict().items():
+            assert torch.equal(model.state_dict()[key], value), key
+    with pytest.raises(ValueError, match=r"\[60, 64\].*multiples of the patch"):
+        data = replace(settings.data, image_size=(60, 64))
+        again = replace(settings, data=data, model=ModelSettings(pretrained=str(tmp_path / "first")))
+        build_model(again, build_processor(again, rows))
 
 
 @pytest.mark.parametrize("script", ["train.py", "evaluation.py", "preparation.py"])

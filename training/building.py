@@ -8,6 +8,8 @@ from processing_sera import SeraImageProcessor, SeraProcessor
 from training.configuration import TrainingSettings
 from training.scenes import train_tokenizer
 
+IMAGE_SIZE = (448, 448)  # the paper's
+
 
 def build_processor(settings: TrainingSettings, train_rows: datasets.Dataset) -> SeraProcessor:
     """The processor: a saved one, or a letterbox to `data.image_size` and the tokenizer that the settings name.
@@ -17,9 +19,11 @@ def build_processor(settings: TrainingSettings, train_rows: datasets.Dataset) ->
     """
     model = settings.model
     if model.pretrained:
-        return SeraProcessor.from_pretrained(model.pretrained)
-    height, width = settings.data.image_size
-    image_processor = SeraImageProcessor(size={"height": height, "width": width})
+        processor = SeraProcessor.from_pretrained(model.pretrained)
+        if settings.data.image_size:
+            processor.image_processor.size = _size(settings.data.image_size)
+        return processor
+    image_processor = SeraImageProcessor(size=_size(settings.data.image_size or IMAGE_SIZE))
     source = model.tokenizer or model.text_model
     if source:
         tokenizer = CLIPTokenizer.from_pretrained(source)
@@ -31,19 +35,32 @@ def build_processor(settings: TrainingSettings, train_rows: datasets.Dataset) ->
 
 
 def build_model(settings: TrainingSettings, processor: SeraProcessor) -> SeraForReferringSegmentation:
-    """The model: a saved SERA, or pretrained or fresh towers with fresh experts around them."""
+    """The model: a saved SERA, or pretrained or fresh towers with fresh experts around them, for pictures of the processor's size.
+
+    Raises:
+        ValueError: Where a side is no multiple of the patch, or what the settings name does not fit together.
+    """
     model = settings.model
+    height, width = processor.image_processor.size["height"], processor.image_processor.size["width"]
     if model.pretrained:
-        return SeraForReferringSegmentation.from_pretrained(model.pretrained)
-    overrides = {"image_size": max(settings.data.image_size)} | model.config
-    if not model.text_model:
-        overrides["text_config"] = _text_config(overrides.get("text_config", {}), processor.tokenizer)
-    built = SeraForReferringSegmentation.from_vision_text_pretrained(model.vision_model, model.text_model, **overrides)
-    if any(side % built.config.patch_size for side in settings.data.image_size):
+        built = SeraForReferringSegmentation.from_pretrained(model.pretrained)
+        built.config.image_size = max(height, width)
+    else:
+        overrides = {"image_size": max(height, width)} | model.config
+        if not model.text_model:
+            overrides["text_config"] = _text_config(overrides.get("text_config", {}), processor.tokenizer)
+        built = SeraForReferringSegmentation.from_vision_text_pretrained(
+            model.vision_model, model.text_model, **overrides
+        )
+    if height % built.config.patch_size or width % built.config.patch_size:
         raise ValueError(
-            f"data.image_size is {settings.data.image_size}; both sides must be multiples of the patch, {built.config.patch_size}."
+            f"data.image_size is {[height, width]}; both sides must be multiples of the patch, {built.config.patch_size}."
         )
     return built
+
+
+def _size(image_size: tuple[int, int]) -> dict[str, int]:
+    return dict(zip(("height", "width"), image_size, strict=True))
 
 
 def _text_config(overrides: dict, tokenizer: CLIPTokenizer) -> dict:

@@ -15,6 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from huggingface_hub.utils import validate_repo_id
 
+from training.building import IMAGE_SIZE
 from training.configuration import TrainingSettings, load_settings
 from training.environment import without_folders
 from training.metric import SentenceScore, summarize
@@ -178,9 +179,10 @@ def _describe_training(run: TrainingRun | None) -> str:
         f"{part} from {f'`{without_folders(source)}`' if source else 'random weights'}"
         for part, source in start.items()
     )
-    lines = [
-        f"- Data: {sets}, split {data.train_split}; pictures letterboxed to {' x '.join(map(str, data.image_size))} pixels."
-    ]
+    size = "the size of the model gone on from"
+    if data.image_size or not model.pretrained:
+        size = " x ".join(map(str, data.image_size or IMAGE_SIZE)) + " pixels"
+    lines = [f"- Data: {sets}, split {data.train_split}; pictures letterboxed to {size}."]
     if data.source == "scenes":
         lines[0] += f" {data.num_scenes[0]} scenes of {data.scene_size} pixels, seed {data.scene_seed}."
     lines.append(f"- Start: {origins}.")

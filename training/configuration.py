@@ -18,8 +18,9 @@ class ModelSettings:
 
     Args:
         pretrained: Folder or Hub id of a whole SERA to go on from; the towers below are then not needed.
-        vision_model: Folder or Hub id of a DINOv2. None: a fresh tower of the size that `config` gives.
-        text_model: Folder or Hub id of a CLIP or of its text tower. None: a fresh tower of the size that `config` gives.
+        vision_model: Folder or Hub id of a DINOv2, or of a SERA, whose tower is taken. None: a fresh tower as `config` has it.
+        text_model: Folder or Hub id of a CLIP, of its text tower, or of a SERA, whose tower is taken. None: a fresh tower as
+            `config` has it.
         tokenizer: Folder or Hub id of a CLIP tokenizer. None: the one beside `text_model`, or, for scenes, one trained on them.
         config: Fields of SeraConfig that differ from its defaults.
         vision_tuning: What of the vision tower is trained.
@@ -58,7 +59,8 @@ class DataSettings:
         num_scenes: Number of embedded scenes for training, validation and test.
         scene_size: Side in pixels of the embedded scenes.
         scene_seed: Seed of the embedded scenes.
-        image_size: Height and width in pixels that pictures are letterboxed to.
+        image_size: Height and width in pixels that pictures are letterboxed to. None: 448×448 or, going on from a whole SERA, its
+            own.
         objects_per_picture: Objects of one picture that share a forward pass of it; 1 is the field's one object, one picture.
         sentences_per_object: Sentences drawn for an object in each epoch.
     """
@@ -78,7 +80,7 @@ class DataSettings:
     num_scenes: tuple[int, int, int] = (4000, 200, 200)
     scene_size: PositiveInt = 96
     scene_seed: NonNegativeInt = 0
-    image_size: tuple[int, int] = (448, 448)
+    image_size: tuple[int, int] | None = None
     objects_per_picture: PositiveInt = 1
     sentences_per_object: PositiveInt = 1
 
