@@ -22,7 +22,7 @@ from processing_sera import SeraImageProcessor, SeraProcessor
 from training.batches import picture_as_annotated, shuffled_sentences
 from training.configuration import DataSettings, TrainingSettings, dump_settings
 from training.data import decode_mask, load_refer
-from training.evaluation import best_threshold, score_sentences, split_expressions, threshold_curve
+from training.evaluation import best_threshold, score_sentences, threshold_curve
 from training.files import partial_folder, recover_folder, replace_folder, write_binary, write_text
 from training.metric import SentenceScore, summarize
 from training.scenes import generate_scenes
@@ -137,25 +137,6 @@ def test_scoring_leaves_the_model_as_it_was(rows, processor, accelerator, traini
     score_sentences(model, processor, rows.select(range(4)), accelerator)
     assert all(module.training is training for module in model.modules())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-@pytest.mark.parametrize("limit", [1, 2, 5, 6, 100])
-def test_split_inputs_hold_every_expression_once_with_its_picture(processor, rows, limit):
-    pictures = [picture_as_annotated(rows[0]), picture_as_annotated(rows[len(rows) - 1])]
-    text = [["left zebra", "cup", "the cup", "right"], ["zebra", "left"]]
-    inputs = processor(images=pictures, text=text, return_tensors="pt")
-    parts = list(split_expressions(inputs, limit))
-    assert [len(part["input_ids"]) for part in parts] == [limit] * (6 // limit) + [6 % limit] * (6 % limit > 0)
-    for name in ("input_ids", "attention_mask"):
-        assert torch.equal(torch.cat([part[name] for part in parts]), inputs[name])
-    for name in ("pixel_values", "original_sizes"):
-        shown = torch.cat([part[name][part["image_index"]] for part in parts])
-        assert torch.equal(shown, inputs[name][inputs["image_index"]])
-        assert all(len(part[name]) == len(part["image_index"].unique()) for part in parts)
-    model = tiny_model()
-    with torch.no_grad():
-        together = model(**inputs).logits
-        assert torch.allclose(torch.cat([model(**part).logits for part in parts]), together, atol=2e-5)
 
 
 # An independent evaluator

@@ -19,7 +19,6 @@ from accelerate.utils import gather_object, tqdm
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import NonNegativeInt, OpenUnitInterval, PositiveInt
 from torch.utils.data import DataLoader, Subset
-from transformers import BatchFeature
 
 from modeling_sera import SeraForReferringSegmentation
 from processing_sera import SeraProcessor
@@ -62,7 +61,7 @@ def score_sentences(
         rows: A split (one referred object per row).
         accelerator: Says which pictures are this process's.
         batch_size: Pictures per batch.
-        max_expressions: Expressions per forward pass; a batch with more of them takes several.
+        max_expressions: Expressions worked on at once, to bound the memory.
         shuffle: Ask each object another picture's sentences: what a model reaches that ignores the text.
         threshold: Probability above which a pixel is in the mask. `None`: the processor's own.
         num_workers: Processes that prepare batches.
@@ -151,33 +150,21 @@ def _answers(
         for inputs, batch in tqdm(loader, desc="evaluating", leave=False):
             sources = (source for example in batch for source in example.sources)
             truths = (mask for example in batch for mask in example.masks)
-            for part in split_expressions(inputs.to(accelerator.device), max_expressions):
-                with torch.inference_mode(), accelerator.autocast():
-                    outputs = model(**part)
-                results = processor.post_process_referring_segmentation(outputs, part, threshold, return_probabilities)
+            inputs = inputs.to(accelerator.device)
+            with torch.inference_mode(), accelerator.autocast():
+                outputs = model(**inputs, max_expressions=max_expressions)
+            answers = {name: outputs[name] for name in ("logits", "presence_logits") if outputs.get(name) is not None}
+            # masks are of the pictures' own sizes, far larger than logits, so they are made a part at a time, too
+            for part in torch.arange(len(outputs.logits)).split(max_expressions):
+                asked_now = {**inputs, "image_index": inputs["image_index"][part]}
+                answers_now = {name: values[part] for name, values in answers.items()}
+                results = processor.post_process_referring_segmentation(
+                    answers_now, asked_now, threshold, return_probabilities
+                )
                 for result in results:
                     yield next(sources), next(truths), result
     finally:
         model.train(was_training)
-
-
-def split_expressions(inputs: BatchFeature, limit: int) -> Iterator[BatchFeature]:
-    """Inputs with at most `limit` expressions each, in order, and with the pictures that these are about alone.
-
-    The memory of a forward pass grows with its expressions, and a single picture may have hundreds.
-    """
-    number = len(inputs["input_ids"])
-    if number <= limit:
-        yield inputs
-        return
-    for start in range(0, number, limit):
-        chosen = slice(start, start + limit)
-        pictures, index = torch.unique(inputs["image_index"][chosen], return_inverse=True)
-        yield BatchFeature(
-            {name: inputs[name][pictures] for name in ("pixel_values", "original_sizes")}
-            | {name: inputs[name][chosen] for name in ("input_ids", "attention_mask")}
-            | {"image_index": index}
-        )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -270,7 +257,7 @@ def evaluation_parser() -> ArgumentParser:
     )
     parser.add_class_arguments(DataSettings, "data")
     parser.add_argument("--batch_size", type=PositiveInt, default=8, help="pictures per batch")
-    parser.add_argument("--max_expressions", type=PositiveInt, default=64, help="expressions per forward pass")
+    parser.add_argument("--max_expressions", type=PositiveInt, default=64, help="expressions worked on at once")
     parser.add_argument("--num_workers", type=NonNegativeInt, default=0, help="processes that prepare batches")
     parser.add_argument(
         "--threshold",

@@ -29,7 +29,7 @@ from training.batches import Collator, EvaluationExamples, picture_as_annotated
 from training.commands import run_command
 from training.configuration import load_settings
 from training.environment import command_line, describe_hardware, library_versions
-from training.evaluation import model_name, score_sentences, split_expressions
+from training.evaluation import model_name, score_sentences
 from training.expert_maps import draw_expert_maps, expert_maps, without_expert
 from training.figures import new_figure
 from training.files import write_binary, write_text
@@ -64,24 +64,21 @@ def routing_by_kind(
     collator = Collator(processor, with_labels=False)
     with health.watch(), torch.inference_mode():
         for inputs, batch in tqdm(DataLoader(EvaluationExamples(rows), batch_size, collate_fn=collator), leave=False):
-            sources = (source for example in batch for source in example.sources)
-            for part in split_expressions(inputs.to(model.device), 64):
-                outputs = model(**part, output_router_weights=True)
-                routed = {
-                    f"{name} {place}": weights.float().cpu().numpy().astype(np.float64)
-                    for name, places, found in (
-                        ("tap", health.fusions, outputs.fusion_router_weights),
-                        ("adapter", health.adapters, outputs.adapter_router_weights),
-                    )
-                    for place, weights in zip(places, found, strict=True)
-                }
-                for i in range(len(part["input_ids"])):
-                    row, sentence = next(sources)
-                    kind = kinds[row][sentence] if has_kinds else wording_of(sentences[row][sentence])
-                    for group in ("all", kind):
-                        counts[group] += 1
-                        for router, weights in routed.items():
-                            sums[group][router] = sums[group][router] + weights[i]
+            outputs = model(**inputs.to(model.device), output_router_weights=True, max_expressions=64)
+            routed = {
+                f"{name} {place}": weights.float().cpu().numpy().astype(np.float64)
+                for name, places, found in (
+                    ("tap", health.fusions, outputs.fusion_router_weights),
+                    ("adapter", health.adapters, outputs.adapter_router_weights),
+                )
+                for place, weights in zip(places, found, strict=True)
+            }
+            for i, (row, sentence) in enumerate(source for example in batch for source in example.sources):
+                kind = kinds[row][sentence] if has_kinds else wording_of(sentences[row][sentence])
+                for group in ("all", kind):
+                    counts[group] += 1
+                    for router, weights in routed.items():
+                        sums[group][router] = sums[group][router] + weights[i]
     means = {
         kind: {
             router: dict(zip(_experts(router), (total / counts[kind]).tolist(), strict=True))
