@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from training.configuration import (
     OptimizationSettings,
     TrainingSettings,
     dump_settings,
+    load_settings,
 )
 from training.files import write_text
 from training.metric import SentenceScore
@@ -163,6 +164,17 @@ def test_how_it_was_trained_is_the_runs_own_account(tmp_path):
         assert account in training
     assert "epoch 3 of 4" in training and "45.7 %" in training and "of 3 evaluated" in training
     assert "random weights" in training
+
+
+def test_the_settings_on_the_card_are_those_of_the_run(tmp_path):
+    model = ModelSettings(vision_model=str(tmp_path / "towers" / "dinov2"), config={"adapter_layers": [1]})
+    folder = write_run(tmp_path / "trial", model=model)
+    training = section(make_card([], folder), "Training")
+    (tmp_path / "again.yaml").write_text(training.split("```yaml\n")[1].split("```")[0])
+    expected = read_run(folder).settings
+    expected = replace(expected, model=replace(expected.model, vision_model="dinov2"))  # without the machine's folders
+    assert load_settings(tmp_path / "again.yaml") == expected
+    assert str(tmp_path) not in training
 
 
 def test_limits_are_those_of_the_model(tmp_path):

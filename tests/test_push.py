@@ -259,14 +259,15 @@ def listed(output: str) -> list[PushedFile]:
     return [PushedFile(path, int(size), digest) for digest, size, path in rows]
 
 
-def test_a_dry_run_lists_byte_for_byte_what_a_push_sends(run_folder, hub, monkeypatch, capsys):
+def test_a_dry_run_lists_byte_for_byte_what_a_push_sends(run_folder, hub, monkeypatch, capsys, tmp_path):
     command = [str(run_folder), REPO, "--revision-tag", "v1"]
     with monkeypatch.context() as patch:
         patch.setattr(push, "check_answer", lambda folder: None)  # the push itself asks it, below
         patch.setattr(socket.socket, "connect", lambda *arguments: pytest.fail("it used the network"))
-        push.main([*command, "--dry-run"])
+        push.main([*command, "--dry-run", "--output", str(tmp_path / "kept")])
     would = listed(capsys.readouterr().out)
     assert hub.requests == []
+    assert list_files(tmp_path / "kept") == would
 
     environment = ENVIRONMENT | {
         "HF_ENDPOINT": hub.url,
@@ -364,6 +365,7 @@ def test_a_space_that_is_refused_is_named(hub, already_staged, run_folder):
         push.main([str(run_folder), REPO, "--private", "--space", SPACE])
     assert hub.space_files == {}
     assert "no repository on the Hub" in refusal([str(run_folder), REPO, "--space", "zebra", "--dry-run"])
+    assert "is there already" in refusal([str(run_folder), REPO, "--output", str(run_folder), "--dry-run"])
 
 
 def test_nothing_is_sent_to_a_public_repository_that_should_be_private(hub, already_staged, run_folder):

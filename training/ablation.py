@@ -27,11 +27,11 @@ from typing import Any
 
 import torch
 
-from training.ablation_grid import Grid, Records, Run, read_grid, without_paths
+from training.ablation_grid import Grid, Records, Run, read_grid
 from training.ablation_tables import write_results
 from training.commands import run_command
 from training.configuration import dump_settings
-from training.environment import describe_hardware, library_versions, without_folders
+from training.environment import describe_hardware, library_versions, without_folders, without_paths
 from training.files import write_text
 
 logger = logging.getLogger(__name__)

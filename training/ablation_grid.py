@@ -13,7 +13,7 @@ import yaml
 from modeling_sera import SeraConfig
 from training.checkpoints import FREE
 from training.configuration import TrainingSettings, read_settings
-from training.environment import without_folders
+from training.environment import without_paths
 from training.files import write_text
 
 NAME = r"\w[\w.-]*"  # also names folders
@@ -155,13 +155,6 @@ def _difference(tree: dict, default: dict) -> dict:
     }
 
 
-def without_paths(tree: Any) -> Any:
-    """Plain settings with absolute paths shortened to their last part, wherever they stand."""
-    if isinstance(tree, dict):
-        return {name: without_paths(value) for name, value in tree.items()}
-    return [without_paths(item) for item in tree] if isinstance(tree, (list, tuple)) else without_folders(tree)
-
-
 class Records:
     """The finished runs of an ablation, one JSON object in each line of a file."""
 
@@ -179,4 +172,4 @@ class Records:
         write_text(self.path, "".join(json.dumps(each) + "\n" for each in records.values()))
 
 
-__all__ = ["Grid", "Records", "Run", "read_grid", "without_paths"]
+__all__ = ["Grid", "Records", "Run", "read_grid"]

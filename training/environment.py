@@ -43,6 +43,13 @@ def without_folders(value: Any) -> Any:
     return Path(value).name if Path(value).is_absolute() else value
 
 
+def without_paths(tree: Any) -> Any:
+    """Plain settings with absolute paths shortened to their last part, wherever they stand."""
+    if isinstance(tree, dict):
+        return {name: without_paths(value) for name, value in tree.items()}
+    return [without_paths(item) for item in tree] if isinstance(tree, (list, tuple)) else without_folders(tree)
+
+
 def _processor_name() -> str:
     information = Path("/proc/cpuinfo")
     if information.is_file():
@@ -52,4 +59,4 @@ def _processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
-__all__ = ["command_line", "describe_hardware", "library_versions", "without_folders"]
+__all__ = ["command_line", "describe_hardware", "library_versions", "without_folders", "without_paths"]

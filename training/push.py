@@ -34,7 +34,7 @@ from training.card import TrainingRun, check_card, model_card, read_evaluation, 
 from training.commands import in_one_line, run_command
 from training.data import open_image
 from training.evaluation import model_name
-from training.files import sha256_of, write_binary, write_text
+from training.files import partial_folder, replace_folder, sha256_of, write_binary, write_text, writing
 from training.overlay import overlay
 from training.scenes import generate_scenes
 
@@ -355,6 +355,9 @@ def push_parser() -> ArgumentParser:
         "--space", type=str | None, default=None, metavar="user/name", help="also put up a Space that shows the model"
     )
     parser.add_argument("--dry-run", action="store_true", help="list what would go up, and send nothing")
+    parser.add_argument(
+        "--output", type=str | None, default=None, metavar="DIR", help="keep what goes up in this new folder, too"
+    )
     return parser
 
 
@@ -377,6 +380,8 @@ def main(arguments: list[str] | None = None) -> None:
     tag = options.revision_tag
     if tag is not None and not re.fullmatch(r"\w[\w.-]*", tag):
         raise ValueError(f"--revision-tag {tag!r}: a tag consists of letters, digits, '_', '-' and '.', such as v1.")
+    if options.output is not None and Path(options.output).exists():
+        raise ValueError(f"--output {options.output} is there already; name a new folder.")
     model_folder = find_model(Path(options.folder))
     if not options.dry_run and get_token() is None:
         raise ValueError("There is no token of the Hub; log in with `hf auth login`, or set HF_TOKEN.")
@@ -391,6 +396,11 @@ def main(arguments: list[str] | None = None) -> None:
             examples=[(picture, text) for picture, text in options.example],
         )
         sys.stdout.writelines(f"{file}\n" for file in files)
+        if options.output is not None:
+            kept = Path(options.output)
+            with writing(kept):
+                shutil.copytree(staged, partial_folder(kept), dirs_exist_ok=True)
+                replace_folder(kept)
         total = sum(file.size for file in files)
         if options.space is not None:
             for name, content in space_files(options.repo_id).items():
