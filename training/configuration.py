@@ -61,6 +61,12 @@ class DataSettings:
         image_size: Height and width in pixels that pictures are letterboxed to.
         objects_per_picture: Objects of one picture that share a forward pass of it; 1 is the field's one object, one picture.
         sentences_per_object: Sentences drawn for an object in each epoch.
+        views: Views of every training picture that are drawn once, for all epochs and runs, and kept with what the frozen vision
+            tower makes of them below the first adapter: the picture, its mirror image (where `augmentation.flip` is above zero),
+            then variations of both in turns. It wants `model.vision_tuning` "frozen". 0: every epoch draws anew, nothing is kept.
+        composites: Made-up training pictures beside the others, of cut-out objects, with sentences that are true by construction
+            (`composites.py`). They are drawn once and kept with the views, which they need.
+        cache_dir: Folder for what is kept, about 0.7 MB a view of 224×224 pixels with a ViT-S; runs share it.
     """
 
     source: Literal["refer", "folder", "scenes"] = "refer"
@@ -81,6 +87,9 @@ class DataSettings:
     image_size: tuple[int, int] = (448, 448)
     objects_per_picture: PositiveInt = 1
     sentences_per_object: PositiveInt = 1
+    views: NonNegativeInt = 0
+    composites: NonNegativeInt = 0
+    cache_dir: str = "outputs/views"
 
 
 @dataclass
