@@ -24,6 +24,8 @@ class ModelSettings:
         config: Fields of SeraConfig that differ from its defaults.
         vision_tuning: What of the vision tower is trained.
         text_tuning: What of the text tower is trained.
+        whitened_start: Begin with projections of the vision tower's features that give their principal directions, all equally
+            strong; a small set then takes fewer steps. With `data.views`, whose states it reads.
     """
 
     pretrained: str | None = None
@@ -33,6 +35,7 @@ class ModelSettings:
     config: dict = field(default_factory=dict)
     vision_tuning: Tuning = "norm_bias"
     text_tuning: Tuning = "norm_bias"
+    whitened_start: bool = False
 
 
 @dataclass

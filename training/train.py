@@ -43,6 +43,7 @@ from training.splits import load_training_splits
 from training.streaming import StreamedExamples, streamed_loader
 from training.tuning import apply_tuning, checkpoint_activations
 from training.views import ViewCollator, ViewExamples, ViewStore
+from training.whitening import whiten_projections
 from training.workers import end_with_parent
 
 logger = get_logger(__name__)
@@ -75,7 +76,10 @@ def main() -> None:
         loader = streamed_loader(examples, collator, settings.num_workers, accelerator)
     else:
         if settings.data.views:
-            examples = ViewExamples(ViewStore(settings, model, processor, accelerator), settings)
+            store = ViewStore(settings, model, processor, accelerator)
+            if settings.model.whitened_start:
+                whiten_projections(model, store.sample(), settings.data.image_size)
+            examples = ViewExamples(store, settings)
             collator = ViewCollator(processor)
         else:
             examples = TrainingExamples(train_rows, **drawing)
@@ -215,8 +219,8 @@ def start_accelerator(settings: TrainingSettings) -> Accelerator:
         raise ValueError(f"tracker is {tracker!r}, but the package {tracker} is not installed.")
     if settings.compile and settings.activation_checkpointing:
         raise ValueError("compile and activation_checkpointing cannot be combined; choose one.")
-    if settings.data.composites and not settings.data.views:
-        raise ValueError("data.composites are kept with the views of the other pictures; set data.views to 1 or more.")
+    if (settings.data.composites or settings.model.whitened_start) and not settings.data.views:
+        raise ValueError("data.composites and model.whitened_start need kept views; set data.views to 1 or more.")
     accelerator = Accelerator(
         mixed_precision=settings.mixed_precision,
         gradient_accumulation_steps=settings.optimization.gradient_accumulation_steps,

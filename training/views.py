@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 VERSION = 1  # of what is drawn and how it is kept; a change makes new folders
 SEED = 20_240  # of the views: they are the same for all runs, whatever these runs' seeds
+SAMPLE = 128  # views, about, that stand for all of them
 BATCH = 8  # pictures that the tower takes at once
 
 
@@ -140,6 +141,10 @@ class ViewStore:
             text=example["text"],
             sources=[tuple(source) for source in example["sources"]],
         )
+
+    def sample(self) -> torch.Tensor:
+        """States of some of the views, from everywhere among them: (M, states, num_prefix + H·W, hidden_size) float16."""
+        return torch.from_numpy(self.states[:: max(len(self.states) // SAMPLE, 1)].copy())
 
 
 class ViewExamples(Dataset):
