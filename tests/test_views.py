@@ -16,8 +16,9 @@ from processing_sera import SeraImageProcessor, SeraProcessor
 from training import views
 from training.augmentation import swap_left_right
 from training.batches import picture_as_annotated
-from training.configuration import AugmentationSettings, DataSettings, ModelSettings, TrainingSettings
+from training.configuration import AugmentationSettings, DataSettings, ModelSettings, TrainingSettings, read_settings
 from training.splits import HIDDEN
+from training.train import start_accelerator
 from training.views import ViewCollator, ViewExamples, ViewStore
 
 ROWS = [{"red": ["left red", "red one"], "green": ["green a", "green b", "green c"]}, {"blue": ["blue square", "blue"]}]
@@ -76,7 +77,7 @@ def test_a_folder_is_made_once_and_for_what_it_depends_on(store_of, tmp_path, mo
     settings = settings_for(tmp_path)
     folder = make(settings).folder
     monkeypatch.setattr(views, "_write", lambda *_: pytest.fail("drawn again"))
-    same = replace(settings, seed=5, augmentation=replace(AUGMENTATION, word_dropout=0.5))
+    same = replace(settings, seed=5, augmentation=replace(AUGMENTATION, word_dropout=0.5, feature_dropout=0.5))
     assert make(same).folder == folder == make(replace(same, data=replace(same.data, hide_sentences=True))).folder
     with torch.no_grad():
         next(model.model.vision.tower.parameters()).add_(1)
@@ -115,6 +116,22 @@ def test_what_is_drawn_depends_on_seed_epoch_and_place(store_of, tmp_path):
     assert {text for index in range(5) for text in hidden[index].text} == {HIDDEN}
 
 
+def test_whole_channels_are_silenced(store_of, tmp_path):
+    make, _, _ = store_of
+    settings = settings_for(tmp_path, views=1)
+    store = make(settings)
+    whole = ViewExamples(store, settings)[0].states
+    silencing = replace(settings, augmentation=replace(AUGMENTATION, feature_dropout=0.5))
+    shares = []
+    for seed in range(20):
+        states = ViewExamples(store, replace(silencing, seed=seed))[0].states
+        silent = (states == 0).all(axis=(0, 1))
+        assert states.dtype == np.float16
+        assert np.allclose(states[..., ~silent], 2 * whole[..., ~silent], rtol=1e-3)
+        shares.append(silent.mean())
+    assert 0.4 < np.mean(shares) < 0.6
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [({"vision_tuning": "norm_bias"}, "frozen.*norm_bias"), ({"streaming": True}, "exclude each other")],
@@ -127,10 +144,19 @@ def test_what_does_not_go_together_is_refused(changed, message, store_of, tmp_pa
         store_of[0](settings)
 
 
+@pytest.mark.parametrize(
+    "option", ["data.composites=3", "model.whitened_start=true", "augmentation.feature_dropout=0.1"]
+)
+def test_what_acts_on_kept_views_wants_some(option, tmp_path):
+    with pytest.raises(ValueError, match=f"{option.partition('=')[0]} acts on kept views"):
+        start_accelerator(read_settings([f"--{option}", "--output_dir", str(tmp_path)]))
+
+
 def test_a_run_reads_views_and_another_finds_them(tmp_path):
     settings = refer_settings(tmp_path / "refer")
     data = replace(settings.data, views=2, composites=2, cache_dir=str(tmp_path / "views"))
-    settings = replace(settings, data=data, model=replace(settings.model, vision_tuning="frozen"), num_workers=0)
+    model = replace(settings.model, vision_tuning="frozen", whitened_start=True)
+    settings = replace(settings, data=data, model=model, num_workers=0)
     settings = replace(settings, optimization=replace(settings.optimization, epochs=2))
     path = written(settings, tmp_path / "settings.yaml")
     said = [

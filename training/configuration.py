@@ -104,12 +104,14 @@ class AugmentationSettings:
         min_crop: Smallest share of each side that a random crop around the objects keeps; 0 crops nothing.
         color_jitter: Largest relative change of brightness, contrast and saturation.
         word_dropout: Probability of dropping each word of a sentence (at least one stays).
+        feature_dropout: Probability, below 1, of silencing each channel of a picture's kept states; with `data.views`.
     """
 
     flip: ClosedUnitInterval = 0.0
     min_crop: ClosedUnitInterval = 0.0
     color_jitter: ClosedUnitInterval = 0.0
     word_dropout: ClosedUnitInterval = 0.0
+    feature_dropout: ClosedUnitInterval = 0.0
 
 
 @dataclass

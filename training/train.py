@@ -219,8 +219,14 @@ def start_accelerator(settings: TrainingSettings) -> Accelerator:
         raise ValueError(f"tracker is {tracker!r}, but the package {tracker} is not installed.")
     if settings.compile and settings.activation_checkpointing:
         raise ValueError("compile and activation_checkpointing cannot be combined; choose one.")
-    if (settings.data.composites or settings.model.whitened_start) and not settings.data.views:
-        raise ValueError("data.composites and model.whitened_start need kept views; set data.views to 1 or more.")
+    wanting = {
+        "data.composites": settings.data.composites,
+        "model.whitened_start": settings.model.whitened_start,
+        "augmentation.feature_dropout": settings.augmentation.feature_dropout,
+    }
+    if any(wanting.values()) and not settings.data.views:
+        name = next(name for name, value in wanting.items() if value)
+        raise ValueError(f"{name} acts on kept views; set data.views to 1 or more.")
     accelerator = Accelerator(
         mixed_precision=settings.mixed_precision,
         gradient_accumulation_steps=settings.optimization.gradient_accumulation_steps,

@@ -154,6 +154,8 @@ class ViewExamples(Dataset):
     """
 
     def __init__(self, store: ViewStore, settings: TrainingSettings):
+        if settings.augmentation.feature_dropout >= 1:
+            raise ValueError("augmentation.feature_dropout is 1: nothing of the pictures would be left.")
         self.store = store
         self.settings = settings
         self.num_groups = (len(store.examples) - settings.data.composites) // settings.data.views
@@ -167,7 +169,7 @@ class ViewExamples(Dataset):
         return self.num_groups + self.settings.data.composites
 
     def __getitem__(self, index: int) -> View:
-        data, dropout = self.settings.data, self.settings.augmentation.word_dropout
+        data, varied = self.settings.data, self.settings.augmentation
         rng = np.random.default_rng((self.settings.seed, self.epoch, index))
         kept_before = self.num_groups * data.views
         is_photograph = index < self.num_groups
@@ -182,10 +184,14 @@ class ViewExamples(Dataset):
                 taken[place] += 1
                 chosen.append(k)
         text = [HIDDEN if data.hide_sentences else view.text[k] for k in chosen]
+        states = view.states
+        if varied.feature_dropout:  # the same channels at every position and depth
+            kept = rng.random(states.shape[-1]) >= varied.feature_dropout
+            states = states * (kept / (1 - varied.feature_dropout)).astype(np.float16)
         return View(
-            states=view.states,
+            states=states,
             labels=view.labels[chosen],
-            text=[drop_words(sentence, dropout, rng) for sentence in text] if dropout else text,
+            text=[drop_words(sentence, varied.word_dropout, rng) for sentence in text] if varied.word_dropout else text,
             sources=[view.sources[k] for k in chosen],
         )
 
@@ -271,7 +277,7 @@ def _key(
     what: dict[str, Any] = {
         "version": VERSION,
         "rows": [rows[name] for name in ("image_id", "ref_id", "sentences", "mask")],
-        "augmentation": asdict(replace(settings.augmentation, word_dropout=0.0)),
+        "augmentation": asdict(replace(settings.augmentation, word_dropout=0.0, feature_dropout=0.0)),
         "drawn": [data.views, data.composites, data.objects_per_picture],
         "processor": processor.image_processor.to_dict(),
         "shared": [vision.first_adapted, *vision.tap_layers],
