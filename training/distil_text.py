@@ -71,7 +71,7 @@ class DistillationSettings:
     layers: PositiveInt = 2
     heads: PositiveInt = 6
     intermediate_size: PositiveInt = 1024
-    steps: PositiveInt = 800
+    steps: PositiveInt = 500
     batch_size: PositiveInt = 96
     learning_rate: PositiveFloat = 1e-3
     seed: NonNegativeInt = 0
