@@ -132,6 +132,7 @@ class SeraModel(SeraPreTrainedModel):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         image_index: Tensor | None = None,
+        picture_states: Tensor | None = None,
         **kwargs,
     ) -> SeraModelOutput:
         """
@@ -141,16 +142,19 @@ class SeraModel(SeraPreTrainedModel):
             input_ids: (N, L) CLIP token ids.
             attention_mask: (N, L), 1 for tokens and 0 for padding. `None` means no padding.
             image_index: (N,) row of `pixel_values` that each expression is about. `None` means N = B, one each.
+            picture_states: (B, states, num_prefix + H·W, hidden_size) that `SeraVisionEncoder.encode_states` gave for the
+                pictures before. `pixel_values` then says their size alone. `None`: the pictures are encoded.
             **kwargs: Ignored, so that everything the processor returns can be handed on.
 
         Raises:
             ValueError: Where sizes do not fit each other or the patch.
         """
         _check_batch(pixel_values, input_ids, image_index)
-        return self.condition(*self.encode_pictures(pixel_values), input_ids, attention_mask, image_index)
+        pictures = self.encode_pictures(pixel_values, picture_states)
+        return self.condition(*pictures, input_ids, attention_mask, image_index)
 
     def encode_pictures(
-        self, pixel_values: Tensor
+        self, pixel_values: Tensor, picture_states: Tensor | None = None
     ) -> tuple[SeraPictures, list[tuple[Tensor, SeraRouting | None]] | None]:
         """All that does not depend on the text, of (B, 3, H, W) pictures: what their expressions share.
 
@@ -158,7 +162,7 @@ class SeraModel(SeraPreTrainedModel):
             What the vision tower makes of them, and the fused map and the routing of every tap that no text has reached; `None`
             for the latter where routers see the sentence.
         """
-        pictures = self.vision.encode_pictures(pixel_values)
+        pictures = self.vision.encode_pictures(pixel_values, picture_states)
         if self.config.expression_aware_routing:
             return pictures, None
         fused = [
@@ -359,6 +363,7 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
         labels: Tensor | None = None,
         output_router_weights: bool = False,
         max_expressions: int | None = None,
+        picture_states: Tensor | None = None,
         **kwargs,
     ) -> SeraReferringSegmentationOutput:
         """
@@ -372,6 +377,8 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
             max_expressions: How many expressions are worked on at once, to bound the memory; the pictures' part still runs once.
                 `None` means all. In inference only. Memory beside the weights is about 90 MiB per expression at once
                 (SERA-B, 448×448, float32) and grows with the number of patches.
+            picture_states: (B, states, num_prefix + H·W, hidden_size) that `SeraVisionEncoder.encode_states` gave for the
+                pictures before, so that training need not run frozen blocks again; not with `max_expressions`.
             **kwargs: Ignored, so that everything the processor returns (such as `original_sizes`) can be handed on.
 
         Raises:
@@ -390,7 +397,7 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
             )
             router_aux_loss = None
         else:
-            encoded = self.model(pixel_values, input_ids, attention_mask, image_index)
+            encoded = self.model(pixel_values, input_ids, attention_mask, image_index, picture_states)
             logits, presence_logits = self._decode(encoded)
             adapter_weights = encoded.adapter_router_weights
             fusion_weights = tuple(routing.weights for routing in encoded.fusion_routings)

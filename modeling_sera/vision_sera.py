@@ -45,7 +45,7 @@ class SeraPictures(NamedTuple):
 
     Attributes:
         hidden_states: (B, num_prefix + H·W, hidden_size) before the first adapted block, or after the last of all.
-        view: The first adapted block's; `None` where there is no adapter, and in training.
+        view: The first adapted block's; `None` where there is no adapter, and in training from pixels.
         taps: Patch tokens (B, H·W, hidden_size) of the depths so far.
         grid_size: (H, W).
     """
@@ -88,10 +88,16 @@ class SeraAdaptedBlock(GradientCheckpointingLayer):
         self, hidden_states: Tensor, block: nn.Module, num_prefix: int, grid_size: tuple[int, int]
     ) -> SeraBlockView:
         """The part of [`forward`] that does not depend on the text."""
+        attended, normed, update = self.transform(hidden_states, block)
+        return SeraBlockView(attended, update, self.adapter.look(normed[:, num_prefix:], grid_size))
+
+    @staticmethod
+    def transform(hidden_states: Tensor, block: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+        """What the block itself does: hidden states after its attention, these normed, and the feed-forward part's output."""
         attended, _ = block.attention(block.norm1(hidden_states))
         hidden_states = block.drop_path(block.layer_scale1(attended)) + hidden_states
         normed = block.norm2(hidden_states)
-        return SeraBlockView(hidden_states, block.mlp(normed), self.adapter.look(normed[:, num_prefix:], grid_size))
+        return hidden_states, normed, block.mlp(normed)
 
     def attend(
         self, view: SeraBlockView, block: nn.Module, num_prefix: int, image_index: Tensor | None, condition: dict
@@ -128,19 +134,43 @@ class SeraVisionEncoder(nn.Module):
             )
         return height // self.patch_size, width // self.patch_size
 
-    def encode_pictures(self, pixel_values: Tensor) -> SeraPictures:
-        """All that does not depend on the text, of (B, 3, H, W) pictures, normalised; sides are multiples of the patch."""
+    def encode_states(self, pixel_values: Tensor) -> Tensor:
+        """All that the tower makes of (B, 3, H, W) pictures before the first adapter; where it is frozen, a constant of them.
+
+        Returns:
+            (B, states, num_prefix + H·W, hidden_size), the states being those tapped up to the first adapted block and, of this
+            block, what [`SeraBlockView`] holds but for the adapter's maps.
+        """
+        hidden_states, kept = self._run_shared(pixel_values)
+        if self.adapted_blocks:
+            attended, _, update = SeraAdaptedBlock.transform(
+                hidden_states, self.tower.encoder.layer[self.first_adapted]
+            )
+            kept += [attended, update]
+        return torch.stack(kept, dim=1)
+
+    def encode_pictures(self, pixel_values: Tensor, states: Tensor | None = None) -> SeraPictures:
+        """All that does not depend on the text, of (B, 3, H, W) pictures, normalised; sides are multiples of the patch.
+
+        With `states`, which [`encode_states`] gave before, of the pictures nothing but the size is looked at.
+        """
         grid_size = self.grid_size(pixel_values)
-        hidden_states, taps = self._embed(pixel_values), []
-        for i in range(self.first_adapted):
-            hidden_states = self.tower.encoder.layer[i](hidden_states)
-            self._tap(hidden_states, i + 1, taps)
+        if states is not None:
+            kept = list(states.unbind(1))
+            hidden_states, view = kept[-1], None
+            if self.adapted_blocks:
+                *kept, attended, update = kept
+                normed = self.tower.encoder.layer[self.first_adapted].norm2(attended)
+                adapter = self.adapted_blocks[str(self.first_adapted)].adapter
+                view = SeraBlockView(attended, update, adapter.look(normed[:, self.num_prefix :], grid_size))
+            return SeraPictures(hidden_states, view, self._shared_taps(kept), grid_size)
+        hidden_states, kept = self._run_shared(pixel_values)
         view = None
         if self.adapted_blocks and not self.training:  # in training the whole block's activations can be checkpointed
             first = str(self.first_adapted)
             block = self.tower.encoder.layer[self.first_adapted]
             view = self.adapted_blocks[first].look(hidden_states, block, self.num_prefix, grid_size)
-        return SeraPictures(hidden_states, view, taps, grid_size)
+        return SeraPictures(hidden_states, view, self._shared_taps(kept), grid_size)
 
     def forward(
         self, pictures: SeraPictures, *, image_index: Tensor | None, condition: dict
@@ -172,6 +202,22 @@ class SeraVisionEncoder(nn.Module):
         shared = image_index is not None  # rows are pictures until a block has seen the text
         taps = [SeraTap(tap, shared) for tap in pictures.taps] + [SeraTap(tap, False) for tap in tokens]
         return taps, tuple(router_weights)
+
+    def _run_shared(self, pixel_values: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Hidden states (B, num_prefix + H·W, hidden_size) before the first adapted block, and those tapped so far."""
+        hidden_states, kept = self._embed(pixel_values), []
+        for i in range(self.first_adapted):
+            hidden_states = self.tower.encoder.layer[i](hidden_states)
+            if i + 1 in self.tap_layers:
+                kept.append(hidden_states)
+        return hidden_states, kept
+
+    def _shared_taps(self, kept: list[Tensor]) -> list[Tensor]:
+        """Patch tokens of the hidden states that [`_run_shared`] kept."""
+        taps: list[Tensor] = []
+        for hidden_states, depth in zip(kept, sorted(self.tap_layers), strict=False):
+            self._tap(hidden_states, depth, taps)
+        return taps
 
     def _tap(self, hidden_states: Tensor, depth: int, taps: list[Tensor]) -> None:
         """Add the patch tokens after `depth` blocks to `taps`, if they are among the configured depths."""

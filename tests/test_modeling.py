@@ -298,3 +298,17 @@ def test_fresh_weights_start_as_documented():
         assert (gate.bias == 1).all() and gate.weight.std() > 0.1
     deviation = model.decoder.layers[0].ffn[0].weight.std() * 32**0.5
     assert 0.8 < float(deviation) < 1.2  # variance 1 / fan-in
+
+
+@pytest.mark.parametrize("overrides", [{}, {"adapter_layers": [3]}, {"adapter_layers": []}, {"tap_layers": [1, 3]}])
+@pytest.mark.parametrize("training", [False, True])
+def test_states_stand_for_the_pictures(overrides, training):
+    model = make_model(**overrides, router_noise_std=0.0, decoder_dropout=0.0)
+    inputs = make_inputs(2, [0, 0, 1], size=(56, 70))
+    with torch.no_grad():
+        states = model.model.vision.encode_states(inputs["pixel_values"])
+        model.train(training)
+        expected = model(**inputs).logits
+        blank = inputs | {"pixel_values": torch.zeros_like(inputs["pixel_values"])}
+        assert torch.equal(model(**blank, picture_states=states).logits, expected)
+        assert not torch.equal(model(**blank).logits, expected)

@@ -88,7 +88,7 @@ class Checkpoints:
         self.contents = settings.checkpoint_contents
         self.frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
         sources = ("pretrained", "vision_model", "text_model")
-        self.towers = {name: getattr(settings.model, name) for name in sources} | {"sha256": _checksum(self.frozen)}
+        self.towers = {name: getattr(settings.model, name) for name in sources} | {"sha256": checksum(self.frozen)}
         # Accelerate itself would write every weight, under names that change with the number of processes
         accelerator.register_save_state_pre_hook(self._save_weights)
         accelerator.register_load_state_pre_hook(self._load_weights)
@@ -199,7 +199,7 @@ class LossLog:
         return records
 
 
-def _checksum(parameters: dict[str, nn.Parameter]) -> str:
+def checksum(parameters: dict[str, nn.Parameter]) -> str:
     """SHA-256 over names, shapes and bytes of parameters."""
     digest = hashlib.sha256()
     for name, parameter in sorted(parameters.items()):

@@ -42,6 +42,8 @@ from training.routing_health import RoutingHealth
 from training.splits import load_training_splits
 from training.streaming import StreamedExamples, streamed_loader
 from training.tuning import apply_tuning, checkpoint_activations
+from training.views import ViewCollator, ViewExamples, ViewStore
+from training.whitening import whiten_projections
 from training.workers import end_with_parent
 
 logger = get_logger(__name__)
@@ -56,9 +58,10 @@ def main() -> None:
     logging.getLogger("accelerate").setLevel(logging.WARNING)  # it names every file of every checkpoint
     set_seed(settings.seed)
 
-    # Data: rows of one referred object each, grouped to pictures.
+    # Data and model: rows of one referred object each, grouped to pictures.
     train_rows, val_rows = load_training_splits(settings.data)
     processor = build_processor(settings, train_rows)
+    model = build_model(settings, processor)
     collator = Collator(processor, with_labels=True)
     batch_size = settings.optimization.batch_size
     drawing = {
@@ -72,7 +75,14 @@ def main() -> None:
         examples = StreamedExamples(train_rows, batch_size=batch_size, **drawing, **place)
         loader = streamed_loader(examples, collator, settings.num_workers, accelerator)
     else:
-        examples = TrainingExamples(train_rows, **drawing)
+        if settings.data.views:
+            store = ViewStore(settings, model, processor, accelerator)
+            if settings.model.whitened_start:
+                whiten_projections(model, store.sample(), settings.data.image_size)
+            examples = ViewExamples(store, settings)
+            collator = ViewCollator(processor)
+        else:
+            examples = TrainingExamples(train_rows, **drawing)
         loader = accelerator.prepare(
             DataLoader(
                 examples,
@@ -87,8 +97,7 @@ def main() -> None:
         )
     logger.info(f"training on {len(examples)} groups of objects, validating on {len(val_rows)} objects")
 
-    # Model, and what of it is tuned.
-    model = build_model(settings, processor)
+    # What of the model is tuned.
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     elif accelerator.num_processes > 1:
@@ -210,6 +219,14 @@ def start_accelerator(settings: TrainingSettings) -> Accelerator:
         raise ValueError(f"tracker is {tracker!r}, but the package {tracker} is not installed.")
     if settings.compile and settings.activation_checkpointing:
         raise ValueError("compile and activation_checkpointing cannot be combined; choose one.")
+    wanting = {
+        "data.composites": settings.data.composites,
+        "model.whitened_start": settings.model.whitened_start,
+        "augmentation.feature_dropout": settings.augmentation.feature_dropout,
+    }
+    if any(wanting.values()) and not settings.data.views:
+        name = next(name for name, value in wanting.items() if value)
+        raise ValueError(f"{name} acts on kept views; set data.views to 1 or more.")
     accelerator = Accelerator(
         mixed_precision=settings.mixed_precision,
         gradient_accumulation_steps=settings.optimization.gradient_accumulation_steps,
