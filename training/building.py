@@ -41,7 +41,7 @@ def build_model(settings: TrainingSettings, processor: SeraProcessor) -> SeraFor
         ValueError: Where a side is no multiple of the patch, or what the settings name does not fit together.
     """
     model = settings.model
-    height, width = processor.image_processor.size["height"], processor.image_processor.size["width"]
+    height, width = processor.image_processor.frame_size
     if model.pretrained:
         built = SeraForReferringSegmentation.from_pretrained(model.pretrained)
         built.config.image_size = max(height, width)

@@ -70,7 +70,7 @@ def main() -> None:
         "augmentation": settings.augmentation,
         "seed": settings.seed,
     }
-    if settings.data.streaming:
+    if settings.data.streaming and not settings.data.views:
         place = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
         examples = StreamedExamples(train_rows, batch_size=batch_size, **drawing, **place)
         loader = streamed_loader(examples, collator, settings.num_workers, accelerator)
@@ -78,7 +78,7 @@ def main() -> None:
         if settings.data.views:
             store = ViewStore(settings, model, processor, accelerator)
             if settings.model.whitened_start:
-                whiten_projections(model, store.sample(), settings.data.image_size)
+                whiten_projections(model, store.sample(), processor.image_processor.frame_size)
             examples = ViewExamples(store, settings)
             collator = ViewCollator(processor)
         else:
