@@ -37,7 +37,7 @@ def commands(section: str) -> list[str]:
 def run(tmp_path_factory):
     """Runs a shell command in a folder with the code, REFER sets and, under their Hub ids, small towers."""
     place = tmp_path_factory.mktemp("readme")
-    for name in ("modeling_sera", "processing_sera", "training", "benchmarks", "hub", "model_card.md"):
+    for name in ("modeling_sera", "processing_sera", "training", "benchmarks", "hub", "checkpoints", "model_card.md"):
         (place / name).symlink_to(REPOSITORY / name)
     for (dataset, split_by), pictures in SETS.items():
         Folder(place / "refer", dataset=dataset, split_by=split_by).fill(pictures)
