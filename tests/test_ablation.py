@@ -63,6 +63,7 @@ def test_a_run_is_the_same_run_as_long_as_what_it_computes_is(tmp_path):
     first = keys()
     assert len(set(first)) == len(first) == 6
     assert keys(["--checkpoint_every", "5", "--data.root", "/somewhere/data"]) == keys(["--data.root", "/else/data"])
+    assert keys(["--cache_dir", "elsewhere"]) == first
     assert keys(seeds=[1, 0])[:3] == first[3:]
     assert not set(keys(["--optimization.batch_size", "3"])) & set(first)
     one_changed = keys(variants=VARIANTS | {"k2": {"model.config.num_selected_experts": 3}})

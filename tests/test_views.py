@@ -26,9 +26,11 @@ AUGMENTATION = AugmentationSettings(flip=0.5, min_crop=0.6, color_jitter=0.2)
 
 
 def settings_for(folder, **data) -> TrainingSettings:
-    data = {"views": 3, "composites": 2, "cache_dir": str(folder), "sentences_per_object": 2} | data
     return TrainingSettings(
-        model=ModelSettings(vision_tuning="frozen"), data=DataSettings(**data), augmentation=AUGMENTATION
+        model=ModelSettings(vision_tuning="frozen"),
+        data=DataSettings(**({"views": 3, "composites": 2, "sentences_per_object": 2} | data)),
+        augmentation=AUGMENTATION,
+        cache_dir=str(folder),
     )
 
 
@@ -154,9 +156,9 @@ def test_what_acts_on_kept_views_wants_some(option, tmp_path):
 
 def test_a_run_reads_views_and_another_finds_them(tmp_path):
     settings = refer_settings(tmp_path / "refer")
-    data = replace(settings.data, views=2, composites=2, cache_dir=str(tmp_path / "views"))
+    data = replace(settings.data, views=2, composites=2)
     model = replace(settings.model, vision_tuning="frozen", whitened_start=True)
-    settings = replace(settings, data=data, model=model, num_workers=0)
+    settings = replace(settings, data=data, model=model, num_workers=0, cache_dir=str(tmp_path / "views"))
     settings = replace(settings, optimization=replace(settings.optimization, epochs=2))
     path = written(settings, tmp_path / "settings.yaml")
     said = [

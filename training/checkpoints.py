@@ -20,7 +20,7 @@ from training.files import partial_folder, partial_path, recover_folder, replace
 WEIGHTS = "model.safetensors"
 # settings that may change when a run goes on: where it lies, and what changes its speed, its memory or what it keeps
 FREE = {"output_dir", "num_workers", "activation_checkpointing", "compile"}
-FREE |= {"checkpoint_every", "checkpoint_contents", "log_every", "tracker"}
+FREE |= {"checkpoint_every", "checkpoint_contents", "log_every", "cache_dir", "tracker"}
 
 
 @dataclass

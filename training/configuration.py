@@ -71,7 +71,6 @@ class DataSettings:
             then variations of both in turns. It wants `model.vision_tuning` "frozen". 0: every epoch draws anew, nothing is kept.
         composites: Made-up training pictures beside the others, of cut-out objects, with sentences that are true by construction
             (`composites.py`). They are drawn once and kept with the views, which they need.
-        cache_dir: Folder for what is kept, about 0.7 MB a view of 224×224 pixels with a ViT-S; runs share it.
     """
 
     source: Literal["refer", "folder", "scenes"] = "refer"
@@ -94,7 +93,6 @@ class DataSettings:
     sentences_per_object: PositiveInt = 1
     views: NonNegativeInt = 0
     composites: NonNegativeInt = 0
-    cache_dir: str = "outputs/views"
 
 
 @dataclass
@@ -166,6 +164,7 @@ class TrainingSettings:
         checkpoint_contents: "trained" keeps what training changes, with a reference to the towers and a checksum of what is
             frozen; "all" keeps every weight.
         log_every: Steps between writes to `losses.jsonl`, which holds every step's loss; a write waits for the device.
+        cache_dir: Folder for what `data.views` keeps, about 0.7 MB a view of 224×224 pixels with a ViT-S; runs share it.
         tracker: Where losses, scores and routing are sent beside the run's own files; its package must be installed.
     """
 
@@ -183,6 +182,7 @@ class TrainingSettings:
     checkpoint_every: NonNegativeInt = 0
     checkpoint_contents: Literal["trained", "all"] = "trained"
     log_every: PositiveInt = 10
+    cache_dir: str = "outputs/views"
     tracker: Literal["none", "tensorboard", "wandb", "mlflow"] = "none"
 
 

@@ -124,7 +124,7 @@ class ViewStore:
             raise ValueError("data.views and data.streaming exclude each other: views are drawn of all rows at once.")
         rows, _ = load_training_splits(replace(settings.data, hide_sentences=False))
         key = _key(rows, model, processor, settings)
-        self.folder = Path(settings.data.cache_dir) / f"views-{key}"
+        self.folder = Path(settings.cache_dir) / f"views-{key}"
         with accelerator.main_process_first(), _alone(self.folder):  # runs at once share the folder
             if not recover_folder(self.folder):
                 _write(self.folder, _drawings(rows, settings), model, processor, accelerator)
