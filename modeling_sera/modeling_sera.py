@@ -378,7 +378,7 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
                 `None` means all. In inference only. Memory beside the weights is about 90 MiB per expression at once
                 (SERA-B, 448×448, float32) and grows with the number of patches.
             picture_states: (B, states, num_prefix + H·W, hidden_size) that `SeraVisionEncoder.encode_states` gave for the
-                pictures before, so that training need not run frozen blocks again; not with `max_expressions`.
+                pictures before, so that training need not run frozen blocks again. `pixel_values` then says their size alone.
             **kwargs: Ignored, so that everything the processor returns (such as `original_sizes`) can be handed on.
 
         Raises:
@@ -393,7 +393,7 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
             if max_expressions < 1 or self.training:
                 raise ValueError(f"max_expressions is {max_expressions}; it must be 1 or more, and None in training.")
             logits, presence_logits, adapter_weights, fusion_weights = self._in_parts(
-                pixel_values, input_ids, attention_mask, image_index, max_expressions
+                pixel_values, input_ids, attention_mask, image_index, picture_states, max_expressions
             )
             router_aux_loss = None
         else:
@@ -429,11 +429,12 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
         input_ids: Tensor,
         attention_mask: Tensor | None,
         image_index: Tensor | None,
+        picture_states: Tensor | None,
         max_expressions: int,
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Logits, presence logits and the adapters' and the fusions' router weights, of so many expressions at once."""
         _check_batch(pixel_values, input_ids, image_index)
-        shared = self.model.encode_pictures(pixel_values)
+        shared = self.model.encode_pictures(pixel_values, picture_states)
         if image_index is None:
             image_index = torch.arange(len(input_ids), device=input_ids.device)
         parts = []

@@ -311,4 +311,7 @@ def test_states_stand_for_the_pictures(overrides, training):
         expected = model(**inputs).logits
         blank = inputs | {"pixel_values": torch.zeros_like(inputs["pixel_values"])}
         assert torch.equal(model(**blank, picture_states=states).logits, expected)
+        if not training:
+            in_parts = model(**blank, picture_states=states, max_expressions=2).logits
+            assert torch.allclose(in_parts, expected, atol=1e-5)
         assert not torch.equal(model(**blank).logits, expected)
