@@ -41,7 +41,7 @@ def store_of(monkeypatch):
     monkeypatch.setattr(views, "load_training_splits", lambda data: (rows, rows))
     processor = SeraProcessor(SeraImageProcessor(size={"height": 56, "width": 56}), tiny_tokenizer())
     model = make_model()
-    return lambda settings: ViewStore(settings, model, processor, Accelerator()), model, processor
+    return lambda settings: ViewStore(settings, rows, model, processor, Accelerator()), model, processor
 
 
 def test_views_are_the_picture_its_mirror_image_and_variations(store_of, tmp_path):

@@ -16,7 +16,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index, model_ind
 from huggingface_hub.utils import validate_repo_id
 
 from training.building import IMAGE_SIZE
-from training.configuration import TrainingSettings, load_settings
+from training.configuration import TrainingSettings, dump_settings, load_settings
 from training.environment import without_folders, without_paths
 from training.metric import SentenceScore, summarize
 from training.reports import data_name, format_report, model_index
@@ -207,9 +207,7 @@ def _describe_training(run: TrainingRun | None) -> str:
     lines.append(
         "- Hardware: the run keeps no record of its own; that of every evaluation stands with it under Results."
     )
-    written = yaml.safe_dump(
-        without_paths(json.loads(json.dumps(asdict(settings)))), sort_keys=False
-    )  # tuples to lists
+    written = yaml.safe_dump(without_paths(yaml.safe_load(dump_settings(settings))), sort_keys=False)
     lines += [
         "- Command: `accelerate launch training/train.py --config settings.yaml`, the file being",
         "",

@@ -20,9 +20,8 @@ from training.data import decode_mask
 SIZES = ((448, 336), (448, 298), (400, 400), (336, 448))  # width, height in pixels
 SIZE_SHARES = (0.5, 0.2, 0.15, 0.15)
 COUNTS, COUNT_SHARES = (2, 3, 4), (0.4, 0.4, 0.2)  # objects in a picture
-SAME_CATEGORY = (
-    0.75  # share of further objects that are of the first one's category: what tells them apart is then the place
-)
+# share of further objects that are of the first one's category: what tells them apart is then the place
+SAME_CATEGORY = 0.75
 STACKED = 0.2  # share of pictures whose objects stand above each other
 MIN_COVERED = 0.01  # share of its photograph that an object must cover to be cut out
 MIN_SHOWN = 0.55  # share of an object that others may not hide

@@ -76,7 +76,7 @@ def main() -> None:
         loader = streamed_loader(examples, collator, settings.num_workers, accelerator)
     else:
         if settings.data.views:
-            store = ViewStore(settings, model, processor, accelerator)
+            store = ViewStore(settings, train_rows, model, processor, accelerator)
             if settings.model.whitened_start:
                 whiten_projections(model, store.sample(), processor.image_processor.frame_size)
             examples = ViewExamples(store, settings)
@@ -224,9 +224,9 @@ def start_accelerator(settings: TrainingSettings) -> Accelerator:
         "model.whitened_start": settings.model.whitened_start,
         "augmentation.feature_dropout": settings.augmentation.feature_dropout,
     }
-    if any(wanting.values()) and not settings.data.views:
-        name = next(name for name, value in wanting.items() if value)
-        raise ValueError(f"{name} acts on kept views; set data.views to 1 or more.")
+    for name, value in wanting.items():
+        if value and not settings.data.views:
+            raise ValueError(f"{name} acts on kept views; set data.views to 1 or more.")
     accelerator = Accelerator(
         mixed_precision=settings.mixed_precision,
         gradient_accumulation_steps=settings.optimization.gradient_accumulation_steps,

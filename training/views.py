@@ -102,13 +102,15 @@ class ViewStore:
     def __init__(
         self,
         settings: TrainingSettings,
+        rows: datasets.Dataset,
         model: SeraForReferringSegmentation,
         processor: SeraProcessor,
         accelerator: Accelerator,
     ):
         """
         Args:
-            settings: What is trained on and which views of it; one folder serves runs that show sentences and that hide them.
+            settings: Which views are kept, and of what.
+            rows: The training rows. Where their sentences are hidden they are read again: one folder serves both kinds of run.
             model: Its vision tower is run, in float32, where the folder is absent.
             processor: Makes pixels of pictures.
             accelerator: Its main process makes the folder.
@@ -122,7 +124,8 @@ class ViewStore:
             )
         if settings.data.streaming:
             raise ValueError("data.views and data.streaming exclude each other: views are drawn of all rows at once.")
-        rows, _ = load_training_splits(replace(settings.data, hide_sentences=False))
+        if settings.data.hide_sentences:
+            rows, _ = load_training_splits(replace(settings.data, hide_sentences=False))
         key = _key(rows, model, processor, settings)
         self.folder = Path(settings.cache_dir) / f"views-{key}"
         with accelerator.main_process_first(), _alone(self.folder):  # runs at once share the folder
