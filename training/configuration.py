@@ -3,12 +3,13 @@
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import yaml
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+Settings = TypeVar("Settings")
 Tuning = Literal["frozen", "norm_bias", "full"]
 
 
@@ -186,21 +187,27 @@ class TrainingSettings:
     tracker: Literal["none", "tensorboard", "wandb", "mlflow"] = "none"
 
 
-def settings_parser() -> ArgumentParser:
-    """The command line of `train.py`: every field of [`TrainingSettings`], and `--config FILE`."""
-    parser = ArgumentParser(description=TrainingSettings.__doc__.splitlines()[0])
+def settings_parser(kind: type = TrainingSettings) -> ArgumentParser:
+    """The command line of a program whose settings are the fields of a dataclass (of `train.py`'s), and `--config FILE`."""
+    parser = ArgumentParser(description=kind.__doc__.splitlines()[0])
     parser.add_argument("--config", action="config", help="YAML file of settings; options after it override it")
-    parser.add_class_arguments(TrainingSettings)
+    parser.add_class_arguments(kind)
     return parser
 
 
-def read_settings(arguments: list[str] | None = None) -> TrainingSettings:
-    """Settings from command-line arguments (`None`: the process's own). Exits with a message where one is not accepted."""
-    parser = settings_parser()
+def read_settings_of(kind: type[Settings], arguments: list[str] | None = None) -> Settings:
+    """A dataclass from command-line arguments (`None`: the process's own). Exits with a message where one is not accepted."""
+    parser = settings_parser(kind)
     parsed = parser.instantiate(parser.parse_args(arguments))
-    fields = parsed["model"].config  # a free dict: what the command line gave for one of its fields is still text
+    return kind(**{name: parsed[name] for name in kind.__dataclass_fields__})
+
+
+def read_settings(arguments: list[str] | None = None) -> TrainingSettings:
+    """[`read_settings_of`] a training run."""
+    settings = read_settings_of(TrainingSettings, arguments)
+    fields = settings.model.config  # a free dict: what the command line gave for one of its fields is still text
     fields.update({name: yaml.safe_load(value) for name, value in fields.items() if isinstance(value, str)})
-    return TrainingSettings(**{name: parsed[name] for name in TrainingSettings.__dataclass_fields__})
+    return settings
 
 
 def load_settings(path: Path) -> TrainingSettings:

@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate.utils import set_seed, tqdm
-from jsonargparse import ArgumentParser
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, mse_loss, normalize
@@ -33,8 +32,9 @@ from transformers import (
 )
 
 from training.commands import run_command
-from training.configuration import DataSettings
+from training.configuration import DataSettings, read_settings_of
 from training.files import partial_folder, replace_folder, writing
+from training.optimizers import cosine_schedule
 from training.splits import load_training_splits
 
 logger = logging.getLogger(__name__)
@@ -212,11 +212,7 @@ def distil(settings: DistillationSettings) -> None:
         student = build_student(teacher, tokenizer, settings)
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, settings.learning_rate, weight_decay=0.01)
-    warmup = max(settings.steps // 25, 1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min((step + 1) / warmup, 1.0) * 0.5 * (1 + math.cos(math.pi * step / settings.steps)),
-    )
+    schedule = cosine_schedule(optimizer, settings.steps)
     began = time.monotonic()
     for step in range(settings.steps):
         loss, cosine = distillation_loss(student, tokenizer, teacher, phrases.draw(settings.batch_size))
@@ -238,11 +234,7 @@ def distil(settings: DistillationSettings) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parser = ArgumentParser(description=DistillationSettings.__doc__.splitlines()[0])
-    parser.add_argument("--config", action="config", help="YAML file of settings; options after it override it")
-    parser.add_class_arguments(DistillationSettings)
-    parsed = parser.instantiate(parser.parse_args(arguments))
-    distil(DistillationSettings(**{name: parsed[name] for name in DistillationSettings.__dataclass_fields__}))
+    distil(read_settings_of(DistillationSettings, arguments))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """The optimiser that a run's settings name, as one object whatever it is made of."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from training.configuration import OptimizationSettings
 
@@ -34,6 +36,14 @@ def build_optimizer(model: nn.Module, optimization: OptimizationSettings) -> Opt
         fused=True,
     )
     return JointOptimizer([Muon(matrices, lr=learning_rate, weight_decay=decay), adamw]) if use_muon else adamw
+
+
+def cosine_schedule(optimizer: Optimizer, steps: int) -> LambdaLR:
+    """Rates that rise over the first 25th of the steps and then fall to zero as a cosine."""
+    warmup = max(steps // 25, 1)
+    return LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, 1.0) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    )
 
 
 class Muon(Optimizer):

@@ -1,0 +1,295 @@
+"""Teach a SERA's vision tower what the things of the embedded scenes are: `python training/scene_attributes.py --model FOLDER
+--output FOLDER`.
+
+SERA stands on a vision tower that was trained before. For the scenes this is such a training: at each cell of a picture the tower
+learns to name the shape, color, texture and size of the object there and to point at its middle, by a linear layer that is thrown
+away. Named one by one, attributes come apart: a cross is one whatever its color. A part of the pictures loses some or all of its
+color, and where little is left, color goes unnamed. Scenes are those of the training split, so compositions of val and test are
+neither drawn nor named. The folder written is the model with the new tower, for `--model.pretrained`. (Ours.)
+"""
+
+import io
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.utils import set_seed, tqdm
+from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from modeling_sera import SeraForReferringSegmentation
+from processing_sera import SeraProcessor
+from training.commands import run_command
+from training.configuration import OptimizationSettings, read_settings_of
+from training.files import partial_folder, replace_folder, writing
+from training.optimizers import build_optimizer, cosine_schedule
+from training.scene_benchmark import COLOR_NAMES, LEVELS, RADII, SHAPES, TEXTURES, draw_benchmark_scene
+
+logger = logging.getLogger(__name__)
+
+VALUES = {"shape": SHAPES, "color": COLOR_NAMES, "texture": TEXTURES, "size": tuple(RADII)}
+CELLS = 4  # along each side of a patch, as fine as SERA's logits
+MOST_OBJECTS = max(level.objects[1] for level in LEVELS.values())
+FADED_SHARE = 0.5  # of the pictures, whose saturation is multiplied by a number between 0 and 1
+NAMED_SATURATION = 0.6  # below it, color goes unnamed
+CENTER_WEIGHT = 4.0  # of the loss in which centers are, in units of the picture's side
+LOG_EVERY = 50  # steps
+
+
+@dataclass
+class AttributeSettings:
+    """Teach a SERA's vision tower what the things of the embedded scenes are.
+
+    Args:
+        model: Folder or Hub id of the SERA whose tower is trained.
+        output: Folder for the model with the new tower.
+        size: Side of the pictures in pixels, a multiple of the patch.
+        num_scenes: Scenes of the training split.
+        num_val_scenes: Scenes of the validation split that the tower is measured on.
+        scene_seed: Seed of the scenes.
+        epochs: Passes over the scenes.
+        batch_size: Pictures in a step.
+        learning_rate: Of Muon, after warm-up; it falls to zero as a cosine.
+        seed: Seed of everything else that is random.
+    """
+
+    model: str
+    output: str
+    size: PositiveInt = 96
+    num_scenes: PositiveInt = 12000
+    num_val_scenes: PositiveInt = 200
+    scene_seed: NonNegativeInt = 0
+    epochs: PositiveInt = 4
+    batch_size: PositiveInt = 32
+    learning_rate: PositiveFloat = 2e-3
+    seed: NonNegativeInt = 0
+
+
+@dataclass(frozen=True)
+class AttributeScenes:
+    """Drawn scenes.
+
+    Attributes:
+        pictures: (N, S, S, 3) uint8.
+        cells: (N, C, C) uint8, the number of the object at the middle of each cell, MOST_OBJECTS for none.
+        values: (N, MOST_OBJECTS, 4) int64, each object's values of VALUES; -1 beyond a scene's objects.
+        centers: (N, MOST_OBJECTS, 2) float32, mean x and y of each object's visible pixels in units of the side.
+        targets: (N, MOST_OBJECTS) bool, whether an object is of its split's compositions.
+    """
+
+    pictures: Tensor
+    cells: Tensor
+    values: Tensor
+    centers: Tensor
+    targets: Tensor
+
+
+def draw_scenes(split: str, number: int, size: int, patch: int, seed: int) -> AttributeScenes:
+    """The first scenes of a split as the benchmark keeps them, compressed, with what is at each cell."""
+    side = CELLS * (size // patch)
+    middles = ((np.arange(side) + 0.5) * size / side).astype(int)
+    pictures = torch.empty(number, size, size, 3, dtype=torch.uint8)
+    cells = torch.full((number, side, side), MOST_OBJECTS, dtype=torch.uint8)
+    values = torch.full((number, MOST_OBJECTS, len(VALUES)), -1)
+    centers = torch.zeros(number, MOST_OBJECTS, 2)
+    targets = torch.zeros(number, MOST_OBJECTS, dtype=torch.bool)
+    for n in tqdm(range(number), desc=f"scenes of {split}", unit="scene"):
+        scene = draw_benchmark_scene(seed, split, n, size)
+        file = io.BytesIO()
+        Image.fromarray(scene.image).save(file, "JPEG", quality=scene.quality, subsampling=0)
+        pictures[n] = torch.from_numpy(np.array(Image.open(file)))
+        for i, item in enumerate(scene.objects):
+            cells[n][torch.from_numpy(item.mask[np.ix_(middles, middles)])] = i
+            values[n, i] = torch.tensor([names.index(getattr(item, name)) for name, names in VALUES.items()])
+            centers[n, i] = torch.tensor(item.center) / size
+        targets[n, list(scene.targets)] = True
+    return AttributeScenes(pictures, cells, values, centers, targets)
+
+
+class AttributeReader(nn.Module):
+    """A vision tower and the layer that names what is at each of its patches' cells."""
+
+    def __init__(self, model: SeraForReferringSegmentation):
+        super().__init__()
+        self.tower, self.num_prefix = model.model.vision.tower, model.model.vision.num_prefix
+        self.widths = [len(SHAPES) + 1, *(len(names) for names in list(VALUES.values())[1:]), 2]  # one shape is none
+        self.read = nn.Linear(model.config.vision_config.hidden_size, CELLS**2 * sum(self.widths))
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        """(B, 3, S, S) to the logits of shape, color, texture and size and the offset to the middle, all (B, ·, C, C)."""
+        tokens = self.tower(pixel_values).last_hidden_state[:, self.num_prefix :]
+        side = math.isqrt(tokens.shape[1])
+        grid = self.read(tokens).unflatten(1, (side, side)).unflatten(3, (CELLS, CELLS, -1))
+        return grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3).split(self.widths, dim=1)
+
+
+class Batches:
+    """Draws training batches: scenes turned and mirrored, some of them faded."""
+
+    def __init__(self, scenes: AttributeScenes, processor: SeraProcessor):
+        self.scenes = scenes
+        image_processor = processor.image_processor
+        self.mean = torch.tensor(image_processor.image_mean)[:, None, None]
+        self.std = torch.tensor(image_processor.image_std)[:, None, None]
+
+    def __len__(self) -> int:
+        return len(self.scenes.pictures)
+
+    def take(self, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Pixel values (B, 3, S, S), values of the object at each cell (B, 4, C, C), offsets to its middle (B, 2, C, C) in units
+        of the side, and weights (B, C, C): less for a cell of a larger object. Values are -1 where no object is."""
+        pictures = self.scenes.pictures[numbers].permute(0, 3, 1, 2).float() / 255
+        cells = self.scenes.cells[numbers].long()
+        rows = torch.arange(len(numbers))[:, None, None]
+        none = torch.full((len(numbers), 1), -1)
+        values = torch.cat([self.scenes.values[numbers], none[..., None].expand(-1, -1, len(VALUES))], dim=1)
+        centers = torch.cat([self.scenes.centers[numbers], torch.zeros(len(numbers), 1, 2)], dim=1)
+        side = cells.shape[1]
+        middles = (torch.arange(side) + 0.5) / side
+        here = torch.stack(torch.meshgrid(middles, middles, indexing="xy"))
+        offsets = centers[rows, cells].permute(0, 3, 1, 2) - here
+        areas = torch.zeros(len(numbers), MOST_OBJECTS + 1).scatter_add_(
+            1, cells.flatten(1), torch.ones(len(numbers), side**2)
+        )
+        weights = (areas.clamp(min=1).rsqrt() * side / 4)[rows, cells]  # 1 for an object of a sixteenth of the picture
+        weights[cells == MOST_OBJECTS] = 1.0
+        return (pictures - self.mean) / self.std, values[rows, cells].permute(0, 3, 1, 2), offsets, weights
+
+    def vary(self, batch: tuple[Tensor, ...], generator: torch.Generator) -> tuple[Tensor, ...]:
+        """The batch turned or mirrored as one, some of its pictures faded."""
+        pixels, values, offsets, weights = batch
+        if torch.rand((), generator=generator) < 0.5:
+            pixels, values, offsets, weights = (part.flip(-1) for part in batch)
+            offsets = offsets * torch.tensor([-1.0, 1.0])[:, None, None]
+        for _ in range(int(torch.randint(4, (), generator=generator))):
+            pixels, values, offsets, weights = (part.rot90(1, (-2, -1)) for part in (pixels, values, offsets, weights))
+            offsets = torch.stack([offsets[:, 1], -offsets[:, 0]], dim=1)  # a turn to the left: right becomes up
+        count = len(pixels)
+        saturation = torch.rand(count, generator=generator)
+        saturation[torch.rand(count, generator=generator) >= FADED_SHARE] = 1.0
+        pictures = pixels * self.std + self.mean
+        mixture = torch.rand(count, 3, 1, 1, generator=generator) + 0.2  # how light a color is must not give it away
+        gray = (pictures * mixture / mixture.sum(dim=1, keepdim=True)).sum(dim=1, keepdim=True)
+        pixels = (gray.lerp(pictures, saturation[:, None, None, None]) - self.mean) / self.std
+        values = values.clone()
+        values[saturation < NAMED_SATURATION, list(VALUES).index("color")] = -1
+        return pixels, values, offsets, weights
+
+
+def attribute_loss(outputs: tuple[Tensor, ...], values: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
+    """Weighted mean cross-entropies of what is at the cells, summed, and the weighted distance to the middles."""
+    there = values[:, 0] >= 0
+    shapes = values[:, 0].where(there, torch.tensor(len(SHAPES)))
+    loss = (cross_entropy(outputs[0], shapes, reduction="none") * weights).sum() / weights.sum()
+    for logits, wanted in zip(outputs[1:-1], values[:, 1:].unbind(1), strict=True):
+        named = weights * (wanted >= 0)
+        losses = cross_entropy(logits, wanted, ignore_index=-1, reduction="none")
+        loss = loss + (losses * named).sum() / named.sum().clamp(min=1)
+    on_objects = weights * there
+    distances = (outputs[-1] - offsets).abs().sum(dim=1)
+    return loss + CENTER_WEIGHT * (distances * on_objects).sum() / on_objects.sum().clamp(min=1)
+
+
+@torch.no_grad()
+def measure(reader: AttributeReader, batches: Batches, batch_size: int) -> dict[str, dict[str, float]]:
+    """How often an object's cells name it rightly when they vote: each attribute and all four, for objects of the split's own
+    compositions ("targets") and for the others; the mean distance to the middle, in units of the side; IoU of figure and ground."""
+    reader.eval()
+    right: dict[str, list[Tensor]] = {"targets": [], "others": []}
+    overlap, distances = torch.zeros(2), []
+    for start in range(0, len(batches), batch_size):
+        numbers = torch.arange(start, min(start + batch_size, len(batches)))
+        pixels, values, offsets, _ = batches.take(numbers)
+        *logits, pointed = reader(pixels)
+        there, found = values[:, 0] >= 0, logits[0].argmax(dim=1) < len(SHAPES)
+        overlap += torch.stack([(there & found).sum(), (there | found).sum()])
+        distances.append((pointed - offsets).norm(dim=1)[there])
+        logits[0] = logits[0][:, : len(SHAPES)]
+        for row, number in enumerate(numbers):
+            for i in range(MOST_OBJECTS):
+                cells = batches.scenes.cells[number] == i
+                if cells.any():
+                    voted = torch.stack([one[row][:, cells].mean(dim=1).argmax() for one in logits])
+                    of = "targets" if batches.scenes.targets[number, i] else "others"
+                    right[of].append(voted == batches.scenes.values[number, i])
+    told = {}
+    for of, votes in right.items():
+        if votes:
+            correct = torch.stack(votes)
+            told[of] = dict(zip(VALUES, correct.float().mean(dim=0).tolist(), strict=True))
+            told[of] |= {"all": correct.all(dim=1).float().mean().item(), "objects": len(correct)}
+    told["cells"] = {"figure_IoU": (overlap[0] / overlap[1]).item(), "distance": torch.cat(distances).mean().item()}
+    return told
+
+
+def teach(settings: AttributeSettings) -> None:
+    """Train the tower and save its model with the processor and what was measured.
+
+    Raises:
+        ValueError: Where the pictures' side is no multiple of the patch, or the scenes are fewer than a batch.
+    """
+    set_seed(settings.seed)
+    model = SeraForReferringSegmentation.from_pretrained(settings.model)
+    processor = SeraProcessor.from_pretrained(settings.model)
+    patch = model.config.patch_size
+    if settings.size % patch:
+        raise ValueError(f"size is {settings.size}; it must be a multiple of the patch, {patch}.")
+    if settings.num_scenes < settings.batch_size:
+        raise ValueError(f"num_scenes is {settings.num_scenes}; it must be at least batch_size, {settings.batch_size}.")
+    scenes = draw_scenes("train", settings.num_scenes, settings.size, patch, settings.scene_seed)
+    batches = Batches(scenes, processor)
+    val = Batches(draw_scenes("val", settings.num_val_scenes, settings.size, patch, settings.scene_seed), processor)
+    reader = AttributeReader(model)
+    steps_per_epoch = len(batches) // settings.batch_size
+    steps = settings.epochs * steps_per_epoch
+    optimizer = build_optimizer(reader, OptimizationSettings(optimizer="muon", learning_rate=settings.learning_rate))
+    schedule = cosine_schedule(optimizer, steps)
+    generator = torch.Generator().manual_seed(settings.seed)
+    began, total, history = time.monotonic(), 0.0, []
+    for step, numbers in enumerate(_numbers(len(batches), settings.batch_size, settings.epochs, generator)):
+        reader.train()
+        pixels, values, offsets, weights = batches.vary(batches.take(numbers), generator)
+        loss = attribute_loss(reader(pixels), values, offsets, weights)
+        loss.backward()
+        nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        total += loss.item()
+        if (step + 1) % LOG_EVERY == 0:
+            logger.info(f"step {step + 1} of {steps}: loss {total / LOG_EVERY:.3f}, {time.monotonic() - began:.0f} s")
+            total = 0.0
+        if (step + 1) % steps_per_epoch == 0:
+            history.append(measure(reader, val, settings.batch_size))
+            logger.info(f"val: {json.dumps(history[-1])}")
+    output = Path(settings.output)
+    with writing(output):
+        partial = partial_folder(output)
+        model.save_pretrained(partial)
+        processor.save_pretrained(partial)
+        (partial / "attributes.json").write_text(json.dumps(history, indent=2))
+        replace_folder(output)
+
+
+def _numbers(count: int, batch_size: int, epochs: int, generator: torch.Generator) -> Iterator[Tensor]:
+    for _ in range(epochs):
+        order = torch.randperm(count, generator=generator)
+        yield from order[: count // batch_size * batch_size].split(batch_size)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    teach(read_settings_of(AttributeSettings, arguments))
+
+
+if __name__ == "__main__":
+    run_command(main)
