@@ -20,9 +20,19 @@ from training.scene_attributes import (
     AttributeReader,
     Batches,
     attribute_loss,
+    competing,
     draw_scenes,
+    shown_in_training,
 )
-from training.scene_benchmark import composition_split, draw_benchmark_scene
+from training.scene_benchmark import (
+    COLOR_NAMES,
+    SHAPES,
+    TEXTURES,
+    composition_split,
+    draw_benchmark_scene,
+    held_out_for,
+)
+from training.scene_shapes import FORMS
 
 SIZE, PATCH = 70, 14
 SIDE = CELLS * SIZE // PATCH
@@ -30,7 +40,7 @@ SIDE = CELLS * SIZE // PATCH
 
 @pytest.fixture(scope="module")
 def scenes():
-    return draw_scenes("train", 12, SIZE, PATCH, seed=0)
+    return draw_scenes("train", range(12), SIZE, PATCH, seed=0)
 
 
 def test_cells_hold_the_attributes_of_the_object_drawn_there(scenes, processor):
@@ -62,7 +72,7 @@ def test_no_composition_of_another_split_is_shown(scenes):
         named = (VALUES[name][values[i]] for name, i in (("shape", shape), ("color", color), ("texture", texture)))
         assert composition_split(*named) == "train"
     assert scenes.targets.sum() == len(shown)
-    unseen = draw_scenes("val", 6, SIZE, PATCH, seed=0)
+    unseen = draw_scenes("val", range(6), SIZE, PATCH, seed=0)
     assert 12 <= unseen.targets.sum() < (unseen.values[..., 0] >= 0).sum()
 
 
@@ -98,16 +108,46 @@ def test_a_faded_picture_has_no_name_for_its_colors(scenes, processor):
     assert (values[:, 0] >= 0).any(dim=(1, 2)).all()  # the rest is named all the same
 
 
+def test_what_training_never_shows_together_does_not_compete(scenes, processor):
+    shown = shown_in_training()
+    for i, shape in enumerate(SHAPES):
+        for j, color in enumerate(COLOR_NAMES):
+            assert shown[i, j, -1] == (held_out_for(shape, color) is None)
+            assert shown[i, j, 0] == (composition_split(shape, color) == "train")
+    _, values, _, _ = Batches(scenes, processor).take(torch.arange(12))
+    values[6:, 1] = -1  # faded
+    logits = [torch.zeros(12, width, SIDE, SIDE) for width in (13, 8, 4, 3)]
+    shapes, colors, textures, sizes = competing((*logits, None), values, shown)
+    assert not sizes.isinf().any()
+    for n in (0, 7):
+        for row in range(0, SIDE, 2):
+            for column in range(0, SIDE, 2):
+                shape, color, texture, _ = values[n, :, row, column].tolist()
+                open_to = [name for name, logit in zip(SHAPES, shapes[n, :-1, row, column], strict=True) if logit == 0]
+                assert shapes[n, -1, row, column] == 0
+                if shape < 0:
+                    assert open_to == list(SHAPES)
+                    continue
+                for other in SHAPES:
+                    kept_apart = held_out_for(other, TEXTURES[texture]) or (not FORMS[other].solid and texture > 1)
+                    kept_apart = kept_apart or (n == 0 and held_out_for(other, COLOR_NAMES[color]))
+                    if n == 0 or texture == 0:  # a texture and some color may each be open to a shape, but not together
+                        assert (other in open_to) == (not kept_apart)
+                right = [shapes[n, shape], textures[n, texture], *([colors[n, color]] if n == 0 else [])]
+                assert all(logit[row, column] == 0 for logit in right)
+
+
 def test_the_loss_is_zero_for_right_answers_alone(scenes, processor):
+    shown = torch.ones_like(shown_in_training())
     _, values, offsets, weights = Batches(scenes, processor).take(torch.arange(4))
     widths = [len(names) + (name == "shape") for name, names in VALUES.items()]
     wanted = [values[:, i].where(values[:, i] >= 0, width - 1) for i, width in enumerate(widths)]
     right = [40.0 * torch.nn.functional.one_hot(w, n).permute(0, 3, 1, 2) for w, n in zip(wanted, widths, strict=True)]
-    assert attribute_loss((*right, offsets), values, offsets, weights) < 1e-5
+    assert attribute_loss((*right, offsets), values, offsets, weights, shown) < 1e-5
     for i in range(len(right)):
         wrong = [part.roll(1, dims=1) if i == j else part for j, part in enumerate(right)]
-        assert attribute_loss((*wrong, offsets), values, offsets, weights) > 10
-    assert attribute_loss((*right, offsets + 0.1), values, offsets, weights) == pytest.approx(0.8, rel=1e-3)
+        assert attribute_loss((*wrong, offsets), values, offsets, weights, shown) > 10
+    assert attribute_loss((*right, offsets + 0.1), values, offsets, weights, shown) == pytest.approx(0.8, rel=1e-3)
 
 
 class GivenTokens(torch.nn.Module):
@@ -158,7 +198,7 @@ def test_a_run_changes_the_vision_tower_and_nothing_else(tmp_path):
     ("options", "told"),
     [
         (["--size", 72], "size is 72; it must be a multiple of the patch, 14."),
-        (["--size", 70, "--num_scenes", 2], "num_scenes is 2; it must be at least batch_size, 32."),
+        (["--size", 70, "--num_scenes", 2], "num_scenes is 2; it must be 16 or more."),
     ],
 )
 def test_what_does_not_fit_is_said_before_anything_is_drawn(tmp_path, options, told):

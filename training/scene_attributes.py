@@ -3,9 +3,10 @@
 
 SERA stands on a vision tower that was trained before. For the scenes this is such a training: at each cell of a picture the tower
 learns to name the shape, color, texture and size of the object there and to point at its middle, by a linear layer that is thrown
-away. Named one by one, attributes come apart: a cross is one whatever its color. A part of the pictures loses some or all of its
-color, and where little is left, color goes unnamed. Scenes are those of the training split, so compositions of val and test are
-neither drawn nor named. The folder written is the model with the new tower, for `--model.pretrained`. (Ours.)
+away. Scenes are those of the training split, so compositions of val and test are neither drawn nor named. That a purple thing was
+never a cross must not teach the tower that it cannot be one: an answer that training never shows with the object's other attributes
+does not compete with the right one, and a part of the pictures loses some or all of its color. The folder written is the model
+with the new tower, for `--model.pretrained`. Under `accelerate launch`, processes share the scenes. (Ours.)
 """
 
 import io
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from accelerate.utils import set_seed, tqdm
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from PIL import Image
@@ -31,7 +33,16 @@ from training.commands import run_command
 from training.configuration import OptimizationSettings, read_settings_of
 from training.files import partial_folder, replace_folder, writing
 from training.optimizers import build_optimizer, cosine_schedule
-from training.scene_benchmark import COLOR_NAMES, LEVELS, RADII, SHAPES, TEXTURES, draw_benchmark_scene
+from training.scene_benchmark import (
+    COLOR_NAMES,
+    LEVELS,
+    RADII,
+    SHAPES,
+    TEXTURES,
+    compositions,
+    draw_benchmark_scene,
+)
+from training.tuning import apply_tuning
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +67,7 @@ class AttributeSettings:
         num_val_scenes: Scenes of the validation split that the tower is measured on.
         scene_seed: Seed of the scenes.
         epochs: Passes over the scenes.
-        batch_size: Pictures in a step.
+        batch_size: Pictures in a step of each process.
         learning_rate: Of Muon, after warm-up; it falls to zero as a cosine.
         seed: Seed of everything else that is random.
     """
@@ -64,11 +75,11 @@ class AttributeSettings:
     model: str
     output: str
     size: PositiveInt = 96
-    num_scenes: PositiveInt = 12000
-    num_val_scenes: PositiveInt = 200
+    num_scenes: PositiveInt = 16000
+    num_val_scenes: PositiveInt = 100
     scene_seed: NonNegativeInt = 0
-    epochs: PositiveInt = 4
-    batch_size: PositiveInt = 32
+    epochs: PositiveInt = 5
+    batch_size: PositiveInt = 16
     learning_rate: PositiveFloat = 2e-3
     seed: NonNegativeInt = 0
 
@@ -92,17 +103,17 @@ class AttributeScenes:
     targets: Tensor
 
 
-def draw_scenes(split: str, number: int, size: int, patch: int, seed: int) -> AttributeScenes:
-    """The first scenes of a split as the benchmark keeps them, compressed, with what is at each cell."""
+def draw_scenes(split: str, numbers: range, size: int, patch: int, seed: int) -> AttributeScenes:
+    """Scenes of a split as the benchmark keeps them, compressed, with what is at each cell."""
     side = CELLS * (size // patch)
     middles = ((np.arange(side) + 0.5) * size / side).astype(int)
-    pictures = torch.empty(number, size, size, 3, dtype=torch.uint8)
-    cells = torch.full((number, side, side), MOST_OBJECTS, dtype=torch.uint8)
-    values = torch.full((number, MOST_OBJECTS, len(VALUES)), -1)
-    centers = torch.zeros(number, MOST_OBJECTS, 2)
-    targets = torch.zeros(number, MOST_OBJECTS, dtype=torch.bool)
-    for n in tqdm(range(number), desc=f"scenes of {split}", unit="scene"):
-        scene = draw_benchmark_scene(seed, split, n, size)
+    pictures = torch.empty(len(numbers), size, size, 3, dtype=torch.uint8)
+    cells = torch.full((len(numbers), side, side), MOST_OBJECTS, dtype=torch.uint8)
+    values = torch.full((len(numbers), MOST_OBJECTS, len(VALUES)), -1)
+    centers = torch.zeros(len(numbers), MOST_OBJECTS, 2)
+    targets = torch.zeros(len(numbers), MOST_OBJECTS, dtype=torch.bool)
+    for n, number in enumerate(tqdm(numbers, desc=f"scenes of {split}", unit="scene")):
+        scene = draw_benchmark_scene(seed, split, number, size)
         file = io.BytesIO()
         Image.fromarray(scene.image).save(file, "JPEG", quality=scene.quality, subsampling=0)
         pictures[n] = torch.from_numpy(np.array(Image.open(file)))
@@ -184,14 +195,41 @@ class Batches:
         return pixels, values, offsets, weights
 
 
-def attribute_loss(outputs: tuple[Tensor, ...], values: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
+def shown_in_training() -> Tensor:
+    """Which shape, color and texture training shows together, bool; the last place along each axis, which -1 names, is any."""
+    shown = torch.zeros(len(SHAPES) + 1, len(COLOR_NAMES) + 1, len(TEXTURES) + 1, dtype=torch.bool)
+    for shape, color, texture in compositions("train"):
+        shown[SHAPES.index(shape), COLOR_NAMES.index(color), TEXTURES.index(texture)] = True
+    shown[-1] = shown[:-1].any(dim=0)
+    shown[:, -1] = shown[:, :-1].any(dim=1)
+    shown[:, :, -1] = shown[:, :, :-1].any(dim=2)
+    return shown
+
+
+def competing(outputs: tuple[Tensor, ...], values: Tensor, shown: Tensor) -> list[Tensor]:
+    """Logits of shape, color, texture and size; -inf where training never shows the answer with the object's other attributes.
+
+    Without this, the color of a thing would tell which shapes it cannot have, and the tower would learn that.
+    """
+    shape, color, texture, _ = values.unbind(1)
+    with_shape = torch.cat([shown[:-1, color, texture], torch.ones_like(shape, dtype=torch.bool)[None]]).transpose(0, 1)
+    with_color = shown[shape, :-1, texture].permute(0, 3, 1, 2)
+    with_texture = shown[shape, color, :-1].permute(0, 3, 1, 2)
+    free = [with_shape, with_color, with_texture]
+    return [part.masked_fill(~mask, -math.inf) for part, mask in zip(outputs[:3], free, strict=True)] + [outputs[3]]
+
+
+def attribute_loss(
+    outputs: tuple[Tensor, ...], values: Tensor, offsets: Tensor, weights: Tensor, shown: Tensor
+) -> Tensor:
     """Weighted mean cross-entropies of what is at the cells, summed, and the weighted distance to the middles."""
+    logits = competing(outputs, values, shown)
     there = values[:, 0] >= 0
-    shapes = values[:, 0].where(there, torch.tensor(len(SHAPES)))
-    loss = (cross_entropy(outputs[0], shapes, reduction="none") * weights).sum() / weights.sum()
-    for logits, wanted in zip(outputs[1:-1], values[:, 1:].unbind(1), strict=True):
+    shapes = values[:, 0].where(there, torch.full_like(values[:, 0], len(SHAPES)))
+    loss = (cross_entropy(logits[0], shapes, reduction="none") * weights).sum() / weights.sum()
+    for part, wanted in zip(logits[1:], values[:, 1:].unbind(1), strict=True):
         named = weights * (wanted >= 0)
-        losses = cross_entropy(logits, wanted, ignore_index=-1, reduction="none")
+        losses = cross_entropy(part, wanted, ignore_index=-1, reduction="none")
         loss = loss + (losses * named).sum() / named.sum().clamp(min=1)
     on_objects = weights * there
     distances = (outputs[-1] - offsets).abs().sum(dim=1)
@@ -199,7 +237,7 @@ def attribute_loss(outputs: tuple[Tensor, ...], values: Tensor, offsets: Tensor,
 
 
 @torch.no_grad()
-def measure(reader: AttributeReader, batches: Batches, batch_size: int) -> dict[str, dict[str, float]]:
+def measure(reader: nn.Module, batches: Batches, batch_size: int, device: torch.device) -> dict[str, dict[str, float]]:
     """How often an object's cells name it rightly when they vote: each attribute and all four, for objects of the split's own
     compositions ("targets") and for the others; the mean distance to the middle, in units of the side; IoU of figure and ground."""
     reader.eval()
@@ -208,7 +246,7 @@ def measure(reader: AttributeReader, batches: Batches, batch_size: int) -> dict[
     for start in range(0, len(batches), batch_size):
         numbers = torch.arange(start, min(start + batch_size, len(batches)))
         pixels, values, offsets, _ = batches.take(numbers)
-        *logits, pointed = reader(pixels)
+        *logits, pointed = (part.cpu() for part in reader(pixels.to(device)))
         there, found = values[:, 0] >= 0, logits[0].argmax(dim=1) < len(SHAPES)
         overlap += torch.stack([(there & found).sum(), (there | found).sum()])
         distances.append((pointed - offsets).norm(dim=1)[there])
@@ -242,34 +280,44 @@ def teach(settings: AttributeSettings) -> None:
     patch = model.config.patch_size
     if settings.size % patch:
         raise ValueError(f"size is {settings.size}; it must be a multiple of the patch, {patch}.")
-    if settings.num_scenes < settings.batch_size:
-        raise ValueError(f"num_scenes is {settings.num_scenes}; it must be at least batch_size, {settings.batch_size}.")
-    scenes = draw_scenes("train", settings.num_scenes, settings.size, patch, settings.scene_seed)
-    batches = Batches(scenes, processor)
-    val = Batches(draw_scenes("val", settings.num_val_scenes, settings.size, patch, settings.scene_seed), processor)
+    accelerator = Accelerator()
+    process, processes = accelerator.process_index, accelerator.num_processes
+    if settings.num_scenes < processes * settings.batch_size:
+        raise ValueError(f"num_scenes is {settings.num_scenes}; it must be {processes * settings.batch_size} or more.")
+    share = range(process, settings.num_scenes // processes * processes, processes)
+    batches = Batches(draw_scenes("train", share, settings.size, patch, settings.scene_seed), processor)
+    val = Batches(
+        draw_scenes("val", range(settings.num_val_scenes), settings.size, patch, settings.scene_seed), processor
+    )
+    apply_tuning(model, vision="full", text="frozen")
     reader = AttributeReader(model)
     steps_per_epoch = len(batches) // settings.batch_size
     steps = settings.epochs * steps_per_epoch
     optimizer = build_optimizer(reader, OptimizationSettings(optimizer="muon", learning_rate=settings.learning_rate))
     schedule = cosine_schedule(optimizer, steps)
-    generator = torch.Generator().manual_seed(settings.seed)
+    trained, optimizer = accelerator.prepare(reader, optimizer)
+    shown = shown_in_training().to(accelerator.device)
+    generator = torch.Generator().manual_seed(settings.seed + process)
     began, total, history = time.monotonic(), 0.0, []
     for step, numbers in enumerate(_numbers(len(batches), settings.batch_size, settings.epochs, generator)):
-        reader.train()
-        pixels, values, offsets, weights = batches.vary(batches.take(numbers), generator)
-        loss = attribute_loss(reader(pixels), values, offsets, weights)
-        loss.backward()
-        nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
+        trained.train()
+        pixels, *wanted = (part.to(accelerator.device) for part in batches.vary(batches.take(numbers), generator))
+        loss = attribute_loss(trained(pixels), *wanted, shown)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(trained.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
         total += loss.item()
-        if (step + 1) % LOG_EVERY == 0:
+        if (step + 1) % LOG_EVERY == 0 and accelerator.is_main_process:
             logger.info(f"step {step + 1} of {steps}: loss {total / LOG_EVERY:.3f}, {time.monotonic() - began:.0f} s")
-            total = 0.0
-        if (step + 1) % steps_per_epoch == 0:
-            history.append(measure(reader, val, settings.batch_size))
+        total *= (step + 1) % LOG_EVERY > 0
+        if (step + 1) % steps_per_epoch == 0 and accelerator.is_main_process:
+            history.append(measure(reader, val, settings.batch_size, accelerator.device))
             logger.info(f"val: {json.dumps(history[-1])}")
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
+        return
     output = Path(settings.output)
     with writing(output):
         partial = partial_folder(output)
