@@ -116,15 +116,14 @@ def test_what_training_never_shows_together_does_not_compete(scenes, processor):
             assert shown[i, j, 0] == (composition_split(shape, color) == "train")
     _, values, _, _ = Batches(scenes, processor).take(torch.arange(12))
     values[6:, 1] = -1  # faded
-    logits = [torch.zeros(12, width, SIDE, SIDE) for width in (13, 8, 4, 3)]
-    shapes, colors, textures, sizes = competing((*logits, None), values, shown)
+    logits = [torch.zeros(12, width, SIDE, SIDE) for width in (12, 8, 4, 3)]
+    shapes, colors, textures, sizes = competing(logits, values, shown)
     assert not sizes.isinf().any()
     for n in (0, 7):
         for row in range(0, SIDE, 2):
             for column in range(0, SIDE, 2):
                 shape, color, texture, _ = values[n, :, row, column].tolist()
-                open_to = [name for name, logit in zip(SHAPES, shapes[n, :-1, row, column], strict=True) if logit == 0]
-                assert shapes[n, -1, row, column] == 0
+                open_to = [name for name, logit in zip(SHAPES, shapes[n, :, row, column], strict=True) if logit == 0]
                 if shape < 0:
                     assert open_to == list(SHAPES)
                     continue
@@ -140,14 +139,26 @@ def test_what_training_never_shows_together_does_not_compete(scenes, processor):
 def test_the_loss_is_zero_for_right_answers_alone(scenes, processor):
     shown = torch.ones_like(shown_in_training())
     _, values, offsets, weights = Batches(scenes, processor).take(torch.arange(4))
-    widths = [len(names) + (name == "shape") for name, names in VALUES.items()]
-    wanted = [values[:, i].where(values[:, i] >= 0, width - 1) for i, width in enumerate(widths)]
-    right = [40.0 * torch.nn.functional.one_hot(w, n).permute(0, 3, 1, 2) for w, n in zip(wanted, widths, strict=True)]
+    there = (values[:, :1] >= 0).float()
+    classes = [torch.nn.functional.one_hot(values[:, i].clamp(min=0), len(n)) for i, n in enumerate(VALUES.values())]
+    right = [80 * there - 40, *(40.0 * one.permute(0, 3, 1, 2) for one in classes)]
     assert attribute_loss((*right, offsets), values, offsets, weights, shown) < 1e-5
     for i in range(len(right)):
-        wrong = [part.roll(1, dims=1) if i == j else part for j, part in enumerate(right)]
+        wrong = [(-part if i == 0 else part.roll(1, dims=1)) if i == j else part for j, part in enumerate(right)]
         assert attribute_loss((*wrong, offsets), values, offsets, weights, shown) > 10
     assert attribute_loss((*right, offsets + 0.1), values, offsets, weights, shown) == pytest.approx(0.8, rel=1e-3)
+
+
+def test_a_color_of_training_tells_nothing_about_shapes_it_never_had(scenes, processor):
+    """The gradient leaves such shapes alone, and its sum over the others is zero: none of them rises against those."""
+    _, values, offsets, weights = Batches(scenes, processor).take(torch.arange(12))
+    outputs = [torch.zeros(12, width, SIDE, SIDE, requires_grad=True) for width in (1, 12, 8, 4, 3, 2)]
+    attribute_loss(outputs, values, offsets, weights, shown_in_training()).backward()
+    gradient = outputs[1].grad
+    _, color, texture, _ = values.unbind(1)
+    never = ~shown_in_training()[:-1, color, texture].transpose(0, 1)
+    assert never.any() and not gradient[never].any() and gradient.any()
+    assert gradient.sum(dim=1).abs().max() < 1e-6
 
 
 class GivenTokens(torch.nn.Module):
@@ -166,7 +177,7 @@ def test_a_cell_is_read_from_its_own_patch(tmp_path):
     before = reader(tokens)
     tokens[0, reader.num_prefix + 5 + 2] += 1  # the patch in row 1, column 2
     after = reader(tokens)
-    assert [part.shape[1:] for part in before] == [(width, SIDE, SIDE) for width in (13, 8, 4, 3, 2)]
+    assert [part.shape[1:] for part in before] == [(width, SIDE, SIDE) for width in (1, 12, 8, 4, 3, 2)]
     for one, other in zip(before, after, strict=True):
         changed = (one != other).any(dim=1)[0].nonzero()
         assert changed.min(dim=0).values.tolist() == [CELLS, 2 * CELLS]

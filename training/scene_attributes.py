@@ -14,7 +14,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from accelerate.utils import set_seed, tqdm
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from modeling_sera import SeraForReferringSegmentation
 from processing_sera import SeraProcessor
@@ -75,12 +75,12 @@ class AttributeSettings:
     model: str
     output: str
     size: PositiveInt = 96
-    num_scenes: PositiveInt = 16000
+    num_scenes: PositiveInt = 10000
     num_val_scenes: PositiveInt = 100
     scene_seed: NonNegativeInt = 0
-    epochs: PositiveInt = 5
+    epochs: PositiveInt = 8
     batch_size: PositiveInt = 16
-    learning_rate: PositiveFloat = 2e-3
+    learning_rate: PositiveFloat = 3e-3
     seed: NonNegativeInt = 0
 
 
@@ -131,11 +131,12 @@ class AttributeReader(nn.Module):
     def __init__(self, model: SeraForReferringSegmentation):
         super().__init__()
         self.tower, self.num_prefix = model.model.vision.tower, model.model.vision.num_prefix
-        self.widths = [len(SHAPES) + 1, *(len(names) for names in list(VALUES.values())[1:]), 2]  # one shape is none
+        self.widths = [1, *(len(names) for names in VALUES.values()), 2]
         self.read = nn.Linear(model.config.vision_config.hidden_size, CELLS**2 * sum(self.widths))
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        """(B, 3, S, S) to the logits of shape, color, texture and size and the offset to the middle, all (B, ·, C, C)."""
+        """(B, 3, S, S) to the logits of an object being there, of shape, color, texture and size, and the offset to its middle, all
+        (B, ·, C, C)."""
         tokens = self.tower(pixel_values).last_hidden_state[:, self.num_prefix :]
         side = math.isqrt(tokens.shape[1])
         grid = self.read(tokens).unflatten(1, (side, side)).unflatten(3, (CELLS, CELLS, -1))
@@ -206,28 +207,27 @@ def shown_in_training() -> Tensor:
     return shown
 
 
-def competing(outputs: tuple[Tensor, ...], values: Tensor, shown: Tensor) -> list[Tensor]:
-    """Logits of shape, color, texture and size; -inf where training never shows the answer with the object's other attributes.
+def competing(logits: Sequence[Tensor], values: Tensor, shown: Tensor) -> list[Tensor]:
+    """Logits of shape, color, texture and size, -inf where training never shows the answer with the object's other attributes.
 
     Without this, the color of a thing would tell which shapes it cannot have, and the tower would learn that.
     """
     shape, color, texture, _ = values.unbind(1)
-    with_shape = torch.cat([shown[:-1, color, texture], torch.ones_like(shape, dtype=torch.bool)[None]]).transpose(0, 1)
-    with_color = shown[shape, :-1, texture].permute(0, 3, 1, 2)
-    with_texture = shown[shape, color, :-1].permute(0, 3, 1, 2)
-    free = [with_shape, with_color, with_texture]
-    return [part.masked_fill(~mask, -math.inf) for part, mask in zip(outputs[:3], free, strict=True)] + [outputs[3]]
+    open_to = [shown[:-1, color, texture].transpose(0, 1)]
+    open_to += [mask.permute(0, 3, 1, 2) for mask in (shown[shape, :-1, texture], shown[shape, color, :-1])]
+    return [part.masked_fill(~mask, -math.inf) for part, mask in zip(logits[:3], open_to, strict=True)] + [logits[3]]
 
 
 def attribute_loss(
     outputs: tuple[Tensor, ...], values: Tensor, offsets: Tensor, weights: Tensor, shown: Tensor
 ) -> Tensor:
-    """Weighted mean cross-entropies of what is at the cells, summed, and the weighted distance to the middles."""
-    logits = competing(outputs, values, shown)
-    there = values[:, 0] >= 0
-    shapes = values[:, 0].where(there, torch.full_like(values[:, 0], len(SHAPES)))
-    loss = (cross_entropy(logits[0], shapes, reduction="none") * weights).sum() / weights.sum()
-    for part, wanted in zip(logits[1:], values[:, 1:].unbind(1), strict=True):
+    """Weighted mean cross-entropies of whether an object is at a cell and of its attributes, summed, and the weighted distance to
+    its middle. Whether something is there is asked by itself: a logit of "nothing" among the shapes would be outweighed by the
+    shapes alone that training shows in a color, which would tell them from the others again."""
+    there = (values[:, 0] >= 0).float()
+    losses = binary_cross_entropy_with_logits(outputs[0][:, 0], there, reduction="none")
+    loss = (losses * weights).sum() / weights.sum()
+    for part, wanted in zip(competing(outputs[1:-1], values, shown), values.unbind(1), strict=True):
         named = weights * (wanted >= 0)
         losses = cross_entropy(part, wanted, ignore_index=-1, reduction="none")
         loss = loss + (losses * named).sum() / named.sum().clamp(min=1)
@@ -246,11 +246,10 @@ def measure(reader: nn.Module, batches: Batches, batch_size: int, device: torch.
     for start in range(0, len(batches), batch_size):
         numbers = torch.arange(start, min(start + batch_size, len(batches)))
         pixels, values, offsets, _ = batches.take(numbers)
-        *logits, pointed = (part.cpu() for part in reader(pixels.to(device)))
-        there, found = values[:, 0] >= 0, logits[0].argmax(dim=1) < len(SHAPES)
+        figure, *logits, pointed = (part.cpu() for part in reader(pixels.to(device)))
+        there, found = values[:, 0] >= 0, figure[:, 0] > 0
         overlap += torch.stack([(there & found).sum(), (there | found).sum()])
         distances.append((pointed - offsets).norm(dim=1)[there])
-        logits[0] = logits[0][:, : len(SHAPES)]
         for row, number in enumerate(numbers):
             for i in range(MOST_OBJECTS):
                 cells = batches.scenes.cells[number] == i
