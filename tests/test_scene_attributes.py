@@ -83,7 +83,7 @@ def test_turned_and_mirrored_pictures_still_point_at_their_objects(scenes, proce
     turned = 0
     for _ in range(8):
         before = batches.take(torch.arange(12))
-        _, values, offsets, _ = batches.vary(before, generator)
+        _, values, offsets, _, _ = batches.vary(before, generator)
         turned += not torch.equal(values[:, 0], before[1][:, 0])
         pointed = (here + offsets)[0][:, values[0, 0] >= 0].T
         objects = torch.unique((1e4 * pointed).round(), dim=0)
@@ -97,15 +97,16 @@ def test_turned_and_mirrored_pictures_still_point_at_their_objects(scenes, proce
 
 def test_a_faded_picture_has_no_name_for_its_colors(scenes, processor):
     batches, generator = Batches(scenes, processor), torch.Generator().manual_seed(0)
-    color = list(VALUES).index("color")
     before = batches.take(torch.arange(12))
     spread = lambda pixels: (pixels * batches.std + batches.mean).std(dim=1).mean(dim=(1, 2))  # noqa: E731
-    pixels, values, _, _ = batches.vary(before, generator)
+    pixels, *wanted, colored = batches.vary(before, generator)
     kept = spread(pixels) / spread(before[0])
-    unnamed = (values[:, color] < 0).all(dim=(1, 2))
-    assert 0 < unnamed.sum() < 12
-    assert torch.equal(unnamed, kept < NAMED_SATURATION - 1e-3)
-    assert (values[:, 0] >= 0).any(dim=(1, 2)).all()  # the rest is named all the same
+    assert 0 < colored.sum() < 12
+    assert torch.equal(colored, kept > NAMED_SATURATION - 1e-3)
+    outputs = [torch.zeros(12, width, SIDE, SIDE, requires_grad=True) for width in (1, 12, 8, 4, 3, 2)]
+    attribute_loss(outputs, *wanted, colored, shown_in_training()).backward()
+    taught = [part.grad.abs().amax(dim=(1, 2, 3)) > 0 for part in outputs]
+    assert torch.equal(taught[2], colored) and all(part.all() for part in (*taught[:2], *taught[3:]))
 
 
 def test_what_training_never_shows_together_does_not_compete(scenes, processor):
@@ -115,7 +116,6 @@ def test_what_training_never_shows_together_does_not_compete(scenes, processor):
             assert shown[i, j, -1] == (held_out_for(shape, color) is None)
             assert shown[i, j, 0] == (composition_split(shape, color) == "train")
     _, values, _, _ = Batches(scenes, processor).take(torch.arange(12))
-    values[6:, 1] = -1  # faded
     logits = [torch.zeros(12, width, SIDE, SIDE) for width in (12, 8, 4, 3)]
     shapes, colors, textures, sizes = competing(logits, values, shown)
     assert not sizes.isinf().any()
@@ -129,31 +129,33 @@ def test_what_training_never_shows_together_does_not_compete(scenes, processor):
                     continue
                 for other in SHAPES:
                     kept_apart = held_out_for(other, TEXTURES[texture]) or (not FORMS[other].solid and texture > 1)
-                    kept_apart = kept_apart or (n == 0 and held_out_for(other, COLOR_NAMES[color]))
-                    if n == 0 or texture == 0:  # a texture and some color may each be open to a shape, but not together
-                        assert (other in open_to) == (not kept_apart)
-                right = [shapes[n, shape], textures[n, texture], *([colors[n, color]] if n == 0 else [])]
+                    kept_apart = kept_apart or held_out_for(other, COLOR_NAMES[color])
+                    assert (other in open_to) == (not kept_apart)
+                right = shapes[n, shape], colors[n, color], textures[n, texture]
                 assert all(logit[row, column] == 0 for logit in right)
 
 
 def test_the_loss_is_zero_for_right_answers_alone(scenes, processor):
     shown = torch.ones_like(shown_in_training())
     _, values, offsets, weights = Batches(scenes, processor).take(torch.arange(4))
+    colored = torch.ones(4, dtype=torch.bool)
     there = (values[:, :1] >= 0).float()
     classes = [torch.nn.functional.one_hot(values[:, i].clamp(min=0), len(n)) for i, n in enumerate(VALUES.values())]
     right = [80 * there - 40, *(40.0 * one.permute(0, 3, 1, 2) for one in classes)]
-    assert attribute_loss((*right, offsets), values, offsets, weights, shown) < 1e-5
+    assert attribute_loss((*right, offsets), values, offsets, weights, colored, shown) < 1e-5
     for i in range(len(right)):
         wrong = [(-part if i == 0 else part.roll(1, dims=1)) if i == j else part for j, part in enumerate(right)]
-        assert attribute_loss((*wrong, offsets), values, offsets, weights, shown) > 10
-    assert attribute_loss((*right, offsets + 0.1), values, offsets, weights, shown) == pytest.approx(0.8, rel=1e-3)
+        assert attribute_loss((*wrong, offsets), values, offsets, weights, colored, shown) > 10
+    assert attribute_loss((*right, offsets + 0.1), values, offsets, weights, colored, shown) == pytest.approx(
+        0.8, rel=1e-3
+    )
 
 
 def test_a_color_of_training_tells_nothing_about_shapes_it_never_had(scenes, processor):
     """The gradient leaves such shapes alone, and its sum over the others is zero: none of them rises against those."""
     _, values, offsets, weights = Batches(scenes, processor).take(torch.arange(12))
     outputs = [torch.zeros(12, width, SIDE, SIDE, requires_grad=True) for width in (1, 12, 8, 4, 3, 2)]
-    attribute_loss(outputs, values, offsets, weights, shown_in_training()).backward()
+    attribute_loss(outputs, values, offsets, weights, torch.rand(12) < 0.5, shown_in_training()).backward()
     gradient = outputs[1].grad
     _, color, texture, _ = values.unbind(1)
     never = ~shown_in_training()[:-1, color, texture].transpose(0, 1)

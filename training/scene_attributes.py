@@ -78,7 +78,7 @@ class AttributeSettings:
     num_scenes: PositiveInt = 10000
     num_val_scenes: PositiveInt = 100
     scene_seed: NonNegativeInt = 0
-    epochs: PositiveInt = 8
+    epochs: PositiveInt = 7
     batch_size: PositiveInt = 16
     learning_rate: PositiveFloat = 3e-3
     seed: NonNegativeInt = 0
@@ -176,7 +176,7 @@ class Batches:
         return (pictures - self.mean) / self.std, values[rows, cells].permute(0, 3, 1, 2), offsets, weights
 
     def vary(self, batch: tuple[Tensor, ...], generator: torch.Generator) -> tuple[Tensor, ...]:
-        """The batch turned or mirrored as one, some of its pictures faded."""
+        """The batch turned or mirrored as one, some of its pictures faded; and whether a picture's colors are named, (B,) bool."""
         pixels, values, offsets, weights = batch
         if torch.rand((), generator=generator) < 0.5:
             pixels, values, offsets, weights = (part.flip(-1) for part in batch)
@@ -191,9 +191,7 @@ class Batches:
         mixture = torch.rand(count, 3, 1, 1, generator=generator) + 0.2  # how light a color is must not give it away
         gray = (pictures * mixture / mixture.sum(dim=1, keepdim=True)).sum(dim=1, keepdim=True)
         pixels = (gray.lerp(pictures, saturation[:, None, None, None]) - self.mean) / self.std
-        values = values.clone()
-        values[saturation < NAMED_SATURATION, list(VALUES).index("color")] = -1
-        return pixels, values, offsets, weights
+        return pixels, values, offsets, weights, saturation >= NAMED_SATURATION
 
 
 def shown_in_training() -> Tensor:
@@ -210,7 +208,8 @@ def shown_in_training() -> Tensor:
 def competing(logits: Sequence[Tensor], values: Tensor, shown: Tensor) -> list[Tensor]:
     """Logits of shape, color, texture and size, -inf where training never shows the answer with the object's other attributes.
 
-    Without this, the color of a thing would tell which shapes it cannot have, and the tower would learn that.
+    Without this, the color of a thing, or what is left of it in a faded picture, would tell which shapes it cannot have, and the
+    tower would learn that.
     """
     shape, color, texture, _ = values.unbind(1)
     open_to = [shown[:-1, color, texture].transpose(0, 1)]
@@ -219,7 +218,7 @@ def competing(logits: Sequence[Tensor], values: Tensor, shown: Tensor) -> list[T
 
 
 def attribute_loss(
-    outputs: tuple[Tensor, ...], values: Tensor, offsets: Tensor, weights: Tensor, shown: Tensor
+    outputs: tuple[Tensor, ...], values: Tensor, offsets: Tensor, weights: Tensor, colored: Tensor, shown: Tensor
 ) -> Tensor:
     """Weighted mean cross-entropies of whether an object is at a cell and of its attributes, summed, and the weighted distance to
     its middle. Whether something is there is asked by itself: a logit of "nothing" among the shapes would be outweighed by the
@@ -227,8 +226,10 @@ def attribute_loss(
     there = (values[:, 0] >= 0).float()
     losses = binary_cross_entropy_with_logits(outputs[0][:, 0], there, reduction="none")
     loss = (losses * weights).sum() / weights.sum()
-    for part, wanted in zip(competing(outputs[1:-1], values, shown), values.unbind(1), strict=True):
+    for name, part, wanted in zip(VALUES, competing(outputs[1:-1], values, shown), values.unbind(1), strict=True):
         named = weights * (wanted >= 0)
+        if name == "color":
+            named = named * colored[:, None, None]
         losses = cross_entropy(part, wanted, ignore_index=-1, reduction="none")
         loss = loss + (losses * named).sum() / named.sum().clamp(min=1)
     on_objects = weights * there
