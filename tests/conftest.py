@@ -16,6 +16,19 @@ from training.train import save_model
 REPOSITORY = Path(__file__).resolve().parents[1]
 REFER_MINI = REPOSITORY.parent / "shared" / "data" / "refer-mini"
 
+# Files of few, long tests. They begin, or one process would end with them while the other has nothing left to do.
+LONG_FILES = [
+    f"test_{name}.py"
+    for name in ("readme", "clean_environment", "ablation_run", "restart", "benchmarks", "processes", "space", "export")
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files of LONG_FILES first, in that order."""
+    order = {name: place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
 needs_refer_mini = pytest.mark.skipif(
     not REFER_MINI.is_dir(), reason="refer-mini, the part of RefCOCO that development measures on, is not here"
 )

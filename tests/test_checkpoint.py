@@ -1,5 +1,6 @@
-"""The checkpoint in the repository: small and plain, and its figures its own."""
+"""The checkpoints in the repository: small and plain, and their figures their own."""
 
+import pytest
 from accelerate import Accelerator
 from conftest import REPOSITORY
 
@@ -10,28 +11,35 @@ from training.configuration import DataSettings, load_settings
 from training.evaluation import score_sentences
 from training.scenes import generate_scenes
 
-FOLDER = REPOSITORY / "checkpoints" / "sera-scenes"
+RECIPES = {"sera-scenes": "scenes-64.yaml", "sera-scenes-96": "scenes-96.yaml"}
+FOLDERS = [REPOSITORY / "checkpoints" / name for name in RECIPES]
 SCENES = 8  # of the hundreds that were scored
 
 
-def test_it_is_at_most_ten_megabytes_of_weights_and_no_code():
-    files = {path.name: path.stat().st_size for path in (FOLDER / "model").iterdir() if path.suffix != ".py"}
+each_checkpoint = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+
+
+@each_checkpoint
+def test_it_is_at_most_ten_megabytes_of_weights_and_no_code(folder):
+    files = {path.name: path.stat().st_size for path in (folder / "model").iterdir() if path.suffix != ".py"}
     assert files.pop("model.safetensors") <= 10_000_000
     assert set(files) == {"config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"}
 
 
-def test_it_was_trained_as_its_configuration_file_says():
-    recipe = load_settings(REPOSITORY / "training" / "configs" / "scenes-64.yaml")
-    recipe.output_dir = "outputs/sera-scenes"
-    assert read_run(FOLDER / "model").settings == recipe
+@each_checkpoint
+def test_it_was_trained_as_its_configuration_file_says(folder):
+    recipe = load_settings(REPOSITORY / "training" / "configs" / RECIPES[folder.name])
+    recipe.output_dir = f"outputs/{folder.name}"
+    assert read_run(folder / "model").settings == recipe
 
 
-def test_its_figures_are_those_of_its_weights():
+@each_checkpoint
+def test_its_figures_are_those_of_its_weights(folder):
     """Some of the scenes are drawn and scored again; another processor may round a pixel at a mask's edge the other way."""
-    model, info = SeraForReferringSegmentation.from_pretrained(FOLDER / "model", output_loading_info=True)
+    model, info = SeraForReferringSegmentation.from_pretrained(folder / "model", output_loading_info=True)
     assert not any(info.values())
-    processor = SeraProcessor.from_pretrained(FOLDER / "model")
-    record = read_evaluation(FOLDER / "evaluation-test.json", {FOLDER.name})
+    processor = SeraProcessor.from_pretrained(folder / "model")
+    record = read_evaluation(folder / "evaluation-test.json", {folder.name})
     data = DataSettings(**record["data"])
     rows = generate_scenes(SCENES, data.scene_seed, data.scene_size, split="test", scene_set=data.scene_set)
     scores = score_sentences(model.eval(), processor, rows, Accelerator(cpu=True))
