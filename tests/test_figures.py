@@ -163,5 +163,6 @@ def test_examples_are_taken_evenly_from_each_kind():
     scores = [SentenceScore(n, 0, "ab"[n % 2], n, 100, 100, 0.0) for n in range(20)]
     chosen = evenly_ranked(scores, 6)
     assert [score.kind for score in chosen] == ["a"] * 3 + ["b"] * 3
-    assert [score.row for score in chosen[:3]] == [0, 8, 18]
+    assert [score.row for score in chosen[:3]] == [2, 10, 16]
+    assert [score.row for score in evenly_ranked(scores[::2], 1)] == [10]
     assert len(evenly_ranked(scores[:3], 12)) == 3

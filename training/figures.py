@@ -53,7 +53,7 @@ def draw_sheet(
 ) -> None:
     """One PNG with examples: picture, truth, prediction, expression, IoU, and the shares of the fusion experts.
 
-    The examples stand at evenly spaced ranks of IoU within each kind of expression, from the worst to the best: nothing is picked.
+    The examples stand at evenly spaced ranks of IoU within each kind of expression, the worse before the better: nothing is picked.
     """
     figure = sheet_figure(model, processor, rows, evenly_ranked(scores, num_examples), threshold)
     write_binary(path, lambda partial: figure.savefig(partial, format="png", dpi=DPI))
@@ -93,7 +93,7 @@ def sheet_figure(
         _write_above(figure, place, f"“{text}”", fontsize=12)
         _draw_routing(axes[3], outputs)
     figure.suptitle(
-        "Held-out data, from the worst to the best of each kind. Bars: share of each expert, from shallow (light) to deep",
+        "Held-out data, at evenly spaced ranks of each kind's IoU. Bars: share of each expert, from shallow (light) to deep",
         fontsize=13,
         y=1 - 0.15 / height,
     )
@@ -162,13 +162,13 @@ def draw_report(
 
 
 def evenly_ranked(scores: list[SentenceScore], number: int) -> list[SentenceScore]:
-    """`number` scores at evenly spaced ranks of IoU within each kind of expression."""
+    """`number` scores, of each kind of expression those in the middles of equal parts of its ranking by IoU; of one, the median."""
     kinds = sorted({score.kind for score in scores})
     chosen = []
     for i, kind in enumerate(kinds):
         ranked = sorted((score for score in scores if score.kind == kind), key=lambda score: score.iou)
         wanted = min(number // len(kinds) + (i < number % len(kinds)), len(ranked))
-        chosen += [ranked[rank] for rank in np.linspace(0, len(ranked) - 1, wanted).round().astype(int)]
+        chosen += [ranked[int((part + 0.5) * len(ranked) / wanted)] for part in range(wanted)]
     return chosen
 
 
