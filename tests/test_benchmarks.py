@@ -54,6 +54,7 @@ def test_inference_speed(tmp_path):
     assert len(record["training"]) == 2 and all(figures["batch"] == 2 for figures in record["training"].values())
     (operators,) = record["operators"].values()
     assert all(0 < share < 1 for share in operators.values()) and sum(operators.values()) <= 1 + 1e-6
+    assert list(operators.values()) == sorted(operators.values(), reverse=True)
     assert len(operators) == 8 and "addmm" in operators  # which others cost most hangs on the machine and its load
     (parts,) = record["parts"].values()
     assert min(parts.values()) > 0 and set(parts) == {

@@ -16,7 +16,7 @@ from training.batches import picture_as_annotated
 from training.configuration import DataSettings, TrainingSettings, dump_settings
 from training.expert_maps import draw_expert_maps, expert_maps, without_expert
 from training.experts import main, routing_by_kind
-from training.train import save_model
+from training.files import save_model
 
 
 def routings(model) -> list:

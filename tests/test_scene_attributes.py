@@ -43,8 +43,8 @@ def scenes():
     return draw_scenes("train", range(12), SIZE, PATCH, seed=0)
 
 
-def test_cells_hold_the_attributes_of_the_object_drawn_there(scenes, processor):
-    _, values, offsets, weights = Batches(scenes, processor).take(torch.arange(12))
+def test_cells_hold_the_attributes_of_the_object_drawn_there(scenes):
+    _, values, offsets, weights = Batches(scenes).take(torch.arange(12))
     names = list(VALUES)
     for n in range(12):
         scene = draw_benchmark_scene(0, "train", n, SIZE)
@@ -76,8 +76,8 @@ def test_no_composition_of_another_split_is_shown(scenes):
     assert 12 <= unseen.targets.sum() < (unseen.values[..., 0] >= 0).sum()
 
 
-def test_turned_and_mirrored_pictures_still_point_at_their_objects(scenes, processor):
-    batches, generator = Batches(scenes, processor), torch.Generator().manual_seed(0)
+def test_turned_and_mirrored_pictures_still_point_at_their_objects(scenes):
+    batches, generator = Batches(scenes), torch.Generator().manual_seed(0)
     middles = (torch.arange(SIDE) + 0.5) / SIDE
     here = torch.stack(torch.meshgrid(middles, middles, indexing="xy"))
     turned = 0
@@ -95,27 +95,26 @@ def test_turned_and_mirrored_pictures_still_point_at_their_objects(scenes, proce
     assert turned >= 6
 
 
-def test_a_faded_picture_has_no_name_for_its_colors(scenes, processor):
-    batches, generator = Batches(scenes, processor), torch.Generator().manual_seed(0)
+def test_a_faded_picture_has_no_name_for_its_colors(scenes):
+    batches, generator = Batches(scenes), torch.Generator().manual_seed(0)
     before = batches.take(torch.arange(12))
-    spread = lambda pixels: (pixels * batches.std + batches.mean).std(dim=1).mean(dim=(1, 2))  # noqa: E731
-    pixels, *wanted, colored = batches.vary(before, generator)
-    kept = spread(pixels) / spread(before[0])
+    pictures, *wanted, colored = batches.vary(before, generator)
+    kept, whole = (part.std(dim=1).mean(dim=(1, 2)) for part in (pictures, before[0]))
     assert 0 < colored.sum() < 12
-    assert torch.equal(colored, kept > NAMED_SATURATION - 1e-3)
+    assert torch.equal(colored, kept / whole > NAMED_SATURATION - 1e-3)
     outputs = [torch.zeros(12, width, SIDE, SIDE, requires_grad=True) for width in (1, 12, 8, 4, 3, 2)]
     attribute_loss(outputs, *wanted, colored, shown_in_training()).backward()
     taught = [part.grad.abs().amax(dim=(1, 2, 3)) > 0 for part in outputs]
     assert torch.equal(taught[2], colored) and all(part.all() for part in (*taught[:2], *taught[3:]))
 
 
-def test_what_training_never_shows_together_does_not_compete(scenes, processor):
+def test_what_training_never_shows_together_does_not_compete(scenes):
     shown = shown_in_training()
     for i, shape in enumerate(SHAPES):
         for j, color in enumerate(COLOR_NAMES):
             assert shown[i, j, -1] == (held_out_for(shape, color) is None)
             assert shown[i, j, 0] == (composition_split(shape, color) == "train")
-    _, values, _, _ = Batches(scenes, processor).take(torch.arange(12))
+    _, values, _, _ = Batches(scenes).take(torch.arange(12))
     logits = [torch.zeros(12, width, SIDE, SIDE) for width in (12, 8, 4, 3)]
     shapes, colors, textures, sizes = competing(logits, values, shown)
     assert not sizes.isinf().any()
@@ -135,9 +134,9 @@ def test_what_training_never_shows_together_does_not_compete(scenes, processor):
                 assert all(logit[row, column] == 0 for logit in right)
 
 
-def test_the_loss_is_zero_for_right_answers_alone(scenes, processor):
+def test_the_loss_is_zero_for_right_answers_alone(scenes):
     shown = torch.ones_like(shown_in_training())
-    _, values, offsets, weights = Batches(scenes, processor).take(torch.arange(4))
+    _, values, offsets, weights = Batches(scenes).take(torch.arange(4))
     colored = torch.ones(4, dtype=torch.bool)
     there = (values[:, :1] >= 0).float()
     classes = [torch.nn.functional.one_hot(values[:, i].clamp(min=0), len(n)) for i, n in enumerate(VALUES.values())]
@@ -151,9 +150,9 @@ def test_the_loss_is_zero_for_right_answers_alone(scenes, processor):
     )
 
 
-def test_a_color_of_training_tells_nothing_about_shapes_it_never_had(scenes, processor):
+def test_a_color_of_training_tells_nothing_about_shapes_it_never_had(scenes):
     """The gradient leaves such shapes alone, and its sum over the others is zero: none of them rises against those."""
-    _, values, offsets, weights = Batches(scenes, processor).take(torch.arange(12))
+    _, values, offsets, weights = Batches(scenes).take(torch.arange(12))
     outputs = [torch.zeros(12, width, SIDE, SIDE, requires_grad=True) for width in (1, 12, 8, 4, 3, 2)]
     attribute_loss(outputs, values, offsets, weights, torch.rand(12) < 0.5, shown_in_training()).backward()
     gradient = outputs[1].grad
@@ -170,9 +169,9 @@ class GivenTokens(torch.nn.Module):
         return SimpleNamespace(last_hidden_state=tokens)
 
 
-def test_a_cell_is_read_from_its_own_patch(tmp_path):
-    model = SeraForReferringSegmentation.from_pretrained(save_tiny_model(tmp_path / "model")).eval()
-    reader = AttributeReader(model)
+def test_a_cell_is_read_from_its_own_patch(model, processor):
+    reader = AttributeReader(model, processor)
+    reader.mean, reader.std = torch.tensor(0.0), torch.tensor(1.0)
     grid = torch.randn(1, (SIZE // PATCH) ** 2, model.config.vision_config.hidden_size)
     tokens = torch.cat([torch.zeros(1, reader.num_prefix, grid.shape[2]), grid], dim=1)
     reader.tower = GivenTokens()

@@ -36,10 +36,10 @@ from training.configuration import (
     read_settings,
 )
 from training.evaluation import score_sentences
+from training.files import save_model
 from training.metric import summarize
 from training.scenes import generate_scenes
 from training.splits import load_splits
-from training.train import save_model
 from training.tuning import checkpoint_activations
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}

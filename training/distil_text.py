@@ -33,7 +33,7 @@ from transformers import (
 
 from training.commands import run_command
 from training.configuration import DataSettings, read_settings_of
-from training.files import partial_folder, replace_folder, writing
+from training.files import save_model
 from training.optimizers import cosine_schedule
 from training.splits import load_training_splits
 
@@ -223,12 +223,7 @@ def distil(settings: DistillationSettings) -> None:
         if (step + 1) % LOG_EVERY == 0 or step + 1 == settings.steps:
             seconds = time.monotonic() - began
             logger.info(f"step {step + 1}: loss {loss.item():.3f}, cosine {cosine.item():.3f}, {seconds:.0f} s")
-    output = Path(settings.output)
-    with writing(output):
-        partial = partial_folder(output)
-        student.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        replace_folder(output)
+    save_model(student, tokenizer, Path(settings.output))
 
 
 def main(arguments: list[str] | None = None) -> None:

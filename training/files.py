@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 
 def write_text(path: Path, text: str) -> None:
@@ -82,6 +83,15 @@ def writing(path: Path) -> Iterator[None]:
             f"{path} could not be written ({reason}; {free / 2**20:.0f} MiB are free there). What stood there before is whole: "
             "once there is room, the same command goes on."
         ) from error
+
+
+def save_model(model: PreTrainedModel, processor: ProcessorMixin | PreTrainedTokenizerBase, folder: Path) -> None:
+    """Weights and processor as one folder that `from_pretrained` loads; whole or, if interrupted, as it was before."""
+    with writing(folder):
+        partial = partial_folder(folder)
+        model.save_pretrained(partial)
+        processor.save_pretrained(partial)
+        replace_folder(folder)
 
 
 def _sync(path: Path) -> None:

@@ -31,7 +31,7 @@ from modeling_sera import SeraForReferringSegmentation
 from processing_sera import SeraProcessor
 from training.commands import run_command
 from training.configuration import OptimizationSettings, read_settings_of
-from training.files import partial_folder, replace_folder, writing
+from training.files import save_model, write_text
 from training.optimizers import build_optimizer, cosine_schedule
 from training.scene_benchmark import (
     COLOR_NAMES,
@@ -91,8 +91,8 @@ class AttributeScenes:
     Attributes:
         pictures: (N, S, S, 3) uint8.
         cells: (N, C, C) uint8, the number of the object at the middle of each cell, MOST_OBJECTS for none.
-        values: (N, MOST_OBJECTS, 4) int64, each object's values of VALUES; -1 beyond a scene's objects.
-        centers: (N, MOST_OBJECTS, 2) float32, mean x and y of each object's visible pixels in units of the side.
+        values: (N, MOST_OBJECTS + 1, 4) int64, each object's values of VALUES; -1 beyond a scene's objects.
+        centers: (N, MOST_OBJECTS + 1, 2) float32, mean x and y of each object's visible pixels in units of the side.
         targets: (N, MOST_OBJECTS) bool, whether an object is of its split's compositions.
     """
 
@@ -109,8 +109,8 @@ def draw_scenes(split: str, numbers: range, size: int, patch: int, seed: int) ->
     middles = ((np.arange(side) + 0.5) * size / side).astype(int)
     pictures = torch.empty(len(numbers), size, size, 3, dtype=torch.uint8)
     cells = torch.full((len(numbers), side, side), MOST_OBJECTS, dtype=torch.uint8)
-    values = torch.full((len(numbers), MOST_OBJECTS, len(VALUES)), -1)
-    centers = torch.zeros(len(numbers), MOST_OBJECTS, 2)
+    values = torch.full((len(numbers), MOST_OBJECTS + 1, len(VALUES)), -1)
+    centers = torch.zeros(len(numbers), MOST_OBJECTS + 1, 2)
     targets = torch.zeros(len(numbers), MOST_OBJECTS, dtype=torch.bool)
     for n, number in enumerate(tqdm(numbers, desc=f"scenes of {split}", unit="scene")):
         scene = draw_benchmark_scene(seed, split, number, size)
@@ -128,16 +128,19 @@ def draw_scenes(split: str, numbers: range, size: int, patch: int, seed: int) ->
 class AttributeReader(nn.Module):
     """A vision tower and the layer that names what is at each of its patches' cells."""
 
-    def __init__(self, model: SeraForReferringSegmentation):
+    def __init__(self, model: SeraForReferringSegmentation, processor: SeraProcessor):
         super().__init__()
         self.tower, self.num_prefix = model.model.vision.tower, model.model.vision.num_prefix
         self.widths = [1, *(len(names) for names in VALUES.values()), 2]
         self.read = nn.Linear(model.config.vision_config.hidden_size, CELLS**2 * sum(self.widths))
+        for name in ("mean", "std"):
+            of_channels = torch.tensor(getattr(processor.image_processor, f"image_{name}"))[:, None, None]
+            self.register_buffer(name, of_channels, persistent=False)
 
-    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        """(B, 3, S, S) to the logits of an object being there, of shape, color, texture and size, and the offset to its middle, all
-        (B, ·, C, C)."""
-        tokens = self.tower(pixel_values).last_hidden_state[:, self.num_prefix :]
+    def forward(self, pictures: Tensor) -> tuple[Tensor, ...]:
+        """(B, 3, S, S) in [0, 1] to the logits of an object being there, of shape, color, texture and size, and the offset to its
+        middle, all (B, ·, C, C)."""
+        tokens = self.tower((pictures - self.mean) / self.std).last_hidden_state[:, self.num_prefix :]
         side = math.isqrt(tokens.shape[1])
         grid = self.read(tokens).unflatten(1, (side, side)).unflatten(3, (CELLS, CELLS, -1))
         return grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3).split(self.widths, dim=1)
@@ -146,52 +149,50 @@ class AttributeReader(nn.Module):
 class Batches:
     """Draws training batches: scenes turned and mirrored, some of them faded."""
 
-    def __init__(self, scenes: AttributeScenes, processor: SeraProcessor):
+    def __init__(self, scenes: AttributeScenes):
         self.scenes = scenes
-        image_processor = processor.image_processor
-        self.mean = torch.tensor(image_processor.image_mean)[:, None, None]
-        self.std = torch.tensor(image_processor.image_std)[:, None, None]
+        self.side = scenes.cells.shape[1]
+        middles = (torch.arange(self.side) + 0.5) / self.side
+        self.middles = torch.stack(torch.meshgrid(middles, middles, indexing="xy"))  # (2, C, C), of the cells
 
     def __len__(self) -> int:
         return len(self.scenes.pictures)
 
     def take(self, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Pixel values (B, 3, S, S), values of the object at each cell (B, 4, C, C), offsets to its middle (B, 2, C, C) in units
-        of the side, and weights (B, C, C): less for a cell of a larger object. Values are -1 where no object is."""
+        """Pictures (B, 3, S, S) in [0, 1], values of the object at each cell (B, 4, C, C), offsets to its middle (B, 2, C, C) in
+        units of the side, and weights (B, C, C): less for a cell of a larger object. Values are -1 where no object is."""
         pictures = self.scenes.pictures[numbers].permute(0, 3, 1, 2).float() / 255
         cells = self.scenes.cells[numbers].long()
         rows = torch.arange(len(numbers))[:, None, None]
-        none = torch.full((len(numbers), 1), -1)
-        values = torch.cat([self.scenes.values[numbers], none[..., None].expand(-1, -1, len(VALUES))], dim=1)
-        centers = torch.cat([self.scenes.centers[numbers], torch.zeros(len(numbers), 1, 2)], dim=1)
-        side = cells.shape[1]
-        middles = (torch.arange(side) + 0.5) / side
-        here = torch.stack(torch.meshgrid(middles, middles, indexing="xy"))
-        offsets = centers[rows, cells].permute(0, 3, 1, 2) - here
+        values = self.scenes.values[numbers][rows, cells].permute(0, 3, 1, 2)
+        offsets = self.scenes.centers[numbers][rows, cells].permute(0, 3, 1, 2) - self.middles
         areas = torch.zeros(len(numbers), MOST_OBJECTS + 1).scatter_add_(
-            1, cells.flatten(1), torch.ones(len(numbers), side**2)
+            1, cells.flatten(1), torch.ones(len(numbers), self.side**2)
         )
-        weights = (areas.clamp(min=1).rsqrt() * side / 4)[rows, cells]  # 1 for an object of a sixteenth of the picture
+        weights = (areas.clamp(min=1).rsqrt() * self.side / 4)[
+            rows, cells
+        ]  # 1 for an object of a sixteenth of the picture
         weights[cells == MOST_OBJECTS] = 1.0
-        return (pictures - self.mean) / self.std, values[rows, cells].permute(0, 3, 1, 2), offsets, weights
+        return pictures, values, offsets, weights
 
     def vary(self, batch: tuple[Tensor, ...], generator: torch.Generator) -> tuple[Tensor, ...]:
         """The batch turned or mirrored as one, some of its pictures faded; and whether a picture's colors are named, (B,) bool."""
-        pixels, values, offsets, weights = batch
+        pictures, values, offsets, weights = batch
         if torch.rand((), generator=generator) < 0.5:
-            pixels, values, offsets, weights = (part.flip(-1) for part in batch)
+            pictures, values, offsets, weights = (part.flip(-1) for part in batch)
             offsets = offsets * torch.tensor([-1.0, 1.0])[:, None, None]
         for _ in range(int(torch.randint(4, (), generator=generator))):
-            pixels, values, offsets, weights = (part.rot90(1, (-2, -1)) for part in (pixels, values, offsets, weights))
+            pictures, values, offsets, weights = (
+                part.rot90(1, (-2, -1)) for part in (pictures, values, offsets, weights)
+            )
             offsets = torch.stack([offsets[:, 1], -offsets[:, 0]], dim=1)  # a turn to the left: right becomes up
-        count = len(pixels)
+        count = len(pictures)
         saturation = torch.rand(count, generator=generator)
         saturation[torch.rand(count, generator=generator) >= FADED_SHARE] = 1.0
-        pictures = pixels * self.std + self.mean
         mixture = torch.rand(count, 3, 1, 1, generator=generator) + 0.2  # how light a color is must not give it away
         gray = (pictures * mixture / mixture.sum(dim=1, keepdim=True)).sum(dim=1, keepdim=True)
-        pixels = (gray.lerp(pictures, saturation[:, None, None, None]) - self.mean) / self.std
-        return pixels, values, offsets, weights, saturation >= NAMED_SATURATION
+        pictures = gray.lerp(pictures, saturation[:, None, None, None])
+        return pictures, values, offsets, weights, saturation >= NAMED_SATURATION
 
 
 def shown_in_training() -> Tensor:
@@ -246,8 +247,8 @@ def measure(reader: nn.Module, batches: Batches, batch_size: int, device: torch.
     overlap, distances = torch.zeros(2), []
     for start in range(0, len(batches), batch_size):
         numbers = torch.arange(start, min(start + batch_size, len(batches)))
-        pixels, values, offsets, _ = batches.take(numbers)
-        figure, *logits, pointed = (part.cpu() for part in reader(pixels.to(device)))
+        pictures, values, offsets, _ = batches.take(numbers)
+        figure, *logits, pointed = (part.cpu() for part in reader(pictures.to(device)))
         there, found = values[:, 0] >= 0, figure[:, 0] > 0
         overlap += torch.stack([(there & found).sum(), (there | found).sum()])
         distances.append((pointed - offsets).norm(dim=1)[there])
@@ -285,12 +286,11 @@ def teach(settings: AttributeSettings) -> None:
     if settings.num_scenes < processes * settings.batch_size:
         raise ValueError(f"num_scenes is {settings.num_scenes}; it must be {processes * settings.batch_size} or more.")
     share = range(process, settings.num_scenes // processes * processes, processes)
-    batches = Batches(draw_scenes("train", share, settings.size, patch, settings.scene_seed), processor)
-    val = Batches(
-        draw_scenes("val", range(settings.num_val_scenes), settings.size, patch, settings.scene_seed), processor
-    )
+    batches = Batches(draw_scenes("train", share, settings.size, patch, settings.scene_seed))
+    to_measure = range(settings.num_val_scenes if accelerator.is_main_process else 0)
+    val = Batches(draw_scenes("val", to_measure, settings.size, patch, settings.scene_seed))
     apply_tuning(model, vision="full", text="frozen")
-    reader = AttributeReader(model)
+    reader = AttributeReader(model, processor)
     steps_per_epoch = len(batches) // settings.batch_size
     steps = settings.epochs * steps_per_epoch
     optimizer = build_optimizer(reader, OptimizationSettings(optimizer="muon", learning_rate=settings.learning_rate))
@@ -301,30 +301,27 @@ def teach(settings: AttributeSettings) -> None:
     began, total, history = time.monotonic(), 0.0, []
     for step, numbers in enumerate(_numbers(len(batches), settings.batch_size, settings.epochs, generator)):
         trained.train()
-        pixels, *wanted = (part.to(accelerator.device) for part in batches.vary(batches.take(numbers), generator))
-        loss = attribute_loss(trained(pixels), *wanted, shown)
+        pictures, *wanted = (part.to(accelerator.device) for part in batches.vary(batches.take(numbers), generator))
+        loss = attribute_loss(trained(pictures), *wanted, shown)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(trained.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
         total += loss.item()
-        if (step + 1) % LOG_EVERY == 0 and accelerator.is_main_process:
-            logger.info(f"step {step + 1} of {steps}: loss {total / LOG_EVERY:.3f}, {time.monotonic() - began:.0f} s")
-        total *= (step + 1) % LOG_EVERY > 0
+        if (step + 1) % LOG_EVERY == 0:
+            if accelerator.is_main_process:
+                logger.info(
+                    f"step {step + 1} of {steps}: loss {total / LOG_EVERY:.3f}, {time.monotonic() - began:.0f} s"
+                )
+            total = 0.0
         if (step + 1) % steps_per_epoch == 0 and accelerator.is_main_process:
             history.append(measure(reader, val, settings.batch_size, accelerator.device))
             logger.info(f"val: {json.dumps(history[-1])}")
-    accelerator.wait_for_everyone()
-    if not accelerator.is_main_process:
-        return
-    output = Path(settings.output)
-    with writing(output):
-        partial = partial_folder(output)
-        model.save_pretrained(partial)
-        processor.save_pretrained(partial)
-        (partial / "attributes.json").write_text(json.dumps(history, indent=2))
-        replace_folder(output)
+    if accelerator.is_main_process:
+        output = Path(settings.output)
+        save_model(model, processor, output)
+        write_text(output / "attributes.json", json.dumps(history, indent=2))
 
 
 def _numbers(count: int, batch_size: int, epochs: int, generator: torch.Generator) -> Iterator[Tensor]:

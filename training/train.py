@@ -21,8 +21,6 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
-from modeling_sera import SeraForReferringSegmentation
-from processing_sera import SeraProcessor
 from training.batches import Collator, TrainingExamples
 from training.building import build_model, build_processor
 from training.checkpoints import Checkpoints, LossLog, Progress, check_same_run
@@ -35,7 +33,7 @@ from training.configuration import (
     read_settings,
 )
 from training.evaluation import score_sentences
-from training.files import partial_folder, replace_folder, write_text, writing
+from training.files import save_model, write_text
 from training.metric import summarize
 from training.optimizers import build_optimizer
 from training.routing_health import RoutingHealth
@@ -264,15 +262,6 @@ def flat(tree: dict) -> dict[str, float]:
     for name, value in tree.items():
         leaves |= {f"{name}/{k}": v for k, v in flat(value).items()} if isinstance(value, dict) else {name: value}
     return leaves
-
-
-def save_model(model: SeraForReferringSegmentation, processor: SeraProcessor, folder: Path) -> None:
-    """Weights and processor as one folder that `from_pretrained` loads; whole or, if interrupted, as it was before."""
-    with writing(folder):
-        partial = partial_folder(folder)
-        model.save_pretrained(partial)
-        processor.save_pretrained(partial)
-        replace_folder(folder)
 
 
 def message(error: Exception) -> str | None:
