@@ -17,8 +17,8 @@ export MALLOC_TRIM_THRESHOLD_ := 4294967296
 # one thread each train a model this small half as fast again as one process of two threads.
 demo: $(VENV)/.installed
 	$(BIN)/python training/evaluation.py $(CHECKPOINT)/model --split test --data.num_scenes '[1,1,24]' \
-		--output $(OUT)/checkpoint/evaluation-test.json --sheet $(OUT)/checkpoint/sheet.png
-	@echo "What $(CHECKPOINT) makes of 24 scenes is $(OUT)/checkpoint/sheet.png. Now a small model is trained from nothing."
+		--output $(OUT)/first/evaluation-test.json --sheet $(OUT)/first/sheet.png
+	@echo "What $(CHECKPOINT) makes of 24 scenes is $(OUT)/first/sheet.png. Now a small model is trained from nothing."
 	ACCELERATE_USE_CPU=true $(BIN)/accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no \
 		--dynamo_backend no --num_cpu_threads_per_process 1 training/train.py --config training/configs/demo.yaml --output_dir $(OUT)
 	$(BIN)/python training/evaluation.py $(OUT)/model --split test --sheet $(OUT)/sheet.png

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,21 @@ def run(tmp_path_factory):
 
     run.place = place
     return run
+
+
+def test_the_demo(run):
+    """All that `make demo` does after its installation, in its order, on fewer scenes and in one epoch."""
+    done = subprocess.run(["make", "-n", "demo"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    lines = [line for line in done.stdout.replace("\\\n", " ").splitlines() if " training/" in line]
+    assert len(lines) == 3
+    for line in lines:
+        brief = " --data.num_scenes '[12,2,3]'" + " --optimization.epochs 1 --evaluate_every 1" * ("train.py" in line)
+        run(line.replace(".venv/bin/", "") + brief)
+    demo = run.place / "outputs" / "demo"
+    sheets = {path.relative_to(run.place).as_posix() for path in demo.rglob("sheet.png")}
+    assert sheets == set(re.findall(r"outputs/demo/\S*sheet\.png", README)) and len(sheets) == 2
+    assert (demo / "model").is_dir()
+    shutil.rmtree(demo)  # the other sections' model takes its place
 
 
 def test_data(run):
