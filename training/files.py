@@ -1,14 +1,19 @@
 """Writing files so that a reader finds the whole of them or nothing (ours)."""
 
+from __future__ import annotations
+
 import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+
+if TYPE_CHECKING:  # they take seconds to import, and torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 
 def write_text(path: Path, text: str) -> None:
