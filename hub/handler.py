@@ -23,7 +23,7 @@ MAX_IMAGE_BYTES = 20 * 2**20  # of the file, after base64
 MAX_PIXELS = 25_000_000  # of the picture; a mask and its probabilities are as large
 MAX_EXPRESSIONS = 100  # more are refused: their answer would outlast the connection
 MAX_CHARACTERS = 1000  # of one expression; the model reads fewer tokens still
-EXPRESSIONS_AT_ONCE = 16  # in one forward pass: memory grows with them
+EXPRESSIONS_AT_ONCE = 16  # memory grows with them
 NUM_BYTES = 256  # every one of them is in a CLIP tokenizer's vocabulary
 # Pillow knows more, some of which start other programs
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
@@ -101,17 +101,17 @@ class EndpointHandler:
     def _segment(
         self, picture_inputs: dict[str, torch.Tensor], expressions: list[str], threshold: float | None
     ) -> list[dict[str, Any]]:
+        inputs = {**picture_inputs, **self.processor(text=[expressions], return_tensors="pt")}
+        inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
+        inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        with torch.inference_mode():
+            outputs = self.model(**inputs, max_expressions=EXPRESSIONS_AT_ONCE)
+        about_it = {name: inputs[name] for name in ("pixel_values", "original_sizes")}
         answers = []
-        for start in range(0, len(expressions), EXPRESSIONS_AT_ONCE):
-            group = expressions[start : start + EXPRESSIONS_AT_ONCE]
-            inputs = {**picture_inputs, **self.processor(text=[group], return_tensors="pt")}
-            inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
-            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
-            with torch.inference_mode():
-                outputs = self.model(**inputs)
-            results = self.processor.post_process_referring_segmentation(outputs, inputs, threshold=threshold)
-            for label, result in zip(group, results, strict=True):
-                answers.append({"label": label, "score": result["score"], "mask": encode_mask(result["mask"])})
+        for n, label in enumerate(expressions):  # masks of a picture's own size are large: one at a time
+            alone = {name: outputs[name][n : n + 1] for name in ("logits", "presence_logits") if name in outputs}
+            (result,) = self.processor.post_process_referring_segmentation(alone, about_it, threshold=threshold)
+            answers.append({"label": label, "score": result["score"], "mask": encode_mask(result["mask"])})
         return answers
 
 

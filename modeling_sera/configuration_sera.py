@@ -119,10 +119,14 @@ class SeraConfig(PreTrainedConfig):
             count = 6 if depth >= 12 else max(depth // 2, 1)
             step = depth // count
             self.adapter_layers = [step // 2 + step * i for i in range(count)]
+            if self.tap_layers:
+                self.adapter_layers = [i for i in self.adapter_layers if i < max(self.tap_layers)]
         if self.tap_layers is None:
-            self.tap_layers = sorted({max(round(depth / 3), 1), max(round(2 * depth / 3), 1), depth})
+            self.tap_layers = [max(round(depth / 3), 1), max(round(2 * depth / 3), 1), depth]
+        # what the tower gives follows its depth
+        self.adapter_layers, self.tap_layers = sorted(set(self.adapter_layers)), sorted(set(self.tap_layers))
 
-    def validate_architecture(self):
+    def validate_architecture(self) -> None:
         """Called by `@strict` after initialisation: refuses what cannot be built, naming the value and what is accepted."""
         if isinstance(self.vision_config, PreTrainedConfig):
             self._validate_towers()
@@ -142,6 +146,8 @@ class SeraConfig(PreTrainedConfig):
             ("fusion_dim", "fusion_num_heads"),
             ("decoder_dim", "decoder_num_heads"),
         ):
+            if getattr(self, heads) < 1:
+                raise ValueError(f"{heads} is {getattr(self, heads)}; it must be 1 or more.")
             if getattr(self, width) % getattr(self, heads):
                 raise ValueError(
                     f"{width} ({getattr(self, width)}) must be a multiple of {heads} ({getattr(self, heads)})."
@@ -172,6 +178,11 @@ class SeraConfig(PreTrainedConfig):
             )
         if self.tap_layers is not None and (not self.tap_layers or not all(1 <= i <= depth for i in self.tap_layers)):
             raise ValueError(f"tap_layers {self.tap_layers} must be one or more depths in 1..{depth}.")
+        if self.adapter_layers and self.tap_layers and self.adapter_layers[-1] >= self.tap_layers[-1]:
+            raise ValueError(
+                f"adapter_layers {self.adapter_layers} must lie below the last of tap_layers, {self.tap_layers[-1]}: what comes "
+                "after it is not read."
+            )
 
     @property
     def custom_pipelines(self) -> dict[str, dict]:

@@ -43,7 +43,7 @@ class SeraFixedFilters(nn.Module):
         self.values = kernels
         self.register_buffer("kernels", torch.tensor(kernels)[:, None], persistent=False)
 
-    def reset_kernels(self):
+    def reset_kernels(self) -> None:
         """Write the constants again: a buffer made while a checkpoint loads holds no values yet."""
         init.copy_(self.kernels, torch.tensor(self.values)[:, None])
 

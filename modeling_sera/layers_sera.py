@@ -91,7 +91,7 @@ def eager_attention(
 class SeraAttention(nn.Module):
     """Multi-head attention over tokens; self-attention, or cross-attention to tokens of another width.
 
-    The kernel is the one `config._attn_implementation` names (eager, sdpa, flash …).
+    The kernel is the one `config._attn_implementation` names (eager, sdpa …).
     """
 
     is_causal = False

@@ -1,10 +1,13 @@
 """SERA: from pictures and expressions to mask logits (arXiv 2603.12538)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, interpolate
 from transformers import AutoConfig, AutoModel, CLIPTextModelWithProjection, PreTrainedModel
@@ -83,8 +86,9 @@ class SeraPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["SeraAdaptedBlock", "SeraFusion", "SeraMaskDecoder"]
     _supports_sdpa = True
-    _supports_flash_attn = True
+    # no flash attention: transformers' unpads queries by the mask of the keys, which are other tokens here
     _supports_attention_backend = True
+    accepts_loss_kwargs = False  # or Trainer would leave it to the model to divide by the accumulated batches
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -101,6 +105,33 @@ class SeraPreTrainedModel(PreTrainedModel):
             init.constant_(module.alpha, 0.1)
         elif isinstance(module, SeraFixedFilters):
             module.reset_kernels()
+
+    def _set_gradient_checkpointing(
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Callable = torch.utils.checkpoint.checkpoint,
+        **options,
+    ) -> None:
+        """As of every model, but a block's second computation leaves batch norm's running statistics alone, which would otherwise
+        move twice a step. (With `use_reentrant`, which torch gives up, it does not.)"""
+        if enable and not getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant", False):
+            gradient_checkpointing_func = partial(
+                gradient_checkpointing_func, context_fn=lambda: (nullcontext(), self._running_statistics_kept())
+            )
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **options)
+
+    @contextmanager
+    def _running_statistics_kept(self) -> Iterator[None]:
+        norms = [module for module in self.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+        for norm in norms:
+            norm.momentum = 0.0
+            norm.num_batches_tracked = torch.zeros_like(norm.num_batches_tracked)  # synchronised norms want one
+        try:
+            yield
+        finally:
+            for norm, (momentum, count) in zip(norms, before, strict=True):
+                norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 class SeraModel(SeraPreTrainedModel):
@@ -270,11 +301,11 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
         vision_model: str | PathLike | None,
         text_model: str | PathLike | None,
         *,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
         attn_implementation: str | None = None,
         **config_overrides,
     ) -> "SeraForReferringSegmentation":
-        """A SERA whose towers are pretrained and whose other parts are fresh.
+        """A SERA whose towers are pretrained and whose other parts are fresh, in evaluation mode as from `from_pretrained`.
 
         Args:
             vision_model: Folder or Hub id of a DINOv2, with or without register tokens, or of a SERA, whose tower is taken.
@@ -282,7 +313,7 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
             text_model: Folder or Hub id of a CLIP text tower, of a whole CLIP, or of a SERA. Where the checkpoint has a
                 text projection, it is taken too; else the projection starts fresh. `None`: a fresh tower of the
                 configuration given as `text_config`.
-            dtype: Of all weights.
+            dtype: Of all weights, also by name, such as "bfloat16".
             attn_implementation: Attention kernel of all parts, such as "eager" or "sdpa".
             **config_overrides: Fields of [`SeraConfig`].
 
@@ -311,7 +342,7 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
                 fields.setdefault("projection_dim", whole.projection_dim)
             fields[f"{name}_config"] = config.to_dict()
 
-        model = cls(SeraConfig(**fields)).to(dtype)
+        model = cls(SeraConfig(**fields)).to(getattr(torch, dtype) if isinstance(dtype, str) else dtype).eval()
         if attn_implementation is not None:
             model.set_attn_implementation(attn_implementation)
         if vision_model is not None:
@@ -473,8 +504,8 @@ def mask_segmentation_loss(logits: Tensor, labels: Tensor, config: SeraConfig) -
 
     Args:
         logits: (N, h, w).
-        labels: (N, H, W) masks in [0, 1]; each logit's target is their mean over the area that it covers or, with
-            `mask_targets="nearest"`, their value at one pixel of it.
+        labels: (N, H, W) masks in [0, 1]; each logit's target is their mean over the pixels that it touches or, with
+            `mask_targets="nearest"`, their value at one of them.
         config: For the two weights and the kind of target.
 
     Returns:

@@ -44,7 +44,7 @@ class SeraPictures(NamedTuple):
     """Pictures as far as the tower takes them without text; rows are pictures (B).
 
     Attributes:
-        hidden_states: (B, num_prefix + H·W, hidden_size) before the first adapted block, or after the last of all.
+        hidden_states: (B, num_prefix + H·W, hidden_size) before the first adapted block, or after the last that is run.
         view: The first adapted block's; `None` where there is no adapter, and in training from pixels.
         taps: Patch tokens (B, H·W, hidden_size) of the depths so far.
         grid_size: (H, W).
@@ -118,10 +118,11 @@ class SeraVisionEncoder(nn.Module):
     def __init__(self, config: SeraConfig):
         super().__init__()
         self.tower = AutoModel.from_config(config.vision_config)
-        self.adapted_blocks = nn.ModuleDict({str(i): SeraAdaptedBlock(config) for i in sorted(config.adapter_layers)})
-        self.first_adapted = min(config.adapter_layers, default=config.vision_config.num_hidden_layers)
-        self.patch_size = config.patch_size
+        self.adapted_blocks = nn.ModuleDict({str(i): SeraAdaptedBlock(config) for i in config.adapter_layers})
         self.tap_layers = tuple(config.tap_layers)
+        self.depth = self.tap_layers[-1]  # blocks after it would compute what nothing reads
+        self.first_adapted = min(config.adapter_layers, default=self.depth)
+        self.patch_size = config.patch_size
         self.has_registers = config.vision_config.model_type == "dinov2_with_registers"
         self.num_prefix = 1 + (config.vision_config.num_register_tokens if self.has_registers else 0)
 
@@ -185,7 +186,7 @@ class SeraVisionEncoder(nn.Module):
             One tap per configured depth, and per adapter with experts its router weights (N, 2).
         """
         hidden_states, router_weights, tokens = pictures.hidden_states, [], []
-        for i in range(self.first_adapted, len(self.tower.encoder.layer)):
+        for i in range(self.first_adapted, self.depth):
             block = self.tower.encoder.layer[i]
             if str(i) not in self.adapted_blocks:
                 hidden_states = block(hidden_states)
@@ -215,7 +216,7 @@ class SeraVisionEncoder(nn.Module):
     def _shared_taps(self, kept: list[Tensor]) -> list[Tensor]:
         """Patch tokens of the hidden states that [`_run_shared`] kept."""
         taps: list[Tensor] = []
-        for hidden_states, depth in zip(kept, sorted(self.tap_layers), strict=False):
+        for hidden_states, depth in zip(kept, self.tap_layers, strict=False):
             self._tap(hidden_states, depth, taps)
         return taps
 

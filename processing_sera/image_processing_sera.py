@@ -24,6 +24,7 @@ ImageLike = str | os.PathLike | Image.Image | np.ndarray | torch.Tensor
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 ORIENTATION_TAG = 0x0112
+ROUNDING = 1e-3  # share of white that computed values may lie outside of the range
 TORCH_FILTERS = {int(Image.Resampling.BILINEAR): "bilinear", int(Image.Resampling.BICUBIC): "bicubic"}
 ACCEPTED = "a PIL image, a path or URL, or an array or tensor of shape (H,W), (H,W,1|3|4) or (1|3|4,H,W)"
 
@@ -160,7 +161,7 @@ def _pil_to_rgb(image: Image.Image, name: str) -> Image.Image:
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image)
-        white = 255 if image.mode == "F" and values.max() > 1 else None
+        white = 255 if image.mode == "F" and values.max() > 1 + ROUNDING else None
         return Image.fromarray(_to_8_bit(values, name, white)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -195,7 +196,7 @@ def _to_8_bit(values: np.ndarray, name: str, white: int | None = None) -> np.nda
     if white is None:
         is_16_bit = (kind, values.dtype.itemsize) == ("u", 2) or highest > 255  # of either byte order
         white = 1 if kind in "bf" else 65535 if is_16_bit else 255
-    slack = 1e-3 * white if kind == "f" else 0  # rounding errors of whoever computed the values
+    slack = ROUNDING * white if kind == "f" else 0
     if not (lowest >= -slack and highest <= white + slack):  # NaN fails too
         wanted = f"[0, {white}]" + (" (or be uint8)" if kind == "f" else "")
         found = f"from {lowest} to {highest}"
@@ -214,8 +215,7 @@ def to_numpy(value: Any) -> np.ndarray:
 class SeraImageProcessor(BaseImageProcessor):
     """Letterbox pictures to one size and normalise them with the vision tower's mean and deviation.
 
-    A picture keeps its aspect: it is scaled until it fits and centred (`letterbox_box`). The padding is the
-        mean
+    A picture keeps its aspect: it is scaled until it fits and centred (`letterbox_box`). The padding is the mean
     colour, so it is 0 after normalisation. Downscaling is anti-aliased.
 
     Args:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .image_processing_sera import ImageLike, as_image_list, letterbox_box
 from .pipeline_sera import ReferringImageSegmentationPipeline  # so that the file is saved with the processor
@@ -52,6 +53,12 @@ def clean_expression(text: str) -> str:
     while (cleaned := _clean_once(text)) != text:
         text = cleaned
     return text
+
+
+def token_limit(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens that an expression may have, start and end among them: the tokenizer's own limit, or CLIP's where nobody set one."""
+    limit = tokenizer.model_max_length
+    return limit if limit < UNSET_LENGTH else CLIP_MAX_TOKENS
 
 
 def _clean_once(text: str) -> str:
@@ -151,8 +158,7 @@ class SeraProcessor(ProcessorMixin):
             split_special_tokens=True,  # a "<|endoftext|>" inside an expression is text
             verbose=False,
         )["input_ids"]
-        limit = self.tokenizer.model_max_length
-        limit = limit if limit < UNSET_LENGTH else CLIP_MAX_TOKENS
+        limit = token_limit(self.tokenizer)
         for i, row in enumerate(ids):
             if len(row) > limit:
                 message = f"The expression {expressions[i]!r} has {len(row)} tokens and is cut to {limit}."
@@ -321,4 +327,4 @@ def _checked_threshold(threshold: float, name: str = "mask") -> float:
     return float(threshold)
 
 
-__all__ = ["ReferringImageSegmentationPipeline", "SeraProcessor", "clean_expression"]
+__all__ = ["ReferringImageSegmentationPipeline", "SeraProcessor", "clean_expression", "token_limit"]

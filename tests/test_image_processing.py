@@ -264,6 +264,14 @@ def test_values_that_are_no_picture(processor, image, message):
         processor.image_processor(image)
 
 
+def test_a_rounding_error_above_white_does_not_turn_a_picture_black():
+    values = np.full((4, 4), 0.9, np.float32)
+    expected = np.asarray(to_rgb_image(Image.fromarray(values)))
+    values[0, 0] = 1.0005
+    assert np.array_equal(np.asarray(to_rgb_image(Image.fromarray(values)))[1:], expected[1:])
+    assert expected.mean() > 200
+
+
 def test_types_that_are_no_picture(processor):
     with pytest.raises(TypeError, match="got int"):
         processor.image_processor(5)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_inputs, make_model
+from transformers import Trainer, TrainingArguments
 
 from modeling_sera import SeraConfig, SeraForReferringSegmentation
 from modeling_sera.modeling_sera import mask_segmentation_loss
@@ -161,6 +162,40 @@ def test_eager_and_sdpa_agree(tmp_path):
     assert close(outputs["eager"], outputs["sdpa"])
 
 
+def test_kernels_that_take_the_keys_mask_for_the_queries_are_refused(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    with pytest.raises((ValueError, ImportError), match=r"(?i)flash"):
+        SeraForReferringSegmentation.from_pretrained(tmp_path, attn_implementation="flash_attention_2")
+    assert not SeraForReferringSegmentation._supports_flash_attn  # the error is not that the package is missing
+
+
+def test_trainer_sees_the_same_gradient_however_many_batches_it_is_spread_over(tmp_path):
+    inputs, generator = make_inputs(4), torch.Generator().manual_seed(2)
+    rows = [{name: inputs[name][i] for name in inputs if name != "image_index"} for i in range(4)]
+    rows = [row | {"labels": torch.rand(56, 56, generator=generator)} for row in rows]
+    logged = {}
+    for accumulated in (1, 2):
+        model = make_model(router_noise_std=0.0, decoder_dropout=0.0, router_balance_loss_weight=0.0)
+        for module in model.modules():  # the halves' own statistics, and their own balance, would be other ones
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.train = lambda mode=True, module=module: module
+        arguments = TrainingArguments(
+            str(tmp_path / str(accumulated)),
+            max_steps=1,
+            per_device_train_batch_size=4 // accumulated,
+            gradient_accumulation_steps=accumulated,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+        )
+        trainer = Trainer(model, arguments, train_dataset=rows)
+        trainer.train()
+        logged[accumulated] = trainer.state.log_history[0]
+    for name in ("loss", "grad_norm"):
+        assert logged[2][name] == pytest.approx(logged[1][name], rel=1e-2)
+
+
 @pytest.mark.parametrize("k", [2, 4])
 def test_every_new_parameter_receives_a_gradient(k):
     model = make_model(num_selected_experts=k, expression_aware_routing=True).train()
@@ -192,7 +227,7 @@ def test_sizes(model, size):
 
 
 def test_activation_checkpointing_changes_no_gradient():
-    gradients = []
+    gradients, buffers = [], []
     for checkpointing in (False, True):
         model = make_model().train()
         if checkpointing:
@@ -207,6 +242,9 @@ def test_activation_checkpointing_changes_no_gradient():
                 module.noise_std = 0.0
         model(**make_inputs(2), labels=torch.ones(2, 56, 56)).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        buffers.append(dict(model.named_buffers()))
+    assert any("running_mean" in name for name in buffers[0])
+    assert all(torch.equal(buffers[1][name], value) for name, value in buffers[0].items())  # moved once, not twice
     assert gradients[0].keys() == gradients[1].keys()
     assert all(close(gradients[0][name], gradients[1][name], 1e-4) for name in gradients[0])
 
@@ -273,7 +311,9 @@ def test_wrong_sizes_are_named(model, change, message):
         ({"num_selected_experts": 5}, "num_selected_experts is 5"),
         ({"adapter_layers": [1, 4]}, r"adapter_layers \[1, 4\]"),
         ({"tap_layers": []}, r"tap_layers \[\]"),
+        ({"tap_layers": [1, 2], "adapter_layers": [1, 3]}, r"adapter_layers \[1, 3\] must lie below"),
         ({"fusion_dim": 18}, "fusion_dim"),
+        ({"adapter_num_heads": 0}, "adapter_num_heads is 0"),
         ({"vision_config": {"model_type": "vit"}}, "'vit'"),
     ],
 )
@@ -288,6 +328,20 @@ def test_default_configuration_is_sera_b():
     assert config.adapter_layers == [1, 3, 5, 7, 9, 11] and config.tap_layers == [4, 8, 12]
     large = SeraConfig(vision_config={"model_type": "dinov2", "num_hidden_layers": 24, "patch_size": 14})
     assert large.adapter_layers == [2, 6, 10, 14, 18, 22] and large.tap_layers == [8, 16, 24]
+
+
+def test_layers_are_named_in_the_order_in_which_the_tower_gives_them():
+    config = SeraConfig.tiny(adapter_layers=[3, 1, 3], tap_layers=[4, 2, 2])
+    assert config.adapter_layers == [1, 3] and config.tap_layers == [2, 4]
+    assert SeraConfig.tiny(tap_layers=[2, 1]).adapter_layers == [1]  # the default, as far as something reads it
+
+
+def test_blocks_after_the_last_tap_are_not_run():
+    model = make_model(tap_layers=[1, 3])
+    expected = model(**make_inputs()).logits
+    for part in (model.model.vision.tower.encoder.layer[3], model.model.vision.tower.layernorm):
+        part.register_forward_pre_hook(lambda module, arguments: pytest.fail("run for nothing"))
+    assert torch.equal(model(**make_inputs()).logits, expected)
 
 
 def test_fresh_weights_start_as_documented():

@@ -272,7 +272,8 @@ def test_a_tower_left_out_starts_fresh(folders):
 def test_overrides_dtype_and_kernel_reach_every_part(folders):
     model = load(folders / "dinov2", folders / "clip", fusion_dim=24, dtype=torch.bfloat16, attn_implementation="eager")
     assert model.config.fusion_dim == 24
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and not model.training
+    assert load(folders / "dinov2", folders / "clip", dtype="bfloat16").dtype == torch.bfloat16
     assert model.model.text_tower.config._attn_implementation == "eager"
     assert model.model.vision.tower.config._attn_implementation == "eager"
 

@@ -68,6 +68,14 @@ def test_norm_and_bias_tuning_leaves_tokens_scales_and_matrices_alone():
     assert {name for name in frozen if name.endswith("bias") or "norm" in name} == set()
 
 
+@pytest.mark.parametrize("taps", [[1, 2], [1, 4]])
+def test_every_trained_parameter_has_a_gradient(taps):
+    model = make_model(adapter_layers=[1], tap_layers=taps).train()
+    apply_tuning(model, vision="full", text="full")
+    model(**make_inputs(3), labels=torch.rand(3, 56, 56)).loss.backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
 def test_modes_can_be_changed():
     model = make_model()
     apply_tuning(model, vision="full", text="full")

@@ -1,7 +1,5 @@
 """Which parameters are trained (the paper's norm-and-bias tuning of the frozen towers, or others), and in what memory."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 from torch import nn
@@ -47,6 +45,8 @@ def apply_tuning(model: SeraForReferringSegmentation, *, vision: Tuning, text: T
     counts = {}
     for name, (tower, tuning) in towers.items():
         _tune(tower, tuning)
+        if name == "vision":
+            _freeze_what_nothing_reads(model)
         parameters = list(tower.parameters())
         counts[f"{name}_trained"] = sum(p.numel() for p in parameters if p.requires_grad)
         counts[f"{name}_total"] = sum(p.numel() for p in parameters)
@@ -55,26 +55,10 @@ def apply_tuning(model: SeraForReferringSegmentation, *, vision: Tuning, text: T
 
 
 def checkpoint_activations(model: SeraForReferringSegmentation) -> None:
-    """Have the blocks of both towers computed again in the backward pass instead of kept.
-
-    The second computation leaves batch norm's running statistics alone, which would otherwise move twice a step.
-    """
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-
-    @contextmanager
-    def running_statistics_kept() -> Iterator[None]:
-        before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-        for norm in norms:
-            norm.momentum, norm.num_batches_tracked = 0.0, None
-        try:
-            yield
-        finally:
-            for norm, (momentum, count) in zip(norms, before, strict=True):
-                norm.momentum, norm.num_batches_tracked = momentum, count
-
+    """Have the blocks of both towers computed again in the backward pass instead of kept."""
     # the newer releases of transformers renamed it
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False, "context_fn": lambda: (nullcontext(), running_statistics_kept())})
+    enable({"use_reentrant": False})
 
 
 def _tune(tower: nn.Module, tuning: Tuning) -> None:
@@ -86,7 +70,13 @@ def _tune(tower: nn.Module, tuning: Tuning) -> None:
         for name, parameter in tower.named_parameters():
             if name.endswith("bias"):
                 parameter.requires_grad_(True)
-    # a parameter that no forward pass uses (DINOv2's mask token) would stall distributed training
-    for name, parameter in tower.named_parameters():
-        if name.endswith("mask_token"):
-            parameter.requires_grad_(False)
+
+
+def _freeze_what_nothing_reads(model: SeraForReferringSegmentation) -> None:
+    """A parameter that no forward pass uses would stall distributed training."""
+    vision = model.model.vision
+    if vision.tower.embeddings.mask_token is not None:
+        vision.tower.embeddings.mask_token.requires_grad_(False)
+    vision.tower.encoder.layer[vision.depth :].requires_grad_(False)
+    if vision.depth < len(vision.tower.encoder.layer):
+        vision.tower.layernorm.requires_grad_(False)
