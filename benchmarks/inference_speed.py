@@ -29,6 +29,7 @@ from subjects import (
     train_once,
     training_step,
 )
+from torch.autograd import DeviceType
 
 from processing_sera import SeraImageProcessor, SeraProcessor
 from training.commands import in_one_line, run_command
@@ -69,6 +70,10 @@ PHOTOGRAPH = (480, 640)  # height and width of the JPEG that processing is measu
 def benchmark(options: argparse.Namespace) -> dict[str, Any]:
     """All figures as plain values; times in seconds, memory in bytes."""
     device, tiny = torch.device(options.device), options.tiny
+    trains = not options.only or any(word in "training step" for word in options.only)
+    largest = {}
+    if trains and device.type == "cuda":  # first, while no other model takes memory there
+        largest = {precision: largest_batch(precision, tiny, device) for precision in PRECISIONS[:2]}
     models = Models(tiny, device)
     calls, skipped = {}, {}
     for entry in ENTRIES:
@@ -85,7 +90,7 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
         else:
             calls[entry] = call
     steps = {}
-    if not options.only or any(word in "training step" for word in options.only):
+    if trains:
         trained = build_model("sera", tiny).to(device)
         for precision in PRECISIONS[:2]:
             for size in TRAINING_BATCHES[device.type]:
@@ -138,8 +143,8 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
         "matrix_rate": {str(dtype).removeprefix("torch."): rate for dtype, rate in rates.items()},
         "skipped": skipped,
     }
-    if device.type == "cuda" and steps:
-        record["largest_batch"] = {precision: largest_batch(precision, tiny, device) for precision in PRECISIONS[:2]}
+    if largest:
+        record["largest_batch"] = largest
     if options.curves:
         record["curves"] = measure_curves(models, options.memory)
     return record | {
@@ -225,7 +230,11 @@ def measure_operators(models: Models, precision: str, count: int = 8) -> dict[st
         call()
         wait(models.device)
     on_gpu = models.device.type == "cuda"
-    spent = {e.key: e.self_device_time_total if on_gpu else e.self_cpu_time_total for e in profiler.key_averages()}
+    spent = {
+        event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        for event in profiler.key_averages()
+        if event.device_type == DeviceType.CPU  # an operator, not its kernels, whose times it has as well
+    }
     costly = sorted(spent, key=spent.__getitem__, reverse=True)[:count]
     return {name.removeprefix("aten::"): spent[name] / sum(spent.values()) for name in costly}
 

@@ -1,7 +1,7 @@
 """How fast training is, and what it waits for: the input pipeline alone, a training step, the bare vision tower's forward.
 
 `python benchmarks/training_speed.py [--repeats N] [--output FILE.json] --config training/configs/demo.yaml [--option value ...]`
-takes every option of `training/train.py`, prints a Markdown table and writes a JSON file. Processor or GPU, as accelerate finds.
+takes the options of `training/train.py`, prints a Markdown table and writes a JSON file. Processor or GPU, as accelerate finds.
 """
 
 import argparse
@@ -30,7 +30,15 @@ WARM_UP = 3  # first calls allocate, compile and choose kernels
 
 
 def benchmark(settings: TrainingSettings, repeats: int) -> dict[str, Any]:
-    """All figures for the settings of a run, as plain values; times in seconds for one batch, memory in bytes."""
+    """All figures for the settings of a run, as plain values; times in seconds for one batch, memory in bytes.
+
+    Raises:
+        ValueError: Where the run would read kept views, and its steps would leave the vision tower out.
+    """
+    if settings.data.views:
+        raise ValueError(
+            f"data.views is {settings.data.views}; what is timed is training through the tower: set it to 0."
+        )
     accelerator = Accelerator(mixed_precision=settings.mixed_precision)
     device = accelerator.device
     (rows,) = load_splits(settings.data, [settings.data.train_split])

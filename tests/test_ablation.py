@@ -234,6 +234,17 @@ def test_a_killed_runner_leaves_no_process_and_loses_no_run(tmp_path, scripts):
     assert all(record["seconds"]["training"] > 0 for record in records.values())
 
 
+def test_a_runner_that_dies_with_its_last_line_unwritten_goes_on(tmp_path, scripts, monkeypatch):
+    scripts(0.0)
+    grid, output = str(write_grid(tmp_path, seeds=[0])), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(Records, "add", lambda *_: (_ for _ in ()).throw(OSError("the disk is full")))
+        with pytest.raises(OSError, match="the disk is full"):
+            main([grid, "--output", str(output)])
+    assert main([grid, "--output", str(output)]) == OK
+    assert {record["variant"] for record in Records(output / "runs.jsonl").read().values()} == set(VARIANTS)
+
+
 def test_two_runners_do_not_work_on_one_folder(tmp_path, scripts):
     scripts(0.0)
     grid, output = str(write_grid(tmp_path)), tmp_path / "out"

@@ -94,6 +94,16 @@ def test_the_same_numbers_draw_the_same_picture():
     assert one.image.size != another.image.size or not np.array_equal(np.asarray(one.image), np.asarray(another.image))
 
 
+def test_rows_without_a_category_or_with_several_objects_are_not_cut_out():
+    rows = make_rows(ROWS)
+    nameless = rows.map(lambda row, i: {"category": "" if i == 1 else row["category"]}, with_indices=True)
+    assert Composites(nameless).usable == [0, 2]
+    several = rows.map(lambda row, i: {"ann_ids": [1, 2] if i == 0 else row["ann_ids"]}, with_indices=True)
+    assert Composites(several).usable == [1, 2]
+    with pytest.raises(ValueError, match="category"):
+        Composites(rows.map(lambda row: {"category": ""}))
+
+
 def test_a_split_without_objects_to_cut_out_is_refused():
     with pytest.raises(ValueError, match="fewer than two objects"):
         Composites(make_rows([{"red": ["red square"]}]))

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from builders import tiny_tokenizer
 from conftest import REPOSITORY, make_inputs, make_model
 from test_readme import commands
@@ -225,6 +227,22 @@ def test_what_it_cannot_use_is_named_before_any_work(run_folder, tmp_path, monke
     assert "settings.yaml" in refusal(capsys, moved, "--output", output, "--evaluate", "test")
     assert "nowhere" in refusal(capsys, tmp_path / "nowhere", "--output", output)
     assert not output.exists()
+
+
+@needs_onnx
+def test_a_gpu_is_left_alone(run_folder, tmp_path, monkeypatch, capsys):
+    """The graph is computed on the processor: whatever loads the data must not have chosen a GPU for the process before."""
+
+    def load(*arguments):
+        raise ValueError(f"device: {PartialState().device}")
+
+    monkeypatch.setattr(export, "load_splits", load)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        said = refusal(capsys, run_folder / "model", "--output", tmp_path / "new", "--evaluate", "test")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert "device: cpu" in said
 
 
 def test_a_missing_library_is_named(run_folder, tmp_path, monkeypatch, capsys):

@@ -15,6 +15,7 @@ from test_training import ENVIRONMENT, REPOSITORY, written
 
 from modeling_sera import SeraForReferringSegmentation
 from processing_sera import SeraProcessor
+from training.configuration import TrainingSettings
 from training.evaluation import score_sentences
 from training.metric import summarize
 from training.splits import load_splits
@@ -63,13 +64,13 @@ def whole(tmp_path_factory) -> Path:
     return folder
 
 
-def start_pair(folder: Path) -> list:
+def start_pair(folder: Path, settings: TrainingSettings = SETTINGS) -> list:
     """Two processes of one run, as a launcher would start them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [start(SETTINGS, folder, RANK=rank, LOCAL_RANK=rank, **common) for rank in ("0", "1")]
+    return [start(settings, folder, RANK=rank, LOCAL_RANK=rank, **common) for rank in ("0", "1")]
 
 
 def test_a_killed_pair_goes_on_to_the_last_bit(whole, tmp_path):
@@ -86,6 +87,15 @@ def test_a_killed_pair_goes_on_to_the_last_bit(whole, tmp_path):
         assert process.exitcode == 0, printed(folder, rank)
     assert "going on" in printed(folder)
     assert_same_run(folder, whole)
+
+
+def test_a_set_smaller_than_a_batch_of_each_is_trained_on(tmp_path):
+    optimization = replace(SETTINGS.optimization, batch_size=2, epochs=1)
+    few = replace(SETTINGS, data=replace(SETTINGS.data, num_scenes=(3, 2, 1)), optimization=optimization)
+    for rank, process in enumerate(start_pair(tmp_path / "run", few)):
+        process.join()
+        assert process.exitcode == 0, printed(tmp_path / "run", rank)
+    assert len((tmp_path / "run" / "losses.jsonl").read_text().splitlines()) == 1
 
 
 def test_one_process_does_not_go_on_for_two(whole, tmp_path):

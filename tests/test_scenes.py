@@ -23,7 +23,7 @@ from training.data import REFER_FEATURES, decode_mask
 from training.scene_demo import SHAPES, draw_scene
 from training.scene_drawing import COLORS
 from training.scene_semantics import SceneSemantics
-from training.scenes import build_scenes, generate_scenes, train_tokenizer
+from training.scenes import generate_scenes, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCATION_WORDS = {
@@ -308,8 +308,7 @@ def test_another_process_draws_the_same_bytes():
 
 
 def test_splits_and_seeds_share_no_scene():
-    splits = build_scenes(2, train=20, val=10, test=10)
-    assert list(splits) == ["train", "val", "test"]
+    splits = {split: generate_scenes(n, 2, split=split) for split, n in (("train", 20), ("val", 10), ("test", 10))}
     assert [len(set(split["image_id"])) for split in splits.values()] == [20, 10, 10]
     pictures = [{image["bytes"] for image in split["image"]} for split in splits.values()]
     pictures.append({image["bytes"] for image in generate_scenes(20, seed=3)["image"]})

@@ -36,7 +36,7 @@ from training.configuration import (
     read_settings,
 )
 from training.evaluation import score_sentences
-from training.files import save_model
+from training.files import save_model, writing
 from training.metric import summarize
 from training.scenes import generate_scenes
 from training.splits import load_splits
@@ -384,10 +384,13 @@ def test_norm_and_bias_tuning_keeps_the_pretrained_matrices(runs):
 # Switches
 
 
-def loss_and_state(switch) -> tuple[float, dict, dict, int]:
-    """Loss, gradients, state and bytes kept for the backward pass of one training step after `switch(model)`."""
+def loss_and_state(checkpointed: bool, synchronised: bool = False) -> tuple[float, dict, dict, int]:
+    """Loss, gradients, state and bytes kept for the backward pass of one training step."""
     model = make_model().train()
-    switch(model)
+    if synchronised:  # as on several GPUs; a single process computes the same with it
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if checkpointed:
+        checkpoint_activations(model)
     kept = []
 
     def keep(tensor):
@@ -403,15 +406,53 @@ def loss_and_state(switch) -> tuple[float, dict, dict, int]:
     return loss.item(), gradients, model.state_dict(), size
 
 
-def test_activation_checkpointing_changes_memory_alone():
-    loss, gradients, state, size = loss_and_state(lambda model: None)
-    other_loss, other_gradients, other_state, other_size = loss_and_state(checkpoint_activations)
+@pytest.mark.parametrize("synchronised", [False, True])
+def test_activation_checkpointing_changes_memory_alone(synchronised):
+    loss, gradients, state, size = loss_and_state(checkpointed=False)
+    other_loss, other_gradients, other_state, other_size = loss_and_state(True, synchronised)
     assert other_loss == loss and other_gradients.keys() == gradients.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(other_gradients[name], gradient, msg=name)
     assert any("running_mean" in name for name in state)
     assert all(torch.equal(other_state[name], value) for name, value in state.items())  # batch norm moved once
     assert other_size < 0.8 * size
+
+
+def test_trackers_are_given_names_that_each_of_them_takes():
+    named = train.flat({"val": {"mIoU": 0.3, "Pr@0.5": 0.2}, "routing": {"taps": {"4": {"entropy": 1.0}}}})
+    assert named == {"val/mIoU": 0.3, "val/Pr_at_0.5": 0.2, "routing/taps/4/entropy": 1.0}
+    assert all(re.fullmatch(r"[/\w. :-]+", name) for name in named)  # MLflow's rule, the narrowest
+
+
+def test_only_what_went_wrong_in_writing_is_told_as_such(tmp_path):
+    with pytest.raises(RuntimeError, match=r"^Expected all tensors"), writing(tmp_path / "folder"):
+        raise RuntimeError("Expected all tensors to be on the same device")
+    with pytest.raises(OSError, match=r"folder could not be written.*No space left"), writing(tmp_path / "folder"):
+        raise OSError("No space left on device")
+
+
+def test_a_full_gpu_is_told_with_what_to_lower():
+    said = train.message(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore"))
+    assert "CUDA out of memory" in said and "optimization.batch_size" in said and "\n" not in said
+    assert train.message(RuntimeError("Expected all tensors to be on the same device")) is None
+
+
+def test_a_model_saved_in_half_precision_is_trained_in_whole(tmp_path):
+    rows = generate_scenes(2, 0, 64)
+    settings = replace(TINY, model=ModelSettings(config=TINY.model.config))
+    processor = build_processor(settings, rows)
+    save_model(build_model(settings, processor).bfloat16(), processor, tmp_path / "half")
+    again = replace(settings, model=ModelSettings(pretrained=str(tmp_path / "half")))
+    assert {p.dtype for p in build_model(again, processor).parameters()} == {torch.float32}
+
+
+def test_a_tokenizer_without_a_length_has_clips(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.model_max_length = int(1e30)  # what transformers sets where nothing is said
+    tokenizer.save_pretrained(tmp_path)
+    settings = replace(TINY, model=ModelSettings(tokenizer=str(tmp_path), config=TINY.model.config))
+    processor = build_processor(settings, generate_scenes(2, 0, 64))
+    assert build_model(settings, processor).config.text_config.max_position_embeddings == 77
 
 
 def test_a_run_with_a_tracker_and_activation_checkpointing(tmp_path, monkeypatch):
@@ -497,11 +538,12 @@ def test_what_a_run_cannot_use_is_said_before_any_work(say, tmp_path, monkeypatc
         assert "'nope'" in say("--data.val_split", "nope")
         assert "'nope'" in say("--data.train_split", "nope")
     assert "vision_config" in say("--model.vision_model", tmp_path / "vision")
-    assert str(tmp_path / "no-model") in say("--model.pretrained", tmp_path / "no-model")
+    assert str(tmp_path / "no-model") in say("--model.pretrained", tmp_path / "no-model", "--model.config", "{}")
     config = json.dumps(TINY.model.config | {"fusion_dims": 3})
     assert "'fusion_dims'" in say("--model.config", config)
     assert "60" in say("--data.image_size", "[60,64]")  # no multiple of the patch
     assert "cannot be combined" in say("--compile", "true", "--activation_checkpointing", "true")
+    assert "model.config is for a fresh model" in say("--model.pretrained", tmp_path / "no-model")
     assert "wandb" in say("--tracker", "wandb")  # which is not installed
     if not torch.cuda.is_available():
         assert "fp16" in say("--mixed_precision", "fp16")

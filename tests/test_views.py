@@ -9,7 +9,8 @@ import torch
 from accelerate import Accelerator
 from builders import iou, tiny_tokenizer
 from conftest import make_model
-from test_batches import make_rows
+from PIL import Image
+from test_batches import make_rows, png
 from test_training import ON_CPU, TRAIN, finished, history_of, refer_settings, run, written
 
 from processing_sera import SeraImageProcessor, SeraProcessor
@@ -86,6 +87,17 @@ def test_a_folder_is_made_once_and_for_what_it_depends_on(store_of, tmp_path, mo
     for changed in (settings, replace(settings, augmentation=AugmentationSettings()), settings_for(tmp_path, views=2)):
         with pytest.raises(pytest.fail.Exception, match="drawn again"):
             make(changed)
+
+
+def test_other_pictures_of_the_same_sizes_are_other_views(store_of, tmp_path):
+    _, model, processor = store_of
+    rows = make_rows(ROWS)
+    grey = [{"path": None, "bytes": png(Image.new("RGB", picture_as_annotated(row).size))} for row in rows]
+    folders = [
+        ViewStore(settings_for(tmp_path), those, model, processor, Accelerator()).folder
+        for those in (rows, rows.remove_columns("image").add_column("image", grey).cast(rows.features))
+    ]
+    assert folders[0] != folders[1]
 
 
 def test_what_is_drawn_depends_on_seed_epoch_and_place(store_of, tmp_path):

@@ -198,10 +198,10 @@ class Work:
         self.jobs.append(job)
 
     def _go_on(self, job: Job, left: float) -> None:
-        """After a phase came to its end: the next one, or the run's line."""
-        job.state["done"].append(job.phase)
-        self._write_state(job)
+        """After a phase came to its end: the next one, or the run's line, which alone says that the last one is done."""
         if job.phase != PHASES[-1]:
+            job.state["done"].append(job.phase)
+            self._write_state(job)
             if left > LAST_SECONDS:
                 self._start(job.run, job.folder, job.slot, job.state)
             return

@@ -1,10 +1,12 @@
 """Processor and model as a run's settings describe them."""
 
 import datasets
+import torch
 from transformers import CLIPTokenizer
 
 from modeling_sera import SeraForReferringSegmentation
 from processing_sera import SeraImageProcessor, SeraProcessor
+from processing_sera.processing_sera import token_limit
 from training.configuration import TrainingSettings
 from training.scenes import train_tokenizer
 
@@ -43,7 +45,9 @@ def build_model(settings: TrainingSettings, processor: SeraProcessor) -> SeraFor
     model = settings.model
     height, width = processor.image_processor.frame_size
     if model.pretrained:
-        built = SeraForReferringSegmentation.from_pretrained(model.pretrained)
+        built = SeraForReferringSegmentation.from_pretrained(
+            model.pretrained, dtype=torch.float32
+        )  # whatever it was saved in
         built.config.image_size = max(height, width)
     else:
         overrides = {"image_size": max(height, width)} | model.config
@@ -71,5 +75,5 @@ def _text_config(overrides: dict, tokenizer: CLIPTokenizer) -> dict:
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
-        "max_position_embeddings": tokenizer.model_max_length,
+        "max_position_embeddings": token_limit(tokenizer),
     } | overrides

@@ -85,14 +85,16 @@ class Composites:
             rows: The split; its photographs are opened as they are needed.
 
         Raises:
-            ValueError: Where fewer than two objects are large enough to be cut out.
+            ValueError: Where fewer than two rows have a category and one object that is large enough to be cut out.
         """
         self.rows = rows
-        covered = [decode_mask(mask).mean() for mask in rows["mask"]]
-        self.usable = [i for i, share in enumerate(covered) if share >= MIN_COVERED]
+        can_be_named = [bool(c) and len(ids) == 1 for c, ids in zip(rows["category"], rows["ann_ids"], strict=True)]
+        self.usable = [
+            i for i, mask in enumerate(rows["mask"]) if can_be_named[i] and decode_mask(mask).mean() >= MIN_COVERED
+        ]
         if len(self.usable) < 2:
             raise ValueError(
-                "data.composites: fewer than two objects of the training split are large enough to be cut out."
+                "data.composites: fewer than two objects of the training split have a category and are large enough to be cut out."
             )
         self.by_category: dict[str, list[int]] = defaultdict(list)
         categories = rows["category"]

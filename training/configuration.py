@@ -129,7 +129,7 @@ class OptimizationSettings:
         warmup: Share of training in which the rate rises linearly.
         weight_decay: Decoupled weight decay on matrices and kernels.
         max_grad_norm: Norm that gradients are clipped to; 0 clips nothing.
-        gradient_accumulation_steps: Batches whose gradients are summed before a step.
+        gradient_accumulation_steps: Batches whose gradients are averaged before a step.
     """
 
     epochs: PositiveInt = 50

@@ -31,6 +31,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from processing_sera.processing_sera import token_limit
 from training.commands import run_command
 from training.configuration import DataSettings, read_settings_of
 from training.files import save_model
@@ -160,7 +161,7 @@ def build_student(teacher: Teacher, tokenizer: CLIPTokenizer, settings: Distilla
         num_hidden_layers=settings.layers,
         num_attention_heads=settings.heads,
         vocab_size=len(tokenizer),
-        max_position_embeddings=tokenizer.model_max_length,
+        max_position_embeddings=token_limit(tokenizer),
         **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},
     )
     student = CLIPTextModelWithProjection(config)

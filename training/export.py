@@ -160,13 +160,13 @@ class Timed(nn.Module):
 
 
 def measure(
-    candidates: Mapping[str, nn.Module], processor: SeraProcessor, rows: datasets.Dataset
+    candidates: Mapping[str, nn.Module], processor: SeraProcessor, rows: datasets.Dataset, accelerator: Accelerator
 ) -> dict[str, dict[str, float]]:
     """Of each candidate, its scores over all sentences of a split and the `seconds` that it computed for them."""
     measured = {}
     for name, candidate in candidates.items():
         timed = Timed(candidate).eval()
-        scores = score_sentences(timed, processor, rows, Accelerator(cpu=True))
+        scores = score_sentences(timed, processor, rows, accelerator)
         measured[name] = summarize(scores)["all"] | {"seconds": timed.seconds}
     return measured
 
@@ -196,6 +196,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--output {output} holds something else than an export; name a new folder.")
     if options.evaluate and not settings_file.is_file():
         parser.error(f"--evaluate {options.evaluate}: {settings_file}, which would name the data, is not there.")
+    accelerator = Accelerator(cpu=True)  # before the data ask for one, which would choose a GPU for the whole process
     try:
         rows = load_splits(load_settings(settings_file).data, [options.evaluate])[0] if options.evaluate else None
         model = SeraForReferringSegmentation.from_pretrained(options.model, dtype=torch.float32).eval()
@@ -222,7 +223,7 @@ def main(arguments: list[str] | None = None) -> None:
         name: sum(file.stat().st_size for file in folder.glob(f"{name}*")) for name in candidates if name != "model"
     }
     if rows is not None:
-        measured = measure(candidates, processor, rows)
+        measured = measure(candidates, processor, rows, accelerator)
         record = {
             "model": model_name(options.model),
             "split": options.evaluate,

@@ -81,6 +81,8 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and not isinstance(error, OSError) and "inline_container" not in str(error):
+            raise  # torch's file writer names its source so; others are no matter of writing
         free = shutil.disk_usage(next(parent for parent in path.absolute().parents if parent.exists())).free
         shutil.rmtree(partial_path(path), ignore_errors=True)
         reason = (str(error) or type(error).__name__).splitlines()[0]

@@ -276,7 +276,7 @@ def teach(settings: AttributeSettings) -> None:
         ValueError: Where the pictures' side is no multiple of the patch, or the scenes are fewer than a batch.
     """
     set_seed(settings.seed)
-    model = SeraForReferringSegmentation.from_pretrained(settings.model)
+    model = SeraForReferringSegmentation.from_pretrained(settings.model, dtype=torch.float32)
     processor = SeraProcessor.from_pretrained(settings.model)
     patch = model.config.patch_size
     if settings.size % patch:

@@ -1,6 +1,6 @@
 """The embedded data sets: scenes drawn from a seed, with expressions that each denote exactly one object, or none.
 
-`generate_scenes` and `build_scenes` give scenes the columns that every referring data set here has, `train_tokenizer` builds the
+`generate_scenes` and `load_scenes` give scenes the columns that every referring data set here has, `train_tokenizer` builds the
 small CLIP vocabulary that goes with them. Nothing is downloaded. The rest in reading order: `scene_semantics` (what an expression
 means), `scene_expressions` (the search for one), `scene_wording`; `scene_shapes`, `scene_drawing`, `scene_nuisances`; `scene_demo`
 and `scene_benchmark` (the scenes themselves), `scene_rows`. The design of the scenes is ours.
@@ -123,30 +123,6 @@ def _generate_rows(draw: Callable[[range], list[dict[str, Any]]], chunks: list[r
 
 def _chunks(num_scenes: int) -> list[range]:
     return [range(i, min(i + SCENES_PER_CHUNK, num_scenes)) for i in range(0, num_scenes, SCENES_PER_CHUNK)]
-
-
-def build_scenes(
-    seed: int,
-    *,
-    train: int = 6000,
-    val: int = 300,
-    test: int = 300,
-    image_size: int = 96,
-    num_workers: int = 1,
-) -> datasets.DatasetDict:
-    """The demo's splits "train", "val" and "test" of so many scenes each; see `generate_scenes`.
-
-    Raises:
-        ValueError: for an argument out of range.
-    """
-    counts = dict(zip(SPLITS["demo"], (train, val, test), strict=True))
-    _check_numbers(seed, image_size, counts)
-    return datasets.DatasetDict(
-        {
-            split: generate_scenes(count, seed, image_size, split=split, num_workers=num_workers)
-            for split, count in counts.items()
-        }
-    )
 
 
 def check_scenes(scene_set: str, split: str, no_target: bool = False) -> None:

@@ -86,7 +86,8 @@ def main() -> None:
                 examples,
                 batch_size,
                 shuffle=True,
-                drop_last=len(examples) >= batch_size,  # batch norm wants full batches
+                # batch norm wants full batches; fewer than one for each process are filled up
+                drop_last=len(examples) >= batch_size * accelerator.num_processes,
                 collate_fn=collator,
                 num_workers=settings.num_workers,
                 worker_init_fn=end_with_parent,
@@ -225,6 +226,12 @@ def start_accelerator(settings: TrainingSettings) -> Accelerator:
     for name, value in wanting.items():
         if value and not settings.data.views:
             raise ValueError(f"{name} acts on kept views; set data.views to 1 or more.")
+    if settings.model.pretrained:
+        for name in ("vision_model", "text_model", "tokenizer", "config", "whitened_start"):
+            if getattr(settings.model, name):
+                raise ValueError(
+                    f"model.{name} is for a fresh model; model.pretrained brings all of one. Leave one of them out."
+                )
     accelerator = Accelerator(
         mixed_precision=settings.mixed_precision,
         gradient_accumulation_steps=settings.optimization.gradient_accumulation_steps,
@@ -257,9 +264,10 @@ def learning_rate_factor(done: float, optimization: OptimizationSettings) -> flo
 
 
 def flat(tree: dict) -> dict[str, float]:
-    """Numbers of nested dicts under names such as "val/mIoU", which trackers take."""
+    """Numbers of nested dicts under names such as "val/mIoU" and "val/Pr_at_0.5": MLflow takes no "@"."""
     leaves = {}
-    for name, value in tree.items():
+    for key, value in tree.items():
+        name = key.replace("@", "_at_")
         leaves |= {f"{name}/{k}": v for k, v in flat(value).items()} if isinstance(value, dict) else {name: value}
     return leaves
 
@@ -267,6 +275,11 @@ def flat(tree: dict) -> dict[str, float]:
 def message(error: Exception) -> str | None:
     """What went wrong, in a sentence; `None` where it is a fault of ours, not of the input."""
     text = str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            f"the GPU's memory is too small ({text.splitlines()[0]}); lower optimization.batch_size and raise "
+            "optimization.gradient_accumulation_steps as much, or set activation_checkpointing."
+        )
     if isinstance(error, RuntimeError) and "DataLoader worker" not in text:
         return None
     if isinstance(error, (ConnectionError, EOFError)) or text.startswith("DataLoader worker"):

@@ -113,7 +113,7 @@ class ViewStore:
             rows: The training rows. Where their sentences are hidden they are read again: one folder serves both kinds of run.
             model: Its vision tower is run, in float32, where the folder is absent.
             processor: Makes pixels of pictures.
-            accelerator: Its main process makes the folder.
+            accelerator: Its device runs the tower; the process that comes first makes the folder.
 
         Raises:
             ValueError: Where the settings would have the tower change, or stream the rows.
@@ -128,7 +128,7 @@ class ViewStore:
             rows, _ = load_training_splits(replace(settings.data, hide_sentences=False))
         key = _key(rows, model, processor, settings)
         self.folder = Path(settings.cache_dir) / f"views-{key}"
-        with accelerator.main_process_first(), _alone(self.folder):  # runs at once share the folder
+        with _alone(self.folder):  # processes of this run and of others; a barrier would time out on a large set
             if not recover_folder(self.folder):
                 _write(self.folder, _drawings(rows, settings), model, processor, accelerator)
         # (views, states, num_prefix + H·W, hidden_size); views of one group of objects follow each other
@@ -279,7 +279,8 @@ def _key(
     data = settings.data
     what: dict[str, Any] = {
         "version": VERSION,
-        "rows": [rows[name] for name in ("image_id", "ref_id", "sentences", "mask")],
+        "rows": [rows[name] for name in ("image_id", "ref_id", "sentences", "mask", "category", "ann_ids")],
+        "pictures": [image["path"] or hashlib.sha256(image["bytes"]).hexdigest() for image in rows["image"]],
         "augmentation": asdict(replace(settings.augmentation, word_dropout=0.0, feature_dropout=0.0)),
         "drawn": [data.views, data.composites, data.objects_per_picture],
         "processor": processor.image_processor.to_dict(),
