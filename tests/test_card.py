@@ -181,6 +181,8 @@ def test_limits_are_those_of_the_model(tmp_path):
     scenes = write_run(tmp_path / "scenes")
     photographs = write_run(tmp_path / "photographs", data=REFCOCOG["umd"])
     assert "knows nothing of photographs" in make_card([], scenes)
+    onward = make_card([], write_run(tmp_path / "onward", model=ModelSettings(pretrained=str(tmp_path / "first"))))
+    assert "last trained on drawn scenes" in onward and "beginning as `first`" in onward
     assert "identify or judge people" in make_card([], photographs) and "identify or judge people" in make_card()
     assert "still gets a mask" in make_card() and "still gets a mask" not in make_card(predicts_presence=True)
 

@@ -2,7 +2,7 @@
 
 import pytest
 from accelerate import Accelerator
-from conftest import REPOSITORY
+from conftest import REPOSITORY, save_tiny_model
 
 from modeling_sera import SeraForReferringSegmentation
 from processing_sera import SeraProcessor
@@ -20,10 +20,15 @@ each_checkpoint = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: 
 
 
 @each_checkpoint
-def test_it_is_at_most_ten_megabytes_of_weights_and_no_code(folder):
-    files = {path.name: path.stat().st_size for path in (folder / "model").iterdir() if path.suffix != ".py"}
+def test_it_is_a_whole_folder_of_at_most_ten_megabytes(folder, tmp_path):
+    """The code in it is the repository's own, by symbolic links, as many as a saved model has files of code."""
+    (code := [path for path in (folder / "model").iterdir() if path.suffix == ".py"]).sort()
+    files = {path.name: path.stat().st_size for path in (folder / "model").iterdir() if path not in code}
     assert files.pop("model.safetensors") <= 10_000_000
     assert set(files) == {"config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"}
+    save_tiny_model(tmp_path)
+    assert [path.name for path in code] == sorted(path.name for path in tmp_path.glob("*.py"))
+    assert all(path.is_symlink() and path.resolve().parent.parent == REPOSITORY for path in code)
 
 
 @each_checkpoint

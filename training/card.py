@@ -113,7 +113,7 @@ def model_card(
     if evaluations:
         index = [{"name": name, "results": _index_results(evaluations)}]
         metadata |= {"model_name": name, "eval_results": model_index_to_eval_results(index)[1]}
-    drawn_scenes = run is not None and run.settings.data.source == "scenes" and run.settings.model.pretrained is None
+    drawn_scenes = run is not None and run.settings.data.source == "scenes"
     card = ModelCard.from_template(
         ModelCardData(**metadata),
         template_path=str(TEMPLATE),
@@ -123,6 +123,7 @@ def model_card(
         examples_note=CHOSEN if chosen else NOT_CHOSEN,
         predicts_presence=predicts_presence,
         drawn_scenes=drawn_scenes,
+        pretrained=without_folders(run.settings.model.pretrained) if run and run.settings.model.pretrained else None,
         training=_describe_training(run),
         results="\n".join(_demoted(format_report(record)) for record in evaluations) or NO_RESULTS,
     )

@@ -1,0 +1,1 @@
+../../../modeling_sera/adapter_sera.py

@@ -1,0 +1,1 @@
+../../../modeling_sera/configuration_sera.py

@@ -1,0 +1,1 @@
+../../../modeling_sera/decoder_sera.py

@@ -1,0 +1,1 @@
+../../../modeling_sera/layers_sera.py

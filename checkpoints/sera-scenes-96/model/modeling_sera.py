@@ -1,0 +1,1 @@
+../../../modeling_sera/modeling_sera.py

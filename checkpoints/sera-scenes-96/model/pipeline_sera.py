@@ -1,0 +1,1 @@
+../../../processing_sera/pipeline_sera.py

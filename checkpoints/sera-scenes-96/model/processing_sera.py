@@ -1,0 +1,1 @@
+../../../processing_sera/processing_sera.py

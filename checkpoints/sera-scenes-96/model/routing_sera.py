@@ -1,0 +1,1 @@
+../../../modeling_sera/routing_sera.py

@@ -1,0 +1,1 @@
+../../../modeling_sera/vision_sera.py

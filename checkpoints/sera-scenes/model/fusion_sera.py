@@ -1,0 +1,1 @@
+../../../modeling_sera/fusion_sera.py
