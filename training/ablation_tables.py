@@ -252,7 +252,12 @@ def _machine(record: Record) -> str:
     hardware, versions = record["hardware"], record["versions"]
     devices = ", ".join(hardware["gpus"]) or "no GPU"
     libraries = ", ".join(f"{name} {versions[name]}" for name in ("python", "torch", "transformers"))
-    return f"{hardware['processor']}, {hardware['cores']} cores, {devices}; {record['jobs']} runs at once; {libraries}"
+    cores, jobs = _counted(hardware["cores"], "core"), _counted(record["jobs"], "run")
+    return f"{hardware['processor']}, {cores}, {devices}; {jobs} at once; {libraries}"
+
+
+def _counted(number: int, name: str) -> str:
+    return f"{number} {name}" if number == 1 else f"{number} {name}s"
 
 
 def _draw_bars(runs: dict[str, list[Record]], path: Path) -> None:

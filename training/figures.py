@@ -68,15 +68,15 @@ def sheet_figure(
 ) -> Figure:
     """The sheet of the given examples, two beside each other; an expression too long for its place ends in "…"."""
     num_rows = (len(chosen) + 1) // 2
-    height = 3.3 * num_rows + 0.6
+    height = 2.9 * num_rows + 0.5
     figure = new_figure(18, height)
     grid = figure.add_gridspec(
-        num_rows, 2, left=0.01, right=0.99, top=1 - 1.1 / height, bottom=0.35 / height, hspace=0.3, wspace=0.04
+        num_rows, 2, left=0.01, right=0.99, top=1 - 0.9 / height, bottom=0.3 / height, hspace=0.27, wspace=0.04
     )
     for i, score in enumerate(chosen):
         place = grid[i // 2, i % 2]
         # an empty column leaves room for the experts' names
-        panels = place.subgridspec(1, 5, width_ratios=[1, 1, 1, 0.72, 0.7], wspace=0.04)
+        panels = place.subgridspec(1, 5, width_ratios=[1, 1, 1, 0.5, 0.3], wspace=0.04)
         axes = [figure.add_subplot(panels[column]) for column in (0, 1, 2, 4)]
         row = rows[score.row]
         image, text = picture_as_annotated(row), row["sentences"][score.sentence]
@@ -95,7 +95,7 @@ def sheet_figure(
     figure.suptitle(
         "Held-out data, at evenly spaced ranks of each kind's IoU. Bars: share of each expert, from shallow (light) to deep",
         fontsize=13,
-        y=1 - 0.15 / height,
+        y=1 - 0.1 / height,
     )
     return figure
 
@@ -224,9 +224,9 @@ def _draw_routing(axis: Axes, outputs: SeraReferringSegmentationOutput) -> None:
             positions = len(names) + np.arange(len(experts)) + height * (depth - (len(shares) - 1) / 2)
             axis.barh(positions, share, height=0.9 * height, color=COLORS[1], alpha=(depth + 1.5) / (len(shares) + 0.5))
         names += [f"{kind}: {expert}" for expert in experts]
-    axis.set_yticks(range(len(names)), names, fontsize=9)
+    axis.set_yticks(range(len(names)), names, fontsize=8)
     axis.set_xlim(0, 1)
-    axis.set_xticks([0, 0.5, 1])
+    axis.set_xticks([0, 1])
     axis.tick_params(axis="x", labelsize=8)
     axis.invert_yaxis()
     for side in ("top", "right"):
