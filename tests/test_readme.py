@@ -1,4 +1,4 @@
-"""The README's commands and code run as they are written there, in a folder that holds what they name."""
+"""The commands and code of the README and of docs/ run as they are written there, in a folder that holds what they name."""
 
 import json
 import os
@@ -13,7 +13,11 @@ from builders import Folder, picture_bytes, special_ids, tiny_tokenizer
 from conftest import REPOSITORY
 from transformers import CLIPConfig, CLIPModel, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
+from training.data import open_image
+from training.hub_layouts import RowFolder
+
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+TEXTS = [README, *(path.read_text(encoding="utf-8") for path in sorted((REPOSITORY / "docs").glob("*.md")))]
 SETS = {
     ("refcoco", "unc"): {"train": [1, 2, 3], "val": [4], "testA": [5], "testB": [7]},
     ("refcoco+", "unc"): {"train": [1, 2, 8], "val": [4], "testA": [5], "testB": [7]},
@@ -24,8 +28,9 @@ SETS = {
 
 
 def blocks(section: str, language: str) -> list[str]:
-    """The fenced blocks of a section, up to the next heading."""
-    text = re.split(r"^#{2,} ", README.split(f"### {section}\n", 1)[1], flags=re.MULTILINE)[0]
+    """The fenced blocks of the one section of this name, up to the next heading."""
+    heading = re.compile(rf"^##+ {section}\n(.*?)(?=^##+ |\Z)", flags=re.DOTALL | re.MULTILINE)
+    (text,) = (found for document in TEXTS for found in heading.findall(document) if "```" in found)
     return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
 
 
@@ -38,11 +43,21 @@ def commands(section: str) -> list[str]:
 def run(tmp_path_factory):
     """Runs a shell command in a folder with the code, REFER sets and, under their Hub ids, small towers."""
     place = tmp_path_factory.mktemp("readme")
-    for name in ("modeling_sera", "processing_sera", "training", "benchmarks", "hub", "checkpoints", "model_card.md"):
+    for name in (
+        "modeling_sera",
+        "processing_sera",
+        "training",
+        "benchmarks",
+        "hub",
+        "checkpoints",
+        "docs",
+        "model_card.md",
+    ):
         (place / name).symlink_to(REPOSITORY / name)
     for (dataset, split_by), pictures in SETS.items():
         Folder(place / "refer", dataset=dataset, split_by=split_by).fill(pictures)
     (place / "photo.jpg").write_bytes(picture_bytes("JPEG"))
+    (place / "mask.png").write_bytes(picture_bytes("PNG"))
 
     small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     vision = Dinov2WithRegistersConfig(**small, mlp_ratio=2, patch_size=14, image_size=70, num_register_tokens=4)
@@ -83,13 +98,18 @@ def test_the_demo(run):
 
 
 def test_data(run):
-    made = commands("Data")
+    made = commands("Prepared folders")
     assert len(made) == len(SETS)
     for command in made:
         run(command)
     assert {folder.name for folder in (run.place / "prepared").iterdir()} == {
         *("refcoco", "refcoco+", "refcocog-umd", "refcocog-google", "grefcoco")
     }
+    (snippet,) = blocks("Your own data", "python")
+    (run.place / "own_data.py").write_text(snippet)
+    run("python own_data.py")
+    (row,) = RowFolder(str(run.place / "mine")).read("val")
+    assert row["sentences"] == ["left zebra", "the zebra drinking"] and open_image(row["image"]).size == (60, 40)
 
 
 def test_train_use_and_evaluate(run):
@@ -114,16 +134,16 @@ def test_train_use_and_evaluate(run):
     same = "torch.testing.assert_close(outputs.logits, before.logits, atol=1e-4, rtol=1e-4)"
     by_hand += f"\nprint(results[0]['mask'].shape, results[1]['score'])\nbefore = outputs\n{faster}\n{same}\n"
     (run.place / "by_hand.py").write_text(by_hand)
-    assert "torch.Size([40, 60])" in run("python by_hand.py")
+    assert "torch.Size([384, 384])" in run("python by_hand.py")
     (run.place / "in_one_call.py").write_text(in_one_call)
     said = run("python in_one_call.py")
-    assert "['left zebra']" in said and "['right zebra', 'the grass']" in said
+    assert "['yellow circle']" in said and "['red circle']" in said
     for command in commands("Use"):
         run(command)
     assert (run.place / "prediction" / "overlay.png").is_file()
 
     (snippet,) = blocks("Serve", "python")
     (run.place / "serve.py").write_text(snippet + "\nprint(len(answers), answers[0]['label'])\n")
-    assert "2 left zebra" in run("python serve.py")
+    assert "2 the spotted triangle" in run("python serve.py")
     (command,) = commands("Share")
     assert "model.safetensors" in run(command)
