@@ -1,6 +1,7 @@
 """What the experts do: left out one by one, drawn, and counted by kind of expression."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from training.configuration import DataSettings, TrainingSettings, dump_settings
 from training.expert_maps import draw_expert_maps, expert_maps, without_expert
 from training.experts import main, routing_by_kind
 from training.files import save_model
+from training.splits import load_splits
 
 
 def routings(model) -> list:
@@ -135,16 +137,18 @@ def test_weights_are_averaged_over_each_kind():
 
 def test_the_command_for_experts_writes_tables_and_figures(tmp_path, capsys):
     save_model(tiny_model(), make_processor(), tmp_path / "model")
-    data = DataSettings(source="scenes", num_scenes=(1, 1, 2), scene_size=64, image_size=(56, 56))
+    data = DataSettings(source="scenes", num_scenes=(1, 1, 9), scene_size=64, image_size=(56, 56))
     (tmp_path / "settings.yaml").write_text(dump_settings(TrainingSettings(data=data)))
-    main([str(tmp_path / "model"), "--output", str(tmp_path / "out")])
+    main([str(tmp_path / "model"), "--output", str(tmp_path / "out"), "--data.num_scenes", "[1,1,2]"])
+    (rows,) = load_splits(replace(data, num_scenes=(1, 1, 2)), ["test"])
     record = json.loads((tmp_path / "out" / "experts.json").read_text())
     assert set(record["without"]) == set(EXPERT_NAMES)
+    assert record["expressions"] == sum(map(len, rows["sentences"]))
     for found in record["without"].values():
         low, high = found["mIoU"]["interval"]
         assert low <= found["mIoU"]["difference"] <= high
     text = (tmp_path / "out" / "experts.md").read_text()
-    assert all(f"| {name} |" in text for name in ("all", *EXPERT_NAMES)) and str(tmp_path) not in text
+    assert all(f"| {name} |" in text for name in ("all", "none", *EXPERT_NAMES)) and str(tmp_path) not in text
     for name in ("experts-routing.png", "experts-maps.png"):
         assert np.asarray(Image.open(tmp_path / "out" / name).convert("L")).std() > 5
 

@@ -215,6 +215,11 @@ def load_settings(path: Path) -> TrainingSettings:
     return read_settings(["--config", str(path)])
 
 
+def default_data(parser: ArgumentParser, path: Path) -> None:
+    """Make the data of a YAML file of settings the defaults of a parser's options `--data.…`."""
+    parser.set_defaults({f"data.{name}": value for name, value in asdict(load_settings(path).data).items()})
+
+
 def dump_settings(settings: TrainingSettings) -> str:
     """Settings as YAML that [`load_settings`] reads back to the same settings."""
     return yaml.safe_dump(json.loads(json.dumps(asdict(settings))), sort_keys=False)  # JSON turns tuples to lists

@@ -8,7 +8,6 @@ import json
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 import datasets
@@ -26,7 +25,7 @@ from processing_sera.processing_sera import NO_TARGET_THRESHOLD
 from training.batches import Collator, EvaluationExamples, shuffled_sentences
 from training.boundary import boundary_f_score
 from training.commands import run_command
-from training.configuration import DataSettings, load_settings
+from training.configuration import DataSettings, default_data
 from training.environment import command_line
 from training.figures import draw_report, draw_sheet
 from training.files import write_text
@@ -184,9 +183,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"{model_folder} is not a folder, and no id on the Hub (user/name) either.")
     settings_file = Path(options.settings) if options.settings else model_folder.parent / "settings.yaml"
     if settings_file.is_file():
-        parser.set_defaults(
-            {f"data.{name}": value for name, value in asdict(load_settings(settings_file).data).items()}
-        )
+        default_data(parser, settings_file)
         options = parser.parse_args(arguments)
     elif options.settings or options.data == parser.get_defaults().data:
         parser.error(f"{settings_file} is not there; name the run's settings with --settings, or the data with --data.")

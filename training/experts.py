@@ -27,7 +27,7 @@ from modeling_sera.fusion_sera import EXPERT_NAMES
 from processing_sera import SeraProcessor
 from training.batches import Collator, EvaluationExamples, picture_as_annotated
 from training.commands import run_command
-from training.configuration import load_settings
+from training.configuration import DataSettings, default_data
 from training.environment import command_line, describe_hardware, library_versions
 from training.evaluation import model_name, score_sentences
 from training.expert_maps import draw_expert_maps, expert_maps, without_expert
@@ -150,6 +150,9 @@ def format_experts(record: dict[str, Any]) -> str:
             "| without | " + " | ".join(f"{metric} | Δ" for metric in METRICS) + " |",
             "|---|" + "--:|--:|" * len(METRICS),
         ]
+        found = next(iter(record["without"].values()))
+        whole = [format_value(found[metric]["value"] - found[metric]["difference"]) for metric in METRICS]
+        lines.append("| none | " + " | ".join(f"{value} | " for value in whole) + "|")
         for name, found in record["without"].items():
             cells = []
             for metric in METRICS:
@@ -189,10 +192,11 @@ def draw_maps(
     path: Path,
     number: int = 6,
 ) -> None:
-    """What each fusion expert does to the answers at evenly spaced ranks of IoU, the worst above."""
+    """What each fusion expert does to the answers in the middles of equal parts of the ranking by IoU, the worse above."""
     ranked = sorted(scores, key=lambda score: score.iou)
+    number = min(number, len(ranked))
     sheets = []
-    for rank in np.linspace(0, len(ranked) - 1, min(number, len(ranked))).round().astype(int):
+    for rank in ((np.arange(number) + 0.5) * len(ranked) / number).astype(int):
         row = rows[ranked[rank].row]
         image, text = picture_as_annotated(row), row["sentences"][ranked[rank].sentence]
         sheets.append(draw_expert_maps(image, list(expert_maps(model, processor, image, [text]))))
@@ -213,6 +217,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = ArgumentParser(description="Draw and count what the experts of a trained SERA do on a split.")
     parser.add_argument("model", type=str, help="folder of a SERA, its run's settings.yaml beside it")
     parser.add_argument("--split", type=str, default="test", help="split to look at")
+    parser.add_class_arguments(DataSettings, "data")  # whose defaults are the run's
     parser.add_argument(
         "--output", type=str | None, default=None, help="folder for the files; default: the one beside the model"
     )
@@ -222,12 +227,14 @@ def main(arguments: list[str] | None = None) -> None:
     settings = folder.parent / "settings.yaml"
     if not settings.is_file():
         parser.error(f"{settings} is not there; it says what data the model was made for.")
+    default_data(parser, settings)
+    data: DataSettings = parser.instantiate(parser.parse_args(arguments)).data
     device = Accelerator().device
     model = SeraForReferringSegmentation.from_pretrained(folder).eval().to(device)
     processor = SeraProcessor.from_pretrained(folder)
     if not (model.config.fusion_experts or (model.config.adapter_experts and model.config.adapter_layers)):
         raise ValueError(f"{folder} has no experts.")
-    (rows,) = load_splits(load_settings(settings).data, [options.split])
+    (rows,) = load_splits(data, [options.split])
     output = Path(options.output) if options.output else folder.parent
 
     routing, health = routing_by_kind(model, processor, rows)
