@@ -21,7 +21,7 @@ def grid_to_tokens(grid: Tensor) -> Tensor:
 
 
 def coordinate_grid(height: int, width: int, like: Tensor) -> Tensor:
-    """Centres of the grid's cells in [-1, 1] (`align_corners=False`), (2, H, W): x first, then y. SPEC: the grid G."""
+    """Centres of the grid's cells in [-1, 1] (`align_corners=False`), (2, H, W): x first, then y. The paper's grid G."""
     y = (torch.arange(height, device=like.device, dtype=torch.float32) * 2 + 1) / height - 1
     x = (torch.arange(width, device=like.device, dtype=torch.float32) * 2 + 1) / width - 1
     return torch.stack([x.expand(height, width), y[:, None].expand(height, width)]).to(like.dtype)

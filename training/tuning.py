@@ -32,7 +32,7 @@ class TuningReport:
 
 
 def apply_tuning(model: SeraForReferringSegmentation, *, vision: Tuning, text: Tuning) -> TuningReport:
-    """Set `requires_grad` of every parameter (SPEC: tuning; paper: less than 1 % of the backbone with "norm_bias").
+    """Set `requires_grad` of every parameter (paper: "norm_bias", less than 1 % of the backbone).
 
     "frozen" trains nothing of a tower, "norm_bias" its LayerNorm weights and every bias, "full" all of it. What SERA adds to the
     towers is always trained.
