@@ -10,7 +10,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, interpolate
-from transformers import AutoConfig, AutoModel, CLIPTextModelWithProjection, PreTrainedModel
+from transformers import AutoConfig, AutoModel, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.utils import ModelOutput, logging
@@ -370,9 +370,14 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
             pretrained, info = CLIPTextModelWithProjection.from_pretrained(
                 checkpoint, config=self.config.text_config, dtype=self.dtype, output_loading_info=True
             )
-            _refuse_missing(set(info["missing_keys"]) - {"text_projection.weight"}, checkpoint, "CLIP text tower")
             tower = pretrained.text_model
             projection = None if info["missing_keys"] else pretrained.text_projection.weight
+            if set(info["missing_keys"]) - {"text_projection.weight"}:
+                # some releases of transformers find the names of a bare tower as a bare tower alone
+                tower, info = CLIPTextModel.from_pretrained(
+                    checkpoint, config=self.config.text_config, dtype=self.dtype, output_loading_info=True
+                )
+                _refuse_missing(info["missing_keys"], checkpoint, "CLIP text tower")
         self.model.text_tower.load_state_dict(tower.state_dict())
         if projection is None:
             logger.warning(f"{checkpoint} has no text projection; the sentence feature starts from a random one.")

@@ -82,7 +82,7 @@ def run_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exported(run_folder):
-    """What the README's command wrote, run as it is written there."""
+    """What the command in docs/deployment.md wrote, run as it is written there."""
     place = run_folder.parents[1]
     for name in ("modeling_sera", "processing_sera", "training"):
         (place / name).symlink_to(REPOSITORY / name)
