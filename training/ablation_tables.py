@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from training.ablation_grid import Grid
+from training.environment import counted
 from training.figures import new_figure
 from training.files import write_binary, write_text
 from training.intervals import LEVEL, RESAMPLES, paired_intervals
@@ -252,12 +253,8 @@ def _machine(record: Record) -> str:
     hardware, versions = record["hardware"], record["versions"]
     devices = ", ".join(hardware["gpus"]) or "no GPU"
     libraries = ", ".join(f"{name} {versions[name]}" for name in ("python", "torch", "transformers"))
-    cores, jobs = _counted(hardware["cores"], "core"), _counted(record["jobs"], "run")
+    cores, jobs = counted(hardware["cores"], "core"), counted(record["jobs"], "run")
     return f"{hardware['processor']}, {cores}, {devices}; {jobs} at once; {libraries}"
-
-
-def _counted(number: int, name: str) -> str:
-    return f"{number} {name}" if number == 1 else f"{number} {name}s"
 
 
 def _draw_bars(runs: dict[str, list[Record]], path: Path) -> None:

@@ -20,6 +20,11 @@ def describe_hardware() -> dict[str, Any]:
     return {"processor": _processor_name(), "cores": usable, "gpus": gpus, "system": platform.system()}
 
 
+def counted(number: int, noun: str) -> str:
+    """A number and what it counts: "1 core", "2 cores", "2 processes"."""
+    return f"{number} {noun}" + ("" if number == 1 else "es" if noun.endswith("s") else "s")
+
+
 def library_versions() -> dict[str, str]:
     """Versions of Python and of the libraries that figures depend on."""
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in LIBRARIES}

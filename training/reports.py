@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from training.boundary import TOLERANCE
 from training.configuration import DataSettings
-from training.environment import describe_hardware, library_versions, without_folders
+from training.environment import counted, describe_hardware, library_versions, without_folders
 from training.intervals import LEVEL, RESAMPLES, bootstrap_intervals
 from training.metric import SentenceScore, by_kind, format_table, format_value, score_terms, summarize
 from training.slices import slice_scores
@@ -125,7 +125,8 @@ def format_report(record: dict[str, Any]) -> str:
             lines.append(f"| {dimension} | {label} | {group['num_expressions']} | " + " | ".join(cells) + " |")
     devices = ", ".join(hardware["gpus"]) or "no GPU"
     lines += ["", f"`{record['command']}`", ""]
-    lines += [f"{hardware['processor']}, {hardware['cores']} cores; {devices}; {record['processes']} process(es). "]
+    cores, processes = counted(hardware["cores"], "core"), counted(record["processes"], "process")
+    lines += [f"{hardware['processor']}, {cores}, {devices}; {processes}. "]
     lines[-1] += ", ".join(f"{name} {version}" for name, version in record["versions"].items()) + "."
     return "\n".join(lines) + "\n"
 
