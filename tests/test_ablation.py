@@ -187,6 +187,18 @@ def test_finished_runs_are_not_repeated_and_others_are_added(tmp_path, scripts):
     assert not list(output.glob("runs/*/checkpoint"))
 
 
+def test_the_tables_compare_with_the_variant_that_is_named(tmp_path, scripts):
+    scripts(0.0)
+    grid, output = str(write_grid(tmp_path)), tmp_path / "out"
+    assert main([grid, "--output", str(output), "--against", "full"]) == OK
+    table = (output / "results.md").read_text()
+    assert "difference from full" in table
+    rows = {name: next(line for line in table.splitlines() if line.startswith(f"| {name} |")) for name in VARIANTS}
+    assert "| – | – | – |" in rows["full"] and "| +0.0 ± 0.0 |" in rows["baseline"] and "| +0.0 ± 0.0 |" in rows["k2"]
+    with pytest.raises(ValueError, match="--against is 'nope'"):
+        main([grid, "--output", str(output), "--against", "nope"])
+
+
 def test_a_failed_run_holds_nothing_up_and_is_tried_again(tmp_path, scripts, caplog):
     grid, output = str(write_grid(tmp_path)), tmp_path / "out"
     scripts(0.0, fails_at=0)

@@ -58,6 +58,10 @@ def main(arguments: list[str] | None = None) -> int:
             f"--minutes {options.minutes:g} is too short: nothing is begun in the last {LAST_SECONDS:g} seconds."
         )
     grid = read_grid(Path(options.grid), extra)
+    if options.against:
+        if options.against not in grid.variants:
+            raise ValueError(f"--against is {options.against!r}; the variants are {', '.join(grid.variants)}.")
+        grid = replace(grid, baseline=options.against)
     output = Path(options.output or Path("outputs", "ablation", grid.path.stem))
     runs = grid.runs(options.only, options.seeds)
     output.mkdir(parents=True, exist_ok=True)
@@ -303,6 +307,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=_positive(int), default=1, help="runs at once (default: %(default)s)")
     parser.add_argument("--minutes", type=_positive(float), help="stop in time; runs under way keep their checkpoints")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="variants to run (default: all)")
+    parser.add_argument(
+        "--against", metavar="NAME", help="variant that the tables compare with (default: the grid's baseline)"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="seeds (default: the grid's)")
     parser.add_argument(
         "--output", metavar="DIR", help="folder for everything (default: outputs/ablation/ and the grid's name)"
