@@ -1,9 +1,7 @@
 """SERA: from pictures and expressions to mask logits (arXiv 2603.12538)."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from os import PathLike
 
 import torch
@@ -21,7 +19,7 @@ from .decoder_sera import SeraMaskDecoder, SeraSentenceGate
 from .fusion_sera import SeraFixedFilters, SeraFusion, SeraSpatialExpert
 from .layers_sera import SeraConvUnit
 from .routing_sera import SeraRouterScore, SeraRouting, router_auxiliary_loss
-from .vision_sera import SeraPictures, SeraVisionEncoder
+from .vision_sera import SeraAdaptedBlock, SeraPictures, SeraVisionEncoder
 
 logger = logging.get_logger(__name__)
 
@@ -114,24 +112,11 @@ class SeraPreTrainedModel(PreTrainedModel):
     ) -> None:
         """As of every model, but a block's second computation leaves batch norm's running statistics alone, which would otherwise
         move twice a step. (With `use_reentrant`, which torch gives up, it does not.)"""
-        if enable and not getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant", False):
-            gradient_checkpointing_func = partial(
-                gradient_checkpointing_func, context_fn=lambda: (nullcontext(), self._running_statistics_kept())
-            )
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **options)
-
-    @contextmanager
-    def _running_statistics_kept(self) -> Iterator[None]:
-        norms = [module for module in self.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-        before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-        for norm in norms:
-            norm.momentum = 0.0
-            norm.num_batches_tracked = torch.zeros_like(norm.num_batches_tracked)  # synchronised norms want one
-        try:
-            yield
-        finally:
-            for norm, (momentum, count) in zip(norms, before, strict=True):
-                norm.momentum, norm.num_batches_tracked = momentum, count
+        if enable and not getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant", False):
+            for module in self.modules():
+                if isinstance(module, SeraAdaptedBlock):
+                    module.keep_statistics_when_recomputed()
 
 
 class SeraModel(SeraPreTrainedModel):

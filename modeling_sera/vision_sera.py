@@ -1,6 +1,9 @@
 """The vision tower: a DINOv2 whose chosen blocks carry a SERA-Adapter, read out at several depths."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -90,6 +93,25 @@ class SeraAdaptedBlock(GradientCheckpointingLayer):
         """The part of [`forward`] that does not depend on the text."""
         attended, normed, update = self.transform(hidden_states, block)
         return SeraBlockView(attended, update, self.adapter.look(normed[:, num_prefix:], grid_size))
+
+    def keep_statistics_when_recomputed(self) -> None:
+        """Have the second computation, of activation checkpointing, leave the batch norms' running statistics alone."""
+        self._gradient_checkpointing_func = partial(
+            self._gradient_checkpointing_func, context_fn=lambda: (nullcontext(), self._running_statistics_kept())
+        )
+
+    @contextmanager
+    def _running_statistics_kept(self) -> Iterator[None]:
+        norms = [module for module in self.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+        for norm in norms:
+            norm.momentum = 0.0
+            norm.num_batches_tracked = torch.zeros_like(norm.num_batches_tracked)  # synchronised norms want one
+        try:
+            yield
+        finally:
+            for norm, (momentum, count) in zip(norms, before, strict=True):
+                norm.momentum, norm.num_batches_tracked = momentum, count
 
     @staticmethod
     def transform(hidden_states: Tensor, block: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
@@ -249,4 +271,4 @@ class SeraVisionEncoder(nn.Module):
         return embeddings.dropout(torch.cat([prefix.expand(patches.shape[0], -1, -1), patches], dim=1))
 
 
-__all__ = ["SeraPictures", "SeraVisionEncoder"]
+__all__ = ["SeraAdaptedBlock", "SeraPictures", "SeraVisionEncoder"]

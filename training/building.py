@@ -45,9 +45,8 @@ def build_model(settings: TrainingSettings, processor: SeraProcessor) -> SeraFor
     model = settings.model
     height, width = processor.image_processor.frame_size
     if model.pretrained:
-        built = SeraForReferringSegmentation.from_pretrained(
-            model.pretrained, dtype=torch.float32
-        )  # whatever it was saved in
+        # whatever it was saved in: steps as small as training's are lost in half precision
+        built = SeraForReferringSegmentation.from_pretrained(model.pretrained, dtype=torch.float32)
         built.config.image_size = max(height, width)
     else:
         overrides = {"image_size": max(height, width)} | model.config

@@ -169,9 +169,8 @@ class Batches:
         areas = torch.zeros(len(numbers), MOST_OBJECTS + 1).scatter_add_(
             1, cells.flatten(1), torch.ones(len(numbers), self.side**2)
         )
-        weights = (areas.clamp(min=1).rsqrt() * self.side / 4)[
-            rows, cells
-        ]  # 1 for an object of a sixteenth of the picture
+        # 1 for an object of a sixteenth of the picture
+        weights = (areas.clamp(min=1).rsqrt() * self.side / 4)[rows, cells]
         weights[cells == MOST_OBJECTS] = 1.0
         return pictures, values, offsets, weights
 
