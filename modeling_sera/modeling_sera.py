@@ -393,7 +393,8 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
             input_ids: (N, L) CLIP token ids.
             attention_mask: (N, L), 1 for tokens and 0 for padding. `None` means no padding.
             image_index: (N,) row of `pixel_values` that each expression is about. `None` means N = B, one each.
-            labels: (N, H, W) masks over the input in [0, 1], of any dtype; all zero where nothing in the picture is meant.
+            labels: (N, H, W) masks over the input in [0, 1], of any dtype; all zero where nothing in the picture is meant. Where
+                they are negative, the mask's loss leaves the pixel out.
             output_router_weights: Whether to return what the routers decided.
             max_expressions: How many expressions are worked on at once, to bound the memory; the pictures' part still runs once.
                 `None` means all. In inference only. Memory beside the weights is about 90 MiB per expression at once
@@ -494,19 +495,23 @@ def mask_segmentation_loss(logits: Tensor, labels: Tensor, config: SeraConfig) -
 
     Args:
         logits: (N, h, w).
-        labels: (N, H, W) masks in [0, 1]; each logit's target is their mean over the pixels that it touches or, with
-            `mask_targets="nearest"`, their value at one of them.
+        labels: (N, H, W) masks in [0, 1], negative where a pixel does not count; each logit's target is their mean over the
+            pixels that it touches or, with `mask_targets="nearest"`, their value at one of them. A logit counts by its share of
+            pixels that do.
         config: For the two weights and the kind of target.
 
     Returns:
         A scalar in float32.
     """
     logits = logits.float()
-    targets = interpolate(labels[:, None].float(), size=logits.shape[-2:], mode=config.mask_targets)[:, 0]
-    bce = binary_cross_entropy_with_logits(logits, targets)
-    probability = logits.sigmoid()
+    parts = torch.stack([labels.clamp(min=0), labels >= 0], dim=1).float()
+    covered, counted = interpolate(parts, size=logits.shape[-2:], mode=config.mask_targets).unbind(1)
+    targets = (covered / counted.clamp(min=torch.finfo(torch.float32).tiny)).clamp(max=1)
+    bce = (binary_cross_entropy_with_logits(logits, targets, reduction="none") * counted).sum()
+    bce = bce / counted.sum().clamp(min=1)
+    probability = logits.sigmoid() * counted
     overlap = (probability * targets).sum(dim=(1, 2))
-    total = probability.sum(dim=(1, 2)) + targets.sum(dim=(1, 2))
+    total = probability.sum(dim=(1, 2)) + covered.sum(dim=(1, 2))
     dice = 1 - (2 * overlap + 1) / (total + 1)
     return config.bce_loss_weight * bce + config.dice_loss_weight * dice.mean()
 

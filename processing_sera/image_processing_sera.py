@@ -67,11 +67,12 @@ def letterbox_masks(masks: Sequence[Any], size: tuple[int, int]) -> np.ndarray:
     Pillow's box filter takes whole source pixels only. (Ours: the loss is defined on area-averaged targets.)
 
     Args:
-        masks: N boolean or integer arrays (H0, W0), each of its own picture's size; non-zero is the object.
+        masks: N boolean or integer arrays (H0, W0), each of its own picture's size; positive is the object, negative are
+            pixels that the loss is to leave out.
         size: (height, width) of the frame, pixels.
 
     Returns:
-        float32 (N, height, width) in [0, 1]; the padding is 0.
+        float32 (N, height, width) in [0, 1], -1 where more than half of a pixel is to be left out; the padding is 0.
 
     Raises:
         ValueError: a mask that is empty, not two-dimensional, or not boolean or integer.
@@ -85,10 +86,17 @@ def letterbox_masks(masks: Sequence[Any], size: tuple[int, int]) -> np.ndarray:
                 f"got {array.dtype} of shape {array.shape}."
             )
         top, left, height, width = letterbox_box(array.shape, size)
-        rows = _area_average((array != 0).astype(np.float32), height)
-        averages = _area_average(np.ascontiguousarray(rows.T), width).T
-        labels[i, top : top + height, left : left + width] = averages.clip(0, 1)  # rounding errors
+        label = _shares(array > 0, height, width)
+        if (left_out := array < 0).any():
+            label[_shares(left_out, height, width) > 0.5] = -1
+        labels[i, top : top + height, left : left + width] = label
     return labels
+
+
+def _shares(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The share of each of `height` x `width` equal cells that the boolean (H0, W0) pixels cover, float32 in [0, 1]."""
+    rows = _area_average(pixels.astype(np.float32), height)
+    return _area_average(np.ascontiguousarray(rows.T), width).T.clip(0, 1)  # rounding errors
 
 
 def _area_average(values: np.ndarray, length: int) -> np.ndarray:
@@ -294,11 +302,11 @@ class SeraImageProcessor(BaseImageProcessor):
         """Training labels, aligned with `preprocess`'s pictures: see `letterbox_masks`.
 
         Args:
-            masks: N boolean or integer arrays (H0, W0).
+            masks: N boolean or integer arrays (H0, W0); negative pixels are those that the loss is to leave out.
             original_sizes: the (height, width) that each must have, pixels.
 
         Returns:
-            float32 (N, H, W) in [0, 1].
+            float32 (N, H, W) in [0, 1], and -1 where pixels are to be left out.
 
         Raises:
             ValueError: a mask that is not of its picture's size, and what `letterbox_masks` raises.

@@ -108,7 +108,7 @@ class SeraProcessor(ProcessorMixin):
             text: a string for one picture; a list as long as `images`, one each; a nested list, several each.
                 One picture with several takes a nested list too: `text=[["left zebra", "zebra drinking"]]`.
             masks: for training: one boolean (H0, W0) array per expression, in its picture's own upright
-                pixels, nested like `text`.
+                pixels, nested like `text`. Integers say more: negative pixels are left out of the loss.
             return_tensors: "pt" for tensors, otherwise numpy arrays.
 
         Returns:
@@ -116,7 +116,7 @@ class SeraProcessor(ProcessorMixin):
             Where text is, `input_ids` and `attention_mask` int64 (N, L), padded on the right to the longest;
             and, with pictures or with several expressions in one list, `image_index` int64 (N,), the row of
             `pixel_values` that each expression is about. Where masks are, `labels` float32 (N, H, W) in
-            [0, 1], see `letterbox_masks`.
+            [0, 1] and -1 where pixels are left out, see `letterbox_masks`.
 
         Raises:
             ValueError: an empty expression, more or fewer texts than pictures, masks that do not match, a

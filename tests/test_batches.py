@@ -353,6 +353,24 @@ def test_labels_lie_on_the_objects_that_the_sentences_name(processor, augmentati
     assert np.array_equal(tokens["input_ids"], inputs["input_ids"])
 
 
+@pytest.mark.parametrize("augmentation", [PLAIN, STRONG])
+def test_what_is_left_out_moves_with_the_picture(processor, augmentation):
+    rows = make_rows([{color: [f"{color} one"] for color in COLORS}] * 6)
+    whole = [
+        np.any([decode_mask(row["mask"]) for row in rows.select(range(i, i + 4))], axis=0) for i in range(0, 24, 4)
+    ]
+    others = [encode_mask(whole[i // 4] & ~decode_mask(row["mask"])) for i, row in enumerate(rows)]
+    leaving_out = rows.add_column("left_out", others, feature=REFER_FEATURES["mask"])
+    inputs, _ = Collator(processor, with_labels=True)(list(examples_of(leaving_out, augmentation)))
+    plain, _ = Collator(processor, with_labels=True)(list(examples_of(rows, augmentation)))
+    assert np.array_equal(inputs["pixel_values"], plain["pixel_values"])
+    left_out = inputs["labels"].numpy() == -1
+    assert np.array_equal(inputs["labels"].numpy()[~left_out], plain["labels"].numpy()[~left_out])
+    by_picture = plain["labels"].numpy().reshape(6, 4, 56, 70)
+    elsewhere = by_picture.sum(axis=1, keepdims=True) - by_picture  # a share of each pixel that is another square's
+    assert np.array_equal(left_out.reshape(elsewhere.shape), elsewhere > 0.5)
+
+
 def test_no_labels_where_none_are_wanted(processor):
     inputs, _ = Collator(processor, with_labels=False)([EvaluationExamples(random_rows(5))[0]])
     assert "labels" not in inputs

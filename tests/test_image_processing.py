@@ -72,6 +72,19 @@ def test_labels_are_exact_area_averages(original, frame):
     assert np.allclose(content, blocks, atol=1e-6)
 
 
+def test_negative_pixels_are_left_out_and_change_no_other():
+    mask = np.zeros((40, 60), np.int8)
+    mask[5:30, 10:33] = 1
+    plain = letterbox_masks([mask == 1], (24, 24))[0]
+    mask[:, 40:] = -1  # two thirds across: column 16 of the frame
+    label = letterbox_masks([mask], (24, 24))[0]
+    top, left, height, width = letterbox_box(mask.shape, (24, 24))
+    left_out = np.zeros((24, 24), bool)
+    left_out[top : top + height, left + 16 : left + width] = True
+    assert (label[left_out] == -1).all() and (label[~left_out] == plain[~left_out]).all()
+    assert plain.max() == 1 and left_out.sum() == 8 * 16
+
+
 def test_mirroring_the_picture_mirrors_the_frame(picture):
     image_processor = SeraImageProcessor(size={"height": 40, "width": 56})  # even padding
     plain = image_processor(picture)["pixel_values"]

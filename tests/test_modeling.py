@@ -262,6 +262,35 @@ def test_loss_equals_a_numpy_computation(model):
     assert float(got) == pytest.approx(2.0 * bce + 0.5 * np.mean(dice), abs=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["area", "nearest"])
+def test_what_is_left_out_of_the_loss_counts_in_no_way(kind):
+    rng = np.random.default_rng(0)
+    config = SeraConfig.tiny(bce_loss_weight=2.0, dice_loss_weight=0.5, mask_targets=kind)
+    logits = torch.tensor(rng.normal(size=(3, 8, 12)), requires_grad=True)
+    labels = torch.tensor(rng.random((3, 32, 48)))
+    whole = labels.reshape(3, 8, 4, 12, 4)  # by the pixels of each logit
+    whole[0, :, :, 6:] = -1  # its right half
+    whole[1, 2, :2, 3] = -1  # half of one logit's pixels, the first
+    loss = mask_segmentation_loss(logits, labels, config)
+
+    counted = (whole >= 0).numpy()
+    if kind == "area":
+        shares = counted.mean(axis=(2, 4))
+        targets = np.where(counted, whole, 0).sum(axis=(2, 4)) / counted.sum(axis=(2, 4)).clip(1)
+    else:
+        shares, targets = counted[:, :, 0, :, 0], whole[:, :, 0, :, 0].clamp(min=0).numpy()
+    p = logits.detach().sigmoid().numpy()
+    bce = -((targets * np.log(p) + (1 - targets) * np.log(1 - p)) * shares).sum() / shares.sum()
+    covered = (targets * shares).sum(axis=(1, 2))
+    dice = 1 - (2 * (p * targets * shares).sum(axis=(1, 2)) + 1) / ((p * shares).sum(axis=(1, 2)) + covered + 1)
+    assert loss.item() == pytest.approx(2.0 * bce + 0.5 * dice.mean(), abs=1e-6)
+
+    loss.backward()
+    assert (logits.grad[0, :, 6:] == 0).all() and (logits.grad[0, :, :6] != 0).all()
+    nothing = mask_segmentation_loss(logits, torch.full((3, 32, 48), -1.0), config)
+    assert nothing.item() == 0.0
+
+
 def test_loss_in_forward_is_the_sum_of_its_parts(model):
     inputs, labels = make_inputs(2), torch.rand(2, 56, 56)
     evaluated = model(**inputs, labels=labels)

@@ -148,10 +148,14 @@ def test_whole_channels_are_silenced(store_of, tmp_path):
 
 @pytest.mark.parametrize(
     ("changed", "message"),
-    [({"vision_tuning": "norm_bias"}, "frozen.*norm_bias"), ({"streaming": True}, "exclude each other")],
+    [
+        ({"vision_tuning": "norm_bias"}, "frozen.*norm_bias"),
+        ({"streaming": True}, "streaming exclude each other"),
+        ({"scene_leave_out": True}, "scene_leave_out exclude each other"),
+    ],
 )
 def test_what_does_not_go_together_is_refused(changed, message, store_of, tmp_path):
-    settings = settings_for(tmp_path, **{name: value for name, value in changed.items() if name == "streaming"})
+    settings = settings_for(tmp_path, **{name: value for name, value in changed.items() if name != "vision_tuning"})
     if "vision_tuning" in changed:
         settings = replace(settings, model=ModelSettings(**changed))
     with pytest.raises(ValueError, match=message):

@@ -34,19 +34,19 @@ def augment(
 
     Args:
         image: The picture (W, H).
-        masks: One (H, W) boolean mask per object.
+        masks: One (H, W) mask per object, boolean or int8 with -1 where the loss is to leave a pixel out.
         sentences: The sentences of each object.
         settings: How much.
         rng: Source of all randomness.
 
     Returns:
-        Picture, masks and sentences, in new objects; every mask keeps all its pixels.
+        Picture, masks and sentences, in new objects; every mask keeps all pixels of its object.
     """
     if settings.flip and rng.random() < settings.flip:
         image, masks = ImageOps.mirror(image), [mask[:, ::-1] for mask in masks]
         sentences = [[swap_left_right(sentence) for sentence in group] for group in sentences]
     if settings.min_crop:
-        left, top, right, bottom = _random_crop(np.any(masks, axis=0), settings.min_crop, rng)
+        left, top, right, bottom = _random_crop(np.greater(masks, 0).any(axis=0), settings.min_crop, rng)
         image = image.crop((left, top, right, bottom))
         masks = [mask[top:bottom, left:right] for mask in masks]
     if settings.color_jitter:

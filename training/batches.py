@@ -22,7 +22,8 @@ class PictureExample:
 
     Attributes:
         image: PIL picture; `None` once a batch has been made of it.
-        masks: One (H, W) boolean mask per expression, in the picture's own pixels.
+        masks: One (H, W) mask per expression, in the picture's own pixels: boolean, or int8 with -1 where the loss is to leave a
+            pixel out.
         text: The expressions.
         sources: (row, sentence) number of each expression in the split.
     """
@@ -54,6 +55,14 @@ def picture_as_annotated(row: dict) -> Image.Image:
     return Image.fromarray(np.asarray(to_rgb_image(image)))  # a fresh picture carries no tag at all
 
 
+def training_mask(row: dict) -> np.ndarray:
+    """A row's mask (H, W): boolean or, where the row says what the loss is to leave out, int8 with -1 there."""
+    mask = decode_mask(row["mask"])
+    if "left_out" not in row:
+        return mask
+    return np.where(decode_mask(row["left_out"]), np.int8(-1), mask.astype(np.int8))
+
+
 def draw_example(
     rows: list[dict],
     numbers: list[int],
@@ -73,7 +82,7 @@ def draw_example(
     drawn = [rng.permutation(len(row["sentences"]))[:sentences_per_object].tolist() for row in rows]
     image, masks, sentences = augment(
         picture_as_annotated(rows[0]),
-        [decode_mask(row["mask"]) for row in rows],
+        [training_mask(row) for row in rows],
         [[row["sentences"][i] for i in chosen] for row, chosen in zip(rows, drawn, strict=True)],
         augmentation,
         rng,
@@ -198,4 +207,5 @@ __all__ = [
     "draw_example",
     "group_by_picture",
     "shuffled_sentences",
+    "training_mask",
 ]

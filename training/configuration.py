@@ -60,6 +60,9 @@ class DataSettings:
         scene_set: Which embedded scenes: "demo" for easy ones, or the benchmark's (`docs/scenes.md`): "location" (location words
             allowed), "appearance" (excluded), "relation" (long), "mixed" (all three about the same scenes).
         scene_no_target: Add to every scene of the benchmark expressions about something that is not in it.
+        scene_leave_out: Leave out of the loss, for every target of the benchmark's training scenes, the objects whose color or
+            texture training never shows with the target's shape: they cannot be meant, whatever their shape is, so that they are
+            not would teach the model to tell shapes by colors.
         num_scenes: Number of embedded scenes for training, validation and test.
         scene_size: Side in pixels of the embedded scenes.
         scene_seed: Seed of the embedded scenes.
@@ -86,6 +89,7 @@ class DataSettings:
     hide_sentences: bool = False
     scene_set: Literal["demo", "location", "appearance", "relation", "mixed"] = "demo"
     scene_no_target: bool = False
+    scene_leave_out: bool = False
     num_scenes: tuple[int, int, int] = (4000, 200, 200)
     scene_size: PositiveInt = 96
     scene_seed: NonNegativeInt = 0

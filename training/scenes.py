@@ -25,7 +25,7 @@ from transformers import CLIPTokenizer
 from training.data import REFER_FEATURES
 from training.scene_benchmark import VERSION
 from training.scene_drawing import MAX_SIZE, MIN_SIZE
-from training.scene_rows import MAX_SCENES, SPLITS, draw_rows
+from training.scene_rows import LEAVING_OUT_FEATURES, MAX_SCENES, SPLITS, draw_rows
 
 SCENES_PER_CHUNK = 100
 VOCABULARY = 1000  # entries of the tokenizer at most
@@ -89,11 +89,15 @@ def load_scenes(
     split: str,
     scene_set: str,
     no_target: bool = False,
+    leave_out: bool = False,
     num_workers: int = 1,
 ) -> datasets.Dataset:
     """The rows of `generate_scenes`, of the benchmark, drawn once into the cache of `datasets`.
 
-    They are read from the disk as they are needed. Other processes and later runs find them there; processes that ask for the same
+    With `leave_out` they have a column more, "left_out": the pixels, in the code of "mask", of objects whose color or texture
+    training never shows with the target's shape.
+
+    Rows are read from the disk as they are needed. Other processes and later runs find them there; processes that ask for the same
     rows at the same time wait for the one that draws them.
 
     Raises:
@@ -102,12 +106,14 @@ def load_scenes(
     check_scenes(scene_set, split, no_target)
     _check_numbers(seed, image_size, {split: num_scenes})
     chunks = _chunks(num_scenes)
-    named = (scene_set, VERSION, split, num_scenes, image_size, seed, "absent" if no_target else "present")
+    named = [scene_set, VERSION, split, num_scenes, image_size, seed, "absent" if no_target else "present"]
+    named += ["left-out"] if leave_out else []
+    draw = partial(draw_rows, scene_set, seed, split, image_size, no_target, leave_out=leave_out)
     try:
         return datasets.Dataset.from_generator(
             _generate_rows,
-            features=REFER_FEATURES,
-            gen_kwargs={"draw": partial(draw_rows, scene_set, seed, split, image_size, no_target), "chunks": chunks},
+            features=LEAVING_OUT_FEATURES if leave_out else REFER_FEATURES,
+            gen_kwargs={"draw": draw, "chunks": chunks},
             num_proc=min(num_workers, len(chunks)) if num_workers > 1 else None,
             split=datasets.NamedSplit(split),
             fingerprint="-".join(map(str, ("scenes", *named))),

@@ -49,6 +49,10 @@ def load_splits(data: DataSettings, splits: list[str]) -> list[datasets.Dataset]
 def _scenes(data: DataSettings, split: str, number: int) -> datasets.Dataset:
     cores = os.cpu_count() or 1
     if data.scene_set == "demo":
+        if data.scene_leave_out:
+            raise ValueError(
+                "data.scene_leave_out is about compositions held out of training; the demo scenes have none."
+            )
         workers = max(cores // PartialState().num_processes, 1)  # every process draws its own
         return generate_scenes(number, data.scene_seed, data.scene_size, split=split, num_workers=workers)
     return load_scenes(
@@ -58,6 +62,7 @@ def _scenes(data: DataSettings, split: str, number: int) -> datasets.Dataset:
         split=split,
         scene_set=data.scene_set,
         no_target=data.scene_no_target,
+        leave_out=data.scene_leave_out and split == "train",
         num_workers=cores,
     )
 

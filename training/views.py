@@ -116,7 +116,7 @@ class ViewStore:
             accelerator: Its device runs the tower; the process that comes first makes the folder.
 
         Raises:
-            ValueError: Where the settings would have the tower change, or stream the rows.
+            ValueError: Where the settings would have the tower change, stream the rows or leave pixels out.
         """
         if settings.model.vision_tuning != "frozen":
             raise ValueError(
@@ -124,6 +124,10 @@ class ViewStore:
             )
         if settings.data.streaming:
             raise ValueError("data.views and data.streaming exclude each other: views are drawn of all rows at once.")
+        if settings.data.scene_leave_out:
+            raise ValueError(
+                "data.views and data.scene_leave_out exclude each other: kept masks cannot leave a pixel out."
+            )
         if settings.data.hide_sentences:
             rows, _ = load_training_splits(replace(settings.data, hide_sentences=False))
         key = _key(rows, model, processor, settings)
