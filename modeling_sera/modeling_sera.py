@@ -503,8 +503,8 @@ def mask_segmentation_loss(logits: Tensor, labels: Tensor, config: SeraConfig) -
     Returns:
         A scalar in float32.
     """
-    logits = logits.float()
-    parts = torch.stack([labels.clamp(min=0), labels >= 0], dim=1).float()
+    logits, labels = logits.float(), labels.float()
+    parts = torch.stack([labels.clamp(min=0), (labels >= 0).float()], dim=1)
     covered, counted = interpolate(parts, size=logits.shape[-2:], mode=config.mask_targets).unbind(1)
     targets = (covered / counted.clamp(min=torch.finfo(torch.float32).tiny)).clamp(max=1)
     bce = (binary_cross_entropy_with_logits(logits, targets, reduction="none") * counted).sum()

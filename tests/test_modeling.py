@@ -262,6 +262,13 @@ def test_loss_equals_a_numpy_computation(model):
     assert float(got) == pytest.approx(2.0 * bce + 0.5 * np.mean(dice), abs=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float16])
+def test_labels_may_be_of_any_dtype(dtype):
+    logits, labels = torch.randn(2, 8, 8), torch.rand(2, 32, 32) > 0.5
+    expected = mask_segmentation_loss(logits, labels.float(), SeraConfig.tiny())
+    assert torch.equal(mask_segmentation_loss(logits, labels.to(dtype), SeraConfig.tiny()), expected)
+
+
 @pytest.mark.parametrize("kind", ["area", "nearest"])
 def test_what_is_left_out_of_the_loss_counts_in_no_way(kind):
     rng = np.random.default_rng(0)
