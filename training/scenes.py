@@ -131,8 +131,9 @@ def _chunks(num_scenes: int) -> list[range]:
     return [range(i, min(i + SCENES_PER_CHUNK, num_scenes)) for i in range(0, num_scenes, SCENES_PER_CHUNK)]
 
 
-def check_scenes(scene_set: str, split: str, no_target: bool = False) -> None:
-    """ValueError where there is no such set of scenes, where it has no such split, or no expressions without a target."""
+def check_scenes(scene_set: str, split: str, no_target: bool = False, leave_out: bool = False) -> None:
+    """ValueError where there is no such set of scenes, where it has no such split, no expressions without a target, or no
+    compositions held out of training."""
     if scene_set not in SPLITS:
         raise ValueError(f"The set of scenes must be one of {', '.join(SPLITS)}, got {scene_set!r}.")
     if split not in SPLITS[scene_set]:
@@ -140,6 +141,8 @@ def check_scenes(scene_set: str, split: str, no_target: bool = False) -> None:
     if no_target and scene_set == "demo":
         others = ", ".join(name for name in SPLITS if name != "demo")
         raise ValueError(f"The demo scenes have no expressions without a target; {others} have.")
+    if leave_out and scene_set == "demo":
+        raise ValueError("scene_leave_out is about compositions held out of training; the demo scenes have none.")
 
 
 def _check_numbers(seed: int, image_size: int, counts: dict[str, int]) -> None:

@@ -32,7 +32,7 @@ def load_splits(data: DataSettings, splits: list[str]) -> list[datasets.Dataset]
         return [_hide_sentences(rows) for rows in load_splits(replace(data, hide_sentences=False), splits)]
     if data.source == "scenes":
         for split in splits:
-            check_scenes(data.scene_set, split, data.scene_no_target)
+            check_scenes(data.scene_set, split, data.scene_no_target, data.scene_leave_out)
         sizes = dict(zip(("train", "val", "test"), data.num_scenes, strict=True)) | {"test_seen": data.num_scenes[2]}
         return [_scenes(data, split, sizes[split]) for split in splits]
     if data.root is None:
@@ -49,10 +49,6 @@ def load_splits(data: DataSettings, splits: list[str]) -> list[datasets.Dataset]
 def _scenes(data: DataSettings, split: str, number: int) -> datasets.Dataset:
     cores = os.cpu_count() or 1
     if data.scene_set == "demo":
-        if data.scene_leave_out:
-            raise ValueError(
-                "data.scene_leave_out is about compositions held out of training; the demo scenes have none."
-            )
         workers = max(cores // PartialState().num_processes, 1)  # every process draws its own
         return generate_scenes(number, data.scene_seed, data.scene_size, split=split, num_workers=workers)
     return load_scenes(
