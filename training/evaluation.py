@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, tqdm
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import NonNegativeInt, OpenUnitInterval, PositiveInt
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from modeling_sera import SeraForReferringSegmentation
 from processing_sera import SeraProcessor
@@ -30,6 +30,7 @@ from training.environment import command_line
 from training.figures import draw_report, draw_sheet
 from training.files import write_text
 from training.metric import SentenceScore, format_table
+from training.mirroring import MirroredExamples, average_answers
 from training.reports import Threshold, evaluation_record, format_report, model_index
 from training.splits import load_splits
 from training.workers import end_with_parent
@@ -51,6 +52,7 @@ def score_sentences(
     shuffle: bool = False,
     threshold: float | None = None,
     num_workers: int = 0,
+    mirror: bool = False,
 ) -> list[SentenceScore]:
     """Ask the model for the mask of every sentence of every row; each once, whatever the number of processes.
 
@@ -64,13 +66,19 @@ def score_sentences(
         shuffle: Ask each object another picture's sentences: what a model reaches that ignores the text.
         threshold: Probability above which a pixel is in the mask. `None`: the processor's own.
         num_workers: Processes that prepare batches.
+        mirror: Average with the answers about the mirror image.
 
     Returns:
         One score per sentence, in the order of the rows; the same list in every process.
     """
     kinds = rows["sentence_kinds"]
     scores = []
-    options = {"batch_size": batch_size, "max_expressions": max_expressions, "num_workers": num_workers}
+    options = {
+        "batch_size": batch_size,
+        "max_expressions": max_expressions,
+        "num_workers": num_workers,
+        "mirror": mirror,
+    }
     asked = shuffled_sentences(rows) if shuffle else None
     for (row, sentence), truth, result in _answers(model, processor, rows, accelerator, asked, threshold, **options):
         predicted = result["mask"].cpu().numpy()
@@ -133,37 +141,62 @@ def _answers(
     asked: list[list[str]] | None,
     threshold: float | None,
     *,
-    batch_size: int,
-    max_expressions: int,
-    num_workers: int = 0,
+    mirror: bool = False,
     return_probabilities: bool = False,
+    **options: int,
 ) -> Iterator[tuple[tuple[int, int], np.ndarray, dict]]:
     """This process's sentences: (row, sentence), the true mask, and what post-processing makes of the model's answer."""
     examples = EvaluationExamples(rows, asked)
     mine = Subset(examples, range(accelerator.process_index, len(examples), accelerator.num_processes))
-    collator = Collator(processor, with_labels=False)
-    loader = DataLoader(mine, batch_size, collate_fn=collator, num_workers=num_workers, worker_init_fn=end_with_parent)
     was_training = model.training
     model.eval()
     try:
-        for inputs, batch in tqdm(loader, desc="evaluating", leave=False):
-            sources = (source for example in batch for source in example.sources)
-            truths = (mask for example in batch for mask in example.masks)
-            inputs = inputs.to(accelerator.device)
-            with torch.inference_mode(), accelerator.autocast():
-                outputs = model(**inputs, max_expressions=max_expressions)
-            answers = {name: outputs[name] for name in ("logits", "presence_logits") if outputs.get(name) is not None}
-            # masks are of the pictures' own sizes, far larger than logits, so they are made a part at a time, too
-            for part in torch.arange(len(outputs.logits)).split(max_expressions):
-                asked_now = {**inputs, "image_index": inputs["image_index"][part]}
-                answers_now = {name: values[part] for name, values in answers.items()}
-                results = processor.post_process_referring_segmentation(
-                    answers_now, asked_now, threshold, return_probabilities
-                )
-                for result in results:
-                    yield next(sources), next(truths), result
+        asking = (model, processor, accelerator, threshold, mirror or return_probabilities)
+        found = _ask(mine, *asking, **options)
+        if not mirror:
+            yield from found
+            return
+        found_there = _ask(MirroredExamples(mine), *asking, **options)
+        at = processor.mask_threshold if threshold is None else threshold
+        for (source, truth, result), (_, _, result_there) in zip(found, found_there, strict=True):
+            yield source, truth, average_answers(result, result_there, at)
     finally:
         model.train(was_training)
+
+
+def _ask(
+    examples: Dataset,
+    model: SeraForReferringSegmentation,
+    processor: SeraProcessor,
+    accelerator: Accelerator,
+    threshold: float | None,
+    return_probabilities: bool,
+    *,
+    batch_size: int,
+    max_expressions: int,
+    num_workers: int = 0,
+) -> Iterator[tuple[tuple[int, int], np.ndarray, dict]]:
+    """What `_answers` yields, of examples as they are."""
+    collator = Collator(processor, with_labels=False)
+    loader = DataLoader(
+        examples, batch_size, collate_fn=collator, num_workers=num_workers, worker_init_fn=end_with_parent
+    )
+    for inputs, batch in tqdm(loader, desc="evaluating", leave=False):
+        sources = (source for example in batch for source in example.sources)
+        truths = (mask for example in batch for mask in example.masks)
+        inputs = inputs.to(accelerator.device)
+        with torch.inference_mode(), accelerator.autocast():
+            outputs = model(**inputs, max_expressions=max_expressions)
+        answers = {name: outputs[name] for name in ("logits", "presence_logits") if outputs.get(name) is not None}
+        # masks are of the pictures' own sizes, far larger than logits, so they are made a part at a time, too
+        for part in torch.arange(len(outputs.logits)).split(max_expressions):
+            asked_now = {**inputs, "image_index": inputs["image_index"][part]}
+            answers_now = {name: values[part] for name, values in answers.items()}
+            results = processor.post_process_referring_segmentation(
+                answers_now, asked_now, threshold, return_probabilities
+            )
+            for result in results:
+                yield next(sources), next(truths), result
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -198,7 +231,7 @@ def main(arguments: list[str] | None = None) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)  # rather fails now than after the work
 
     ask = {"batch_size": options.batch_size, "max_expressions": options.max_expressions}
-    ask["num_workers"] = options.num_workers
+    ask |= {"num_workers": options.num_workers, "mirror": options.mirror}
     threshold = Threshold(processor.mask_threshold, "the processor's")
     if options.threshold is not None:
         threshold = Threshold(float(options.threshold), "given")
@@ -219,6 +252,7 @@ def main(arguments: list[str] | None = None) -> None:
         scores=scores,
         shuffled=shuffled,
         threshold=threshold,
+        mirrored=options.mirror,
         command=command_line("training/evaluation.py", arguments),
         processes=accelerator.num_processes,
     )
@@ -229,7 +263,9 @@ def main(arguments: list[str] | None = None) -> None:
     write_text(output.with_suffix(".yaml"), model_index(record))
     draw_report(model, processor, rows, scores, shuffled, record, output.with_suffix(".png"))
     if options.sheet:
-        draw_sheet(model, processor, rows, scores, Path(options.sheet), threshold=threshold.value)
+        draw_sheet(
+            model, processor, rows, scores, Path(options.sheet), threshold=threshold.value, mirrored=options.mirror
+        )
     logger.info(f"{output} and, beside it, .md, .png and .yaml (model-index)")
 
 
@@ -268,6 +304,11 @@ def evaluation_parser() -> ArgumentParser:
         default=None,
         metavar="val",
         help="choose the threshold with the highest mIoU on this validation split",
+    )
+    parser.add_argument(
+        "--mirror",
+        action="store_true",
+        help="average with the answers about the mirror image, left and right swapped in the sentence (English; twice the time)",
     )
     parser.add_argument(
         "--output",

@@ -20,6 +20,7 @@ from training.boundary import mask_outline
 from training.data import decode_mask
 from training.files import write_binary
 from training.metric import SentenceScore
+from training.mirroring import average_answers, mirror
 from training.overlay import COLORS, fit_lines, overlay
 from training.routing_health import ADAPTER_EXPERTS
 
@@ -50,12 +51,13 @@ def draw_sheet(
     path: Path,
     num_examples: int = 12,
     threshold: float | None = None,
+    mirrored: bool = False,
 ) -> None:
     """One PNG with examples: picture, truth, prediction, expression, IoU, and the shares of the fusion experts.
 
     The examples stand at evenly spaced ranks of IoU within each kind of expression, the worse before the better: nothing is picked.
     """
-    figure = sheet_figure(model, processor, rows, evenly_ranked(scores, num_examples), threshold)
+    figure = sheet_figure(model, processor, rows, evenly_ranked(scores, num_examples), threshold, mirrored)
     write_binary(path, lambda partial: figure.savefig(partial, format="png", dpi=DPI))
 
 
@@ -65,6 +67,7 @@ def sheet_figure(
     rows: datasets.Dataset,
     chosen: Sequence[SentenceScore],
     threshold: float | None = None,
+    mirrored: bool = False,
 ) -> Figure:
     """The sheet of the given examples, two beside each other; an expression too long for its place ends in "…"."""
     num_rows = (len(chosen) + 1) // 2
@@ -80,7 +83,7 @@ def sheet_figure(
         axes = [figure.add_subplot(panels[column]) for column in (0, 1, 2, 4)]
         row = rows[score.row]
         image, text = picture_as_annotated(row), row["sentences"][score.sentence]
-        predicted, outputs = _predict(model, processor, image, text, threshold)
+        predicted, outputs = _predict(model, processor, image, text, threshold, mirrored)
         for axis, picture, label in (
             (axes[0], image, ""),
             (axes[1], spotlight(image, decode_mask(row["mask"])), "truth"),
@@ -149,7 +152,7 @@ def draw_report(
         for column, score in enumerate(_one_per_picture(order, rows)[:num_cases]):
             row = rows[score.row]
             image, text = picture_as_annotated(row), row["sentences"][score.sentence]
-            predicted, _ = _predict(model, processor, image, text, threshold["value"])
+            predicted, _ = _predict(model, processor, image, text, threshold["value"], record["mirrored"])
             canvas = np.asarray(overlay(image, [predicted])).copy()
             canvas[mask_outline(decode_mask(row["mask"]))] = np.uint8(255 * np.array(YELLOW))
             axis = figure.add_subplot(cases[line, column])
@@ -188,11 +191,20 @@ def _predict(
     image: Image.Image,
     text: str,
     threshold: float | None,
+    mirrored: bool,
 ) -> tuple[np.ndarray, SeraReferringSegmentationOutput]:
-    inputs = processor(images=[image], text=[[text]], return_tensors="pt").to(model.device)
-    with torch.inference_mode():
-        outputs = model(**inputs, output_router_weights=True)
-    result = processor.post_process_referring_segmentation(outputs, inputs, threshold=threshold)[0]
+    """The mask (H, W), bool, and the model's outputs, about the picture itself."""
+    found = []
+    for asked, about in ((image, [text]), mirror(image, [text]))[: 1 + mirrored]:
+        inputs = processor(images=[asked], text=[about], return_tensors="pt").to(model.device)
+        with torch.inference_mode():
+            outputs = model(**inputs, output_router_weights=True)
+        (result,) = processor.post_process_referring_segmentation(outputs, inputs, threshold, return_probabilities=True)
+        found.append((result, outputs))
+    result, outputs = found[0]
+    if mirrored:
+        at = processor.mask_threshold if threshold is None else threshold
+        result = average_answers(result, found[1][0], at)
     return result["mask"].cpu().numpy(), outputs
 
 

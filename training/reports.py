@@ -16,6 +16,7 @@ from training.slices import slice_scores
 
 SET_NAMES = {"refcoco": "RefCOCO", "refcoco+": "RefCOCO+", "refcocog": "RefCOCOg", "grefcoco": "gRefCOCO"}
 SLICE_COLUMNS = ("mIoU", "oIoU", "Pr@0.5", "boundary_F")
+MIRRORED = " Each answer is the mean of those about the picture and about its mirror image, left and right swapped in the sentence."
 
 
 @dataclass
@@ -39,6 +40,7 @@ def evaluation_record(
     scores: list[SentenceScore],
     shuffled: list[SentenceScore],
     threshold: Threshold,
+    mirrored: bool = False,
     command: str,
     processes: int,
 ) -> dict[str, Any]:
@@ -52,6 +54,7 @@ def evaluation_record(
         scores: Of every sentence.
         shuffled: Of every sentence asked of another object.
         threshold: That both were scored with.
+        mirrored: Whether answers are averaged with those about the mirror images.
         command: That did it.
         processes: How many shared the work.
     """
@@ -78,6 +81,7 @@ def evaluation_record(
             "source": threshold.source,
             "candidates": None if threshold.curve is None else {f"{k:g}": v for k, v in threshold.curve.items()},
         },
+        "mirrored": mirrored,
         "predicts_presence": any(score.no_target is not None for score in scores),
         "summary": {"as written": summarize(scores), "shuffled": summarize(shuffled)},
         "intervals": {name: intervals(group) for name, group in by_kind(scores).items()},
@@ -107,8 +111,8 @@ def format_report(record: dict[str, Any]) -> str:
         "",
         f"{counts['expressions']} expressions about {counts['objects']} objects ({counts['without_target']} expressions without a "
         f"target) in {counts['pictures']} pictures, every mask compared at its picture's own size. Threshold "
-        f"{threshold['value']:g}, {threshold['source']}. Percentages; in brackets {bootstrap['level']:.0%} bootstrap intervals "
-        f"from {bootstrap['resamples']} resamples of pictures.",
+        f"{threshold['value']:g}, {threshold['source']}.{MIRRORED if _is_mirrored(record) else ''} Percentages; in brackets "
+        f"{bootstrap['level']:.0%} bootstrap intervals from {bootstrap['resamples']} resamples of pictures.",
         "",
         "mIoU is the mean over expressions, oIoU total intersection / total union, Pr@X the share of expressions with IoU > X; "
         f"boundary_F the mean boundary F-score within {record['boundary_tolerance']:g} of the picture's diagonal. Shuffled: each "
@@ -151,6 +155,7 @@ def model_index(record: dict[str, Any]) -> str:
                 "threshold": record["threshold"]["value"],
                 "threshold_source": record["threshold"]["source"],
             }
+            | ({"mirror_averaged": True} if _is_mirrored(record) else {})
             | ({"interval": [round(100 * end, 2) for end in intervals[name]]} if intervals else {}),
         )
         for name, value in metrics.items()
@@ -166,3 +171,7 @@ def data_name(record: dict[str, Any]) -> str:
     if data["source"] == "refer":
         return f"{SET_NAMES.get(data['dataset'], data['dataset'])} ({data['split_by']})"
     return "embedded scenes" if data["source"] == "scenes" else Path(data.get("root") or data["source"]).name
+
+
+def _is_mirrored(record: dict[str, Any]) -> bool:
+    return record.get("mirrored", False)  # older records do not say

@@ -1,0 +1,102 @@
+"""Answers averaged with those about the mirror image."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate import Accelerator
+from PIL import Image
+from test_evaluation import Presence, StandIn, counts_of, make_processor, make_rows, places, tiny_model
+
+from training import evaluation
+from training.batches import picture_as_annotated
+from training.configuration import DataSettings, TrainingSettings, dump_settings
+from training.data import decode_mask
+from training.evaluation import score_sentences, threshold_curve
+from training.files import write_text
+
+
+class Lopsided(StandIn):
+    """A stand-in that sees more at the right, so that a mirror image's answer is not the answer mirrored."""
+
+    def forward(self, **inputs):
+        outputs = super().forward(**inputs)
+        outputs.logits += torch.linspace(-1, 1, outputs.logits.shape[-1])
+        return outputs
+
+
+class LopsidedPresence(Lopsided, Presence):
+    """The same with an opinion on whether the thing meant is there."""
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return make_rows(3)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return make_processor()
+
+
+def probabilities_of(model, processor, image: Image.Image, sentence: str) -> tuple[np.ndarray, float]:
+    """What is answered to one sentence asked alone: probabilities (H, W), and that of nothing being meant (or 0)."""
+    inputs = processor(images=[image], text=[[sentence]], return_tensors="pt")
+    (result,) = processor.post_process_referring_segmentation(model(**inputs), inputs, return_probabilities=True)
+    return result["probabilities"].numpy(), result.get("no_target", 0.0)
+
+
+def swapped(sentence: str) -> str:
+    """Left for right and right for left, where the scenes' sentences say them."""
+    return sentence.replace("left", "#").replace("right", "left").replace("#", "right")
+
+
+@pytest.mark.parametrize("model", [Lopsided(), LopsidedPresence()], ids=["masks alone", "with presence"])
+@pytest.mark.parametrize("threshold", [None, 0.45])
+def test_a_mask_is_that_of_the_mean_of_both_answers(rows, processor, model, threshold):
+    options = {"batch_size": 2, "max_expressions": 5}
+    scores = score_sentences(model, processor, rows, Accelerator(cpu=True), threshold=threshold, mirror=True, **options)
+    assert [(score.row, score.sentence, score.kind) for score in scores] == places(rows)
+    for score in scores[::2]:
+        row = rows[score.row]
+        image, sentence = picture_as_annotated(row), row["sentences"][score.sentence]
+        mirror_image = Image.fromarray(np.asarray(image)[:, ::-1])
+        here, absent_here = probabilities_of(model, processor, image, sentence)
+        there, absent_there = probabilities_of(model, processor, mirror_image, swapped(sentence))
+        truth = decode_mask(row["mask"])
+        mask = (here + there[:, ::-1]) / 2 > np.float32(0.5 if threshold is None else threshold)
+        if (absent_here + absent_there) / 2 > 0.5:
+            mask[:] = False
+        assert counts_of(score) == ((mask & truth).sum(), mask.sum(), truth.sum())
+        assert (score.no_target or 0) == pytest.approx((absent_here + absent_there) / 2)
+    plain = score_sentences(model, processor, rows, Accelerator(cpu=True), threshold=threshold)
+    assert sum(one.iou != other.iou for one, other in zip(scores, plain, strict=True)) > len(scores) / 2
+
+
+def test_a_threshold_is_chosen_for_the_mean(rows, processor):
+    curve = threshold_curve(
+        Lopsided(), processor, rows, Accelerator(cpu=True), batch_size=2, max_expressions=5, mirror=True
+    )
+    for threshold in (0.3, 0.6):
+        scores = score_sentences(Lopsided(), processor, rows, Accelerator(cpu=True), threshold=threshold, mirror=True)
+        assert np.mean([score.iou for score in scores]) == pytest.approx(curve[threshold], abs=1e-9)
+
+
+def test_what_is_written_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    folder = tmp_path / "trial"
+    tiny_model().save_pretrained(folder / "model")
+    make_processor().save_pretrained(folder / "model")
+    data = DataSettings(source="scenes", num_scenes=(1, 1, 1), scene_size=64)
+    write_text(folder / "settings.yaml", dump_settings(TrainingSettings(data=data)))
+    for options in ([], ["--mirror", "--sheet", str(tmp_path / "sheet.png")]):
+        evaluation.main([str(folder / "model"), *options])
+        output = folder / "evaluation-test.json"
+        mirrored = bool(options)
+        assert json.loads(output.read_text())["mirrored"] is mirrored
+        assert ("mirror image" in output.with_suffix(".md").read_text()) is mirrored
+        (entry,) = yaml.safe_load(output.with_suffix(".yaml").read_text())["model-index"]
+        (result,) = entry["results"]
+        assert all(("mirror_averaged" in metric["args"]) is mirrored for metric in result["metrics"])
