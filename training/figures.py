@@ -194,18 +194,21 @@ def _predict(
     mirrored: bool,
 ) -> tuple[np.ndarray, SeraReferringSegmentationOutput]:
     """The mask (H, W), bool, and the model's outputs, about the picture itself."""
-    found = []
-    for asked, about in ((image, [text]), mirror(image, [text]))[: 1 + mirrored]:
-        inputs = processor(images=[asked], text=[about], return_tensors="pt").to(model.device)
+
+    def ask(image: Image.Image, text: list[str]) -> tuple[dict[str, Any], SeraReferringSegmentationOutput]:
+        inputs = processor(images=[image], text=[text], return_tensors="pt").to(model.device)
         with torch.inference_mode():
             outputs = model(**inputs, output_router_weights=True)
-        (result,) = processor.post_process_referring_segmentation(outputs, inputs, threshold, return_probabilities=True)
-        found.append((result, outputs))
-    result, outputs = found[0]
+        (answer,) = processor.post_process_referring_segmentation(
+            outputs, inputs, threshold, return_probabilities=mirrored
+        )
+        return answer, outputs
+
+    answer, outputs = ask(image, [text])
     if mirrored:
-        at = processor.mask_threshold if threshold is None else threshold
-        result = average_answers(result, found[1][0], at)
-    return result["mask"].cpu().numpy(), outputs
+        answer_there, _ = ask(*mirror(image, [text]))
+        answer = average_answers(answer, answer_there, processor.mask_threshold if threshold is None else threshold)
+    return answer["mask"].cpu().numpy(), outputs
 
 
 def _write_above(figure: Figure, place: SubplotSpec, text: str, fontsize: float) -> None:
