@@ -49,6 +49,64 @@ def test_a_model_saved_in_half_precision_is_trained_in_whole(tmp_path):
     assert {p.dtype for p in build_model(again, processor).parameters()} == {torch.float32}
 
 
+def test_a_saved_model_gains_parts_that_begin_without_effect(tmp_path):
+    rows = generate_scenes(2, 0, 64)
+    settings = replace(TINY, model=ModelSettings(config=TINY.model.config))
+    processor = build_processor(settings, rows)
+    first = build_model(settings, processor)
+    for parameter in first.parameters():  # zero starts would hide what is added to them
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    save_model(first, processor, tmp_path / "first")
+    inputs = processor(images=torch.rand(3, 64, 64), text=[[rows[0]["sentences"][0], "a ring"]], return_tensors="pt")
+
+    def go_on(**config):
+        return build_model(
+            replace(settings, model=ModelSettings(pretrained=str(tmp_path / "first"), config=config)), processor
+        )
+
+    grown = go_on(decoder_num_layers=3, expression_aware_routing=True)
+    assert len(grown.decoder.layers) == 3 and grown.config.decoder_num_layers == 3
+    with torch.no_grad():
+        expected, answer = (model.eval()(**inputs).logits for model in (first, grown))
+    assert expected.std() > 0.01
+    torch.testing.assert_close(answer, expected)
+
+    # nor do they stay without it: every matrix of a new layer learns, once the last one of its branch has moved
+    grown.train()
+    for _ in range(2):
+        grown.zero_grad()
+        grown(**inputs).logits.square().mean().backward()
+        for parameter in grown.parameters():
+            parameter.data -= 0 if parameter.grad is None else 0.1 * parameter.grad
+    added = [*grown.decoder.layers[1:].named_parameters()]
+    added += [(name, p) for name, p in grown.named_parameters() if "sentence" in name.split(".")[-2]]
+    assert len(added) > 40
+    # keys' biases shift all of a query's scores alike
+    still = [name for name, p in added if not p.grad.any() and not name.endswith("k_proj.bias")]
+    assert not still
+
+    save_model(grown, processor, tmp_path / "second")
+    assert SeraForReferringSegmentation.from_pretrained(tmp_path / "second").config.decoder_num_layers == 3
+
+
+@pytest.mark.parametrize(
+    "config, said",
+    [
+        ({"decoder_layers": 3}, "'decoder_layers'.*decoder_num_layers"),
+        ({"vision_config": {}}, "'vision_config'"),
+        ({"decoder_dim": 16}, "do not fit.*decoder"),
+        ({"fusion_experts": False}, "do not fit.*fusions"),
+    ],
+)
+def test_a_saved_model_keeps_all_that_it_has(tmp_path, config, said):
+    settings = replace(TINY, model=ModelSettings(config=TINY.model.config))
+    processor = build_processor(settings, generate_scenes(2, 0, 64))
+    save_model(build_model(settings, processor), processor, tmp_path / "first")
+    again = replace(settings, model=ModelSettings(pretrained=str(tmp_path / "first"), config=config))
+    with pytest.raises(ValueError, match=said):
+        build_model(again, processor)
+
+
 def test_a_tokenizer_without_a_length_has_clips(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.model_max_length = int(1e30)  # what transformers sets where nothing is said

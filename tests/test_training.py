@@ -523,7 +523,7 @@ def test_what_a_run_cannot_use_is_said_before_any_work(say, tmp_path, monkeypatc
     assert "'fusion_dims'" in say("--model.config", config)
     assert "60" in say("--data.image_size", "[60,64]")  # no multiple of the patch
     assert "cannot be combined" in say("--compile", "true", "--activation_checkpointing", "true")
-    assert "model.config is for a fresh model" in say("--model.pretrained", tmp_path / "no-model")
+    assert "model.tokenizer is for a fresh model" in say("--model.pretrained", tmp_path, "--model.tokenizer", "x")
     assert "wandb" in say("--tracker", "wandb")  # which is not installed
     if not torch.cuda.is_available():
         assert "fp16" in say("--mixed_precision", "fp16")

@@ -2,9 +2,10 @@
 
 import datasets
 import torch
+from torch import nn
 from transformers import CLIPTokenizer
 
-from modeling_sera import SeraForReferringSegmentation
+from modeling_sera import SeraConfig, SeraForReferringSegmentation
 from processing_sera import SeraImageProcessor, SeraProcessor
 from processing_sera.processing_sera import token_limit
 from training.configuration import TrainingSettings
@@ -45,8 +46,7 @@ def build_model(settings: TrainingSettings, processor: SeraProcessor) -> SeraFor
     model = settings.model
     height, width = processor.image_processor.frame_size
     if model.pretrained:
-        # whatever it was saved in: steps as small as training's are lost in half precision
-        built = SeraForReferringSegmentation.from_pretrained(model.pretrained, dtype=torch.float32)
+        built = _go_on(model.pretrained, model.config)
         built.config.image_size = max(height, width)
     else:
         overrides = {"image_size": max(height, width)} | model.config
@@ -59,6 +59,47 @@ def build_model(settings: TrainingSettings, processor: SeraProcessor) -> SeraFor
         raise ValueError(
             f"data.image_size is {[height, width]}; both sides must be multiples of the patch, {built.config.patch_size}."
         )
+    return built
+
+
+def _go_on(pretrained: str, overrides: dict) -> SeraForReferringSegmentation:
+    """A saved SERA with some fields of its configuration changed; decoder layers and routers' sentence inputs that it gains so
+    begin without effect (ours)."""
+    saved = SeraConfig.from_pretrained(pretrained)
+    changeable = set(SeraConfig.__annotations__) - {"vision_config", "text_config"}
+    unknown = sorted(set(overrides) - changeable)
+    if unknown:
+        raise ValueError(
+            f"model.config has {unknown[0]!r}, which cannot be changed in a saved model; {', '.join(sorted(changeable))} can be."
+        )
+    # whatever it was saved in: steps as small as training's are lost in half precision
+    built, info = SeraForReferringSegmentation.from_pretrained(
+        pretrained,
+        config=SeraConfig.from_dict(saved.to_dict() | overrides),
+        dtype=torch.float32,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    if unfit := [*info["mismatched_keys"], *((name,) for name in info["unexpected_keys"])]:
+        raise ValueError(
+            f"model.config is {overrides}, but {len(unfit)} weights of {pretrained} do not fit that, such as {unfit[0][0]}; a "
+            "saved model may gain parts and keeps all it has."
+        )
+    gained = set(info["missing_keys"])
+    fresh = [
+        last
+        for layer in built.decoder.layers[saved.decoder_num_layers :]
+        for last in (layer.self_attention.o_proj, layer.text_attention.o_proj, layer.ffn[-1])
+    ]
+    fresh += [
+        module
+        for name, module in built.named_modules()
+        if name.endswith(".hidden_sentence") and f"{name}.weight" in gained
+    ]
+    for last in fresh:
+        nn.init.zeros_(last.weight)
+        if last.bias is not None:
+            nn.init.zeros_(last.bias)
     return built
 
 

@@ -227,7 +227,7 @@ def start_accelerator(settings: TrainingSettings) -> Accelerator:
         if value and not settings.data.views:
             raise ValueError(f"{name} acts on kept views; set data.views to 1 or more.")
     if settings.model.pretrained:
-        for name in ("vision_model", "text_model", "tokenizer", "config", "whitened_start"):
+        for name in ("vision_model", "text_model", "tokenizer", "whitened_start"):
             if getattr(settings.model, name):
                 raise ValueError(
                     f"model.{name} is for a fresh model; model.pretrained brings all of one. Leave one of them out."
