@@ -65,6 +65,7 @@ def test_a_run_is_the_same_run_as_long_as_what_it_computes_is(tmp_path):
     assert keys(["--checkpoint_every", "5", "--data.root", "/somewhere/data"]) == keys(["--data.root", "/else/data"])
     assert keys(["--cache_dir", "elsewhere"]) == first
     assert keys(seeds=[1, 0])[:3] == first[3:]
+    assert keys(mirror=False) == first and not set(keys(mirror=True)) & set(first)
     assert not set(keys(["--optimization.batch_size", "3"])) & set(first)
     one_changed = keys(variants=VARIANTS | {"k2": {"model.config.num_selected_experts": 3}})
     assert [a == b for a, b in zip(one_changed, first, strict=True)] == [True, True, False] * 2
@@ -79,6 +80,7 @@ def test_a_run_is_the_same_run_as_long_as_what_it_computes_is(tmp_path):
         ({"baseline": "none"}, "baseline is 'none'; the variants are baseline"),
         ({"seeds": []}, "seeds is"),
         ({"seeds": [0, -1]}, "seeds is"),
+        ({"mirror": "no"}, "mirror is 'no'"),
         ({"config": "absent.yaml"}, "there is no configuration .*absent.yaml"),
         ({"variants": VARIANTS | {"bad": {"model.config.experts": 3}}}, "'bad' sets model.config.experts, which"),
         ({"variants": VARIANTS | {"bad": {"optimization.speed": 3}}}, "settings of the variant 'bad' are not accepted"),
@@ -143,7 +145,7 @@ from pathlib import Path
 metrics = {"mIoU": 0.5, "oIoU": 0.4, "Pr@0.5": 0.5, "Pr@0.7": 0.1, "boundary_F": 0.3, "num_expressions": 4}
 score = {"kind": "any", "intersection": 2, "predicted": 4, "truth": 4, "boundary_f": 0.3}
 record = {"split": "test", "counts": {"pictures": 2, "objects": 4, "expressions": 4}, "intervals": {}, "slices": {}}
-record |= {"threshold": {"value": 0.5, "source": "given"}, "image_ids": [0, 0, 1, 1]}
+record |= {"threshold": {"value": 0.5, "source": "given"}, "image_ids": [0, 0, 1, 1], "mirrored": "--mirror" in sys.argv}
 record |= {"summary": {"as written": {"all": metrics}, "shuffled": {"all": metrics}}}
 record |= {"scores": [score | {"row": i, "sentence": 0} for i in range(4)]}
 output = Path(sys.argv[sys.argv.index("--output") + 1])
@@ -168,6 +170,15 @@ def scripts(tmp_path, monkeypatch):
 def starts(output: Path) -> dict[str, list[int]]:
     """Of each run the steps at which its training was started."""
     return {file.parent.name: list(map(int, file.read_text().split())) for file in output.glob("runs/*/starts")}
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+def test_the_grid_says_whether_answers_are_averaged_with_the_mirror_images(tmp_path, scripts, mirror):
+    scripts(0.0)
+    output = tmp_path / "out"
+    assert main([str(write_grid(tmp_path, mirror=mirror)), "--only", "k2", "--output", str(output)]) == OK
+    assert {record["mirrored"] for record in Records(output / "runs.jsonl").read().values()} == {mirror}
+    assert ("mirror image" in (output / "results.md").read_text()) == mirror
 
 
 def test_finished_runs_are_not_repeated_and_others_are_added(tmp_path, scripts):

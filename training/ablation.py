@@ -197,6 +197,7 @@ class Work:
             arguments = ["--config", str(config)]
         else:
             arguments = [str(folder / "model"), "--split", self.grid.split, "--output", str(self._evaluation(run))]
+            arguments += ["--mirror"] if run.mirror else []
         process = self.machine.start([str(SCRIPTS[phase]), *arguments], slot, folder / "log.txt")
         job = Job(run, folder, slot, process, phase, state, time.monotonic(), _written(folder / "checkpoint"))
         self.jobs.append(job)
@@ -233,7 +234,10 @@ class Work:
             "tuning": json.loads((folder / "tuning.json").read_text(encoding="utf-8")),
             "curve": json.loads((folder / "history.json").read_text(encoding="utf-8")),
             "losses": [[part[-1]["step"], sum(one["loss"] for one in part) / len(part)] for part in thinned],
-            **{name: scored[name] for name in ("split", "counts", "threshold", "summary", "intervals", "slices")},
+            **{
+                name: scored[name]
+                for name in ("split", "counts", "threshold", "mirrored", "summary", "intervals", "slices")
+            },
             "evaluation": str(evaluation.relative_to(self.output)),
             "seconds": job.state["seconds"],
             "threads": job.state["threads"],

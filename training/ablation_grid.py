@@ -17,7 +17,8 @@ from training.environment import without_paths
 from training.files import write_text
 
 NAME = r"\w[\w.-]*"  # also names folders
-FIELDS = {"config", "options", "split", "baseline", "seeds", "variants"}
+FIELDS = {"config", "split", "baseline", "seeds", "variants"}
+OPTIONAL_FIELDS = {"options", "mirror"}
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,13 @@ class Run:
         variant: Name of its variant.
         overrides: What the variant changes, by dotted name.
         settings: All of its settings; `output_dir` is left as it is by default.
+        mirror: Whether it is scored on answers averaged with those about the mirror images.
     """
 
     variant: str
     overrides: dict[str, Any]
     settings: TrainingSettings
+    mirror: bool = False
 
     @property
     def seed(self) -> int:
@@ -41,12 +44,14 @@ class Run:
 
     @property
     def recipe(self) -> str:
-        """Names what is trained and how, but for the seed: runs of equal recipes may be averaged.
+        """Names what is trained and scored and how, but for the seed: runs of equal recipes may be averaged.
 
         Made of what differs from the defaults, so that a setting that is added later does not make other runs of the old ones.
         """
         chosen = _difference(asdict(self.settings), asdict(TrainingSettings()))
-        chosen = {name: value for name, value in chosen.items() if name not in FREE | {"seed"}}
+        chosen = {name: value for name, value in chosen.items() if name not in FREE | {"seed"}} | (
+            {"mirror": True} if self.mirror else {}
+        )
         text = json.dumps(without_paths(chosen), sort_keys=True)
         return f"{self.variant}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
@@ -64,6 +69,7 @@ class Grid:
         path: The file that it was read from.
         extra: Options of `train.py` that were given beside it, for every variant.
         split: Split that finished models are scored on.
+        mirror: Whether their answers are averaged with those about the mirror images.
         baseline: Variant that the others are compared with.
         seeds: Seeds of every variant.
         variants: One run per variant, with the first seed.
@@ -72,6 +78,7 @@ class Grid:
     path: Path
     extra: tuple[str, ...]
     split: str
+    mirror: bool
     baseline: str
     seeds: tuple[int, ...]
     variants: dict[str, Run]
@@ -92,7 +99,8 @@ def read_grid(path: Path, extra: list[str] | None = None) -> Grid:
 
     The file holds `config`, a file of training settings, found from the grid's own folder; `variants`, per name what it changes
     of them by dotted name (`{model.config.num_selected_experts: 2}`); `baseline`, one of the names; `seeds`; `split`, that
-    models are scored on; and, if any, `options`, changes for all variants.
+    models are scored on; and, if any, `options`, changes for all variants, and `mirror`, true where answers are averaged with
+    those about the mirror images.
 
     Args:
         path: The file.
@@ -102,25 +110,27 @@ def read_grid(path: Path, extra: list[str] | None = None) -> Grid:
         ValueError, OSError: Where the file is not such a file, or a variant's settings are not accepted.
     """
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict) or set(content) - FIELDS or FIELDS - {"options"} - set(content):
+    if not isinstance(content, dict) or set(content) - FIELDS - OPTIONAL_FIELDS or FIELDS - set(content):
         raise ValueError(
-            f"{path} must hold the fields {', '.join(sorted(FIELDS - {'options'}))}, and may hold options."
+            f"{path} must hold the fields {', '.join(sorted(FIELDS))}, and may hold {', '.join(sorted(OPTIONAL_FIELDS))}."
         )
-    names, seeds = content["variants"], content["seeds"]
+    names, seeds, mirror = content["variants"], content["seeds"], content.get("mirror", False)
     if not isinstance(names, dict) or not names or not all(re.fullmatch(NAME, str(name)) for name in names):
         raise ValueError(f"{path}: variants must map names of letters, digits, '-', '_' and '.' to what they change.")
     if content["baseline"] not in names:
         raise ValueError(f"{path}: baseline is {content['baseline']!r}; the variants are {', '.join(names)}.")
     if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
         raise ValueError(f"{path}: seeds is {seeds!r}; it must be a list of whole numbers from 0 on.")
+    if not isinstance(mirror, bool):
+        raise ValueError(f"{path}: mirror is {mirror!r}; it must be true or false.")
     base = path.parent / content["config"]
     if not base.is_file():
         raise FileNotFoundError(f"{path}: there is no configuration {base}.")
     variants = {}
     for name, changes in names.items():
         settings = _settings(path, name, base, (content.get("options") or {}) | (changes or {}), extra or [])
-        variants[name] = Run(name, changes or {}, replace(settings, output_dir="", seed=seeds[0]))
-    return Grid(path, tuple(extra or []), content["split"], content["baseline"], tuple(seeds), variants)
+        variants[name] = Run(name, changes or {}, replace(settings, output_dir="", seed=seeds[0]), mirror)
+    return Grid(path, tuple(extra or []), content["split"], mirror, content["baseline"], tuple(seeds), variants)
 
 
 def _settings(path: Path, variant: str, base: Path, changes: dict[str, Any], extra: list[str]) -> TrainingSettings:
