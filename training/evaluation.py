@@ -30,7 +30,7 @@ from training.environment import command_line
 from training.figures import draw_report, draw_sheet
 from training.files import write_text
 from training.metric import SentenceScore, format_table
-from training.mirroring import MirroredExamples, average_answers
+from training.mirroring import MirroringCollator, average_answers
 from training.reports import Threshold, evaluation_record, format_report, model_index
 from training.splits import load_splits
 from training.workers import end_with_parent
@@ -151,15 +151,17 @@ def _answers(
     was_training = model.training
     model.eval()
     try:
-        asking = (model, processor, accelerator, threshold, mirror or return_probabilities)
-        found = _ask(mine, *asking, **options)
+        found = _ask(mine, model, processor, accelerator, threshold, mirror, mirror or return_probabilities, **options)
         if not mirror:
             yield from found
             return
-        found_there = _ask(MirroredExamples(mine), *asking, **options)
         at = processor.mask_threshold if threshold is None else threshold
-        for (source, truth, result), (_, _, result_there) in zip(found, found_there, strict=True):
-            yield source, truth, average_answers(result, result_there, at)
+        about_pictures = {}  # of one picture's sentences at a time: those about its mirror image follow
+        for source, truth, result in found:
+            if source in about_pictures:
+                yield source, truth, average_answers(about_pictures.pop(source), result, at)
+            else:
+                about_pictures[source] = result
     finally:
         model.train(was_training)
 
@@ -170,16 +172,18 @@ def _ask(
     processor: SeraProcessor,
     accelerator: Accelerator,
     threshold: float | None,
+    mirror: bool,
     return_probabilities: bool,
     *,
     batch_size: int,
     max_expressions: int,
     num_workers: int = 0,
 ) -> Iterator[tuple[tuple[int, int], np.ndarray, dict]]:
-    """What `_answers` yields, of examples as they are."""
-    collator = Collator(processor, with_labels=False)
+    """What `_answers` yields; with `mirror` the same again about a picture's mirror image, after all about the picture."""
+    collator = (MirroringCollator if mirror else Collator)(processor, with_labels=False)
+    pictures = max(batch_size // 2, 1) if mirror else batch_size  # each brings its mirror image
     loader = DataLoader(
-        examples, batch_size, collate_fn=collator, num_workers=num_workers, worker_init_fn=end_with_parent
+        examples, pictures, collate_fn=collator, num_workers=num_workers, worker_init_fn=end_with_parent
     )
     for inputs, batch in tqdm(loader, desc="evaluating", leave=False):
         sources = (source for example in batch for source in example.sources)

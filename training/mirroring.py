@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 from PIL import Image, ImageOps
-from torch.utils.data import Dataset
+from transformers import BatchFeature
 
 from processing_sera.processing_sera import NO_TARGET_THRESHOLD
 from training.augmentation import swap_left_right
-from training.batches import PictureExample
+from training.batches import Collator, PictureExample
 
 
 def mirror(image: Image.Image, text: list[str]) -> tuple[Image.Image, list[str]]:
@@ -17,19 +17,16 @@ def mirror(image: Image.Image, text: list[str]) -> tuple[Image.Image, list[str]]
     return ImageOps.mirror(image), [swap_left_right(expression) for expression in text]
 
 
-class MirroredExamples(Dataset):
-    """Examples whose pictures and expressions are mirrored; their masks stay those of the pictures as they were."""
+class MirroringCollator(Collator):
+    """Puts behind each picture its mirror image, with the same sources; masks stay those of the picture as it was."""
 
-    def __init__(self, examples: Dataset):
-        self.examples = examples
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> PictureExample:
-        example = self.examples[index]
-        image, text = mirror(example.image, example.text)
-        return replace(example, image=image, text=text)
+    def __call__(self, examples: list[PictureExample]) -> tuple[BatchFeature, list[PictureExample]]:
+        """Model inputs and examples of twice as many pictures as there are examples."""
+        both = []
+        for example in examples:
+            image, text = mirror(example.image, example.text)
+            both += [example, replace(example, image=image, text=text)]
+        return super().__call__(both)
 
 
 def average_answers(answer: dict[str, Any], mirrored: dict[str, Any], threshold: float) -> dict[str, Any]:
