@@ -1,5 +1,6 @@
 """The model card: what of runs and evaluations stands on it, that nothing else does, and that it reads back."""
 
+import ast
 import json
 import re
 from dataclasses import asdict, replace
@@ -182,7 +183,9 @@ def test_limits_are_those_of_the_model(tmp_path):
     photographs = write_run(tmp_path / "photographs", data=REFCOCOG["umd"])
     assert "knows nothing of photographs" in make_card([], scenes)
     onward = make_card([], write_run(tmp_path / "onward", model=ModelSettings(pretrained=str(tmp_path / "first"))))
-    assert "last trained on drawn scenes" in onward and "beginning as `first`" in onward
+    assert "last trained on drawn scenes" in onward and "beginning as `first`, a model that is not published" in onward
+    published = make_card([], write_run(tmp_path / "further", model=ModelSettings(pretrained="someone/sera-base")))
+    assert "beginning as [someone/sera-base](https://huggingface.co/someone/sera-base)" in published
     assert "identify or judge people" in make_card([], photographs) and "identify or judge people" in make_card()
     assert "still gets a mask" in make_card() and "still gets a mask" not in make_card(predicts_presence=True)
 
@@ -207,6 +210,8 @@ def test_towers_and_data_are_named_by_their_ids_and_folders_are_not(tmp_path, mo
     assert metadata["datasets"] == ["refcoco", "refcoco+", "refcocog"] and metadata["base_model"] == [
         "someone/sera-base"
     ]
+    local = ModelSettings(pretrained="outputs/first", vision_model="facebook/dinov2-base")  # a run, gone by now
+    assert "base_model" not in front_matter(make_card([], write_run(tmp_path / "onward", model=local)))
     metadata = front_matter(make_card([], write_run(tmp_path / "third")))
     assert "datasets" not in metadata and "base_model" not in metadata
 
@@ -231,11 +236,19 @@ def test_splits_of_one_name_stay_apart(tmp_path):
 
 
 def test_examples_stand_in_the_gallery_whatever_their_words(tmp_path):
-    texts = ["left zebra", 'it\'s: "left" {{ 7 * 7 }} # é — 猫', "- yes", "{% raw %}"]
+    texts = ['it\'s: "left" {{ 7 * 7 }} # é — 猫', "left zebra", "- yes", "{% raw %}"]
     examples = [(text, f"examples/{i}.png") for i, text in enumerate(texts)]
     card = make_card(examples=examples)
     shown = [(widget["text"], widget["output"]["url"]) for widget in front_matter(card)["widget"]]
     assert shown == examples and "<Gallery />" in card and "<Gallery />" not in make_card()
+    call = (
+        ast.parse(card.split(CODE)[1].split("```")[0]).body[-1].value
+    )  # the picture and what is asked are the first example's
+    picture, asked = map(ast.literal_eval, call.args)
+    assert (
+        picture == "https://huggingface.co/someone/zebra-finder/resolve/main/examples/0-picture.png"
+        and asked == texts[:1]
+    )
     assert "not chosen by how" in card and "were chosen by whoever" in make_card(examples=examples, chosen=True)
     with pytest.raises(ValueError, match=r"examples/0\.png, which does not go up"):
         check_card(card, tmp_path)

@@ -95,7 +95,8 @@ def model_card(
         repo_id: "user/name" that the model is pushed to.
         run: The run that made it, if known.
         evaluations: Records of [`read_evaluation`]; without any the card says so.
-        examples: (expression, path of the picture in the repository) of the gallery.
+        examples: (expression, path of the picture in the repository) of the gallery; beside a picture "1.png", which shows the
+            answer, lies the bare one as "1-picture.png".
         chosen: Whether somebody chose them; otherwise they are the first held-out scenes.
         predicts_presence: Whether the model has a presence head.
 
@@ -114,16 +115,23 @@ def model_card(
         index = [{"name": name, "results": _index_results(evaluations)}]
         metadata |= {"model_name": name, "eval_results": model_index_to_eval_results(index)[1]}
     drawn_scenes = run is not None and run.settings.data.source == "scenes"
+    expression, picture = "the red circle" if drawn_scenes else "left zebra", "picture.png"
+    if examples:
+        expression, path = examples[0]
+        picture = f"https://huggingface.co/{repo_id}/resolve/main/{path.removesuffix('.png')}-picture.png"
     card = ModelCard.from_template(
         ModelCardData(**metadata),
         template_path=str(TEMPLATE),
         name=name,
         repo_id=repo_id,
+        picture=picture,
+        expression=json.dumps(expression, ensure_ascii=False),
         examples=examples,
         examples_note=CHOSEN if chosen else NOT_CHOSEN,
         predicts_presence=predicts_presence,
         drawn_scenes=drawn_scenes,
         pretrained=without_folders(run.settings.model.pretrained) if run and run.settings.model.pretrained else None,
+        pretrained_is_published=run is not None and run.settings.model.pretrained in _base_models(run),
         training=_describe_training(run),
         results="\n".join(_demoted(format_report(record)) for record in evaluations) or NO_RESULTS,
     )
@@ -222,23 +230,29 @@ def _dataset_ids(run: TrainingRun) -> list[str]:
     if data.source == "refer":
         return list(dict.fromkeys([data.dataset, *(name.partition("/")[0] for name in data.mix)]))
     roots = [data.root, *data.mix] if data.source == "folder" else []
-    return [root for root in roots if _is_hub_id(root, run.folder)]
+    return [root for root in roots if _is_hub_id(root, run)]
 
 
 def _base_models(run: TrainingRun) -> list[str]:
     model = run.settings.model
     sources = [model.pretrained] if model.pretrained else [model.vision_model, model.text_model]
-    return [source for source in dict.fromkeys(sources) if _is_hub_id(source, run.folder)]
+    return [source for source in dict.fromkeys(sources) if _is_hub_id(source, run)]
 
 
-def _is_hub_id(name: str | None, run_folder: Path) -> bool:
-    """Whether a setting is a Hub id and not a folder, seen from here or from any folder that the run lies in."""
+def _is_hub_id(name: str | None, run: TrainingRun) -> bool:
+    """Whether a setting is a Hub id and not a folder, seen from here or from any folder that the run lies in.
+
+    A folder may be gone by now: what begins like the run's own output, such as "outputs/first", was a run, too.
+    """
+    if name is None or "/" not in name:
+        return False
     try:
         validate_repo_id(name)
     except HFValidationError:
         return False
-    is_folder = name is not None and any((parent / name).exists() for parent in [Path(), *run_folder.parents])
-    return name is not None and "/" in name and not is_folder
+    if Path(name).parts[0] == Path(run.settings.output_dir).parts[0]:
+        return False
+    return not any((parent / name).exists() for parent in [Path(), *run.folder.parents])
 
 
 def _demoted(report: str) -> str:
