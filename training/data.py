@@ -1,4 +1,4 @@
-"""The data room: masks as COCO run-length codes, pictures, and the REFER datasets (RefCOCO, RefCOCO+, G-Ref, gRefCOCO).
+"""The data room: masks as COCO run-length codes, pictures, and the REFER datasets (RefCOCO, RefCOCO+, RefCOCOg, gRefCOCO).
 
 The run-length code is COCO's, computed by pycocotools; the layout is REFER's (Kazemzadeh et al., "ReferItGame", 2014;
 Yu et al., "Modeling Context in Referring Expressions", 2016) and its extension to any number of targets (Liu et al.,

@@ -2,7 +2,7 @@
 
 `draw_benchmark_scene` draws one; it depends on nothing but (seed, split, number, size). `describe_benchmark_scene` says something
 about it in one of three kinds: "location" (location words allowed), "appearance" (excluded) and "relation" (long, over two steps),
-after RefCOCO, RefCOCO+ and G-Ref. The sentences of a kind do not depend on which other kinds are asked for. The design is ours.
+after RefCOCO, RefCOCO+ and RefCOCOg. The sentences of a kind do not depend on which other kinds are asked for. The design is ours.
 """
 
 from __future__ import annotations

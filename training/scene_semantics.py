@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-KINDS = ("location", "appearance", "relation")  # after RefCOCO, RefCOCO+ and G-Ref
+KINDS = ("location", "appearance", "relation")  # after RefCOCO, RefCOCO+ and RefCOCOg
 SIDES = ("left", "right", "top", "bottom")
 CORNERS = ("top left", "top right", "bottom left", "bottom right")
 # Relations that weigh the candidates against each other; the others concern one candidate at a time.
