@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 from builders import tiny_tokenizer
+from safetensors.torch import load_file, save_file
 from test_training import TINY
 
 from modeling_sera import SeraForReferringSegmentation
 from processing_sera import SeraProcessor
-from training.building import build_model, build_processor
+from training.building import build_model, build_processor, load_whole
 from training.configuration import ModelSettings
 from training.files import save_model
 from training.scenes import generate_scenes
@@ -64,22 +65,33 @@ def test_a_saved_model_gains_parts_that_begin_without_effect(tmp_path):
             replace(settings, model=ModelSettings(pretrained=str(tmp_path / "first"), config=config)), processor
         )
 
-    grown = go_on(decoder_num_layers=3, expression_aware_routing=True)
-    assert len(grown.decoder.layers) == 3 and grown.config.decoder_num_layers == 3
+    gains = {
+        "decoder_num_layers": 3,
+        "expression_aware_routing": True,
+        "predict_presence": True,
+        "adapter_layers": [0, 1],
+    }
+    assert set(first.config.adapter_layers) < {0, 1}
+    grown = go_on(**gains)
+    assert len(grown.decoder.layers) == 3 and {name: getattr(grown.config, name) for name in gains} == gains
     with torch.no_grad():
-        expected, answer = (model.eval()(**inputs).logits for model in (first, grown))
-    assert expected.std() > 0.01
-    torch.testing.assert_close(answer, expected)
+        expected, answer = (model.eval()(**inputs) for model in (first, grown))
+    assert expected.logits.std() > 0.01
+    torch.testing.assert_close(answer.logits, expected.logits)
+    before, after = (processor.post_process_referring_segmentation(outputs, inputs) for outputs in (expected, answer))
+    assert all(torch.equal(one["mask"], other["mask"]) for one, other in zip(before, after, strict=True))
 
     # nor do they stay without it: every matrix of a new layer learns, once the last one of its branch has moved
     grown.train()
     for _ in range(2):
         grown.zero_grad()
-        grown(**inputs).logits.square().mean().backward()
+        outputs = grown(**inputs)
+        (outputs.logits.square().mean() + outputs.presence_logits.sum()).backward()
         for parameter in grown.parameters():
             parameter.data -= 0 if parameter.grad is None else 0.1 * parameter.grad
     added = [*grown.decoder.layers[1:].named_parameters()]
     added += [(name, p) for name, p in grown.named_parameters() if "sentence" in name.split(".")[-2]]
+    added += grown.decoder.presence_head.named_parameters()
     assert len(added) > 40
     # keys' biases shift all of a query's scores alike
     still = [name for name, p in added if not p.grad.any() and not name.endswith("k_proj.bias")]
@@ -94,8 +106,9 @@ def test_a_saved_model_gains_parts_that_begin_without_effect(tmp_path):
     [
         ({"decoder_layers": 3}, "'decoder_layers'.*decoder_num_layers"),
         ({"vision_config": {}}, "'vision_config'"),
-        ({"decoder_dim": 16}, "do not fit.*decoder"),
-        ({"fusion_experts": False}, "do not fit.*fusions"),
+        ({"tap_layers": [0, 1, 2]}, "'tap_layers'"),
+        ({"decoder_dim": 16}, "decoder.*do not fit"),
+        ({"fusion_experts": False}, "fusions.*do not fit"),
     ],
 )
 def test_a_saved_model_keeps_all_that_it_has(tmp_path, config, said):
@@ -105,6 +118,19 @@ def test_a_saved_model_keeps_all_that_it_has(tmp_path, config, said):
     again = replace(settings, model=ModelSettings(pretrained=str(tmp_path / "first"), config=config))
     with pytest.raises(ValueError, match=said):
         build_model(again, processor)
+
+
+def test_weights_that_a_saved_model_lacks_are_not_made_up(tmp_path):
+    settings = replace(TINY, model=ModelSettings(config=TINY.model.config))
+    processor = build_processor(settings, generate_scenes(2, 0, 64))
+    save_model(build_model(settings, processor), processor, tmp_path)
+    file, gone = tmp_path / "model.safetensors", "decoder.projector.predict_kernel.weight"
+    save_file({name: tensor for name, tensor in load_file(file).items() if name != gone}, file, {"format": "pt"})
+    for config in ({}, {"decoder_num_layers": 3}):
+        with pytest.raises(ValueError, match=gone):
+            build_model(replace(settings, model=ModelSettings(pretrained=str(tmp_path), config=config)), processor)
+    with pytest.raises(ValueError, match=gone):
+        load_whole(tmp_path)
 
 
 def test_a_tokenizer_without_a_length_has_clips(tmp_path):

@@ -268,5 +268,5 @@ def test_two_processes_give_the_same_scores(run_folder, tmp_path):
 def test_a_command_is_recorded_without_folders():
     arguments = ["/home/someone/outputs/run/model", "--split", "val", "--data.root=/data/my refer", "--batch_size", "4"]
     recorded = command_line("training/evaluation.py", arguments)
-    assert recorded == "python training/evaluation.py model --split val '--data.root=my refer' --batch_size 4"
+    assert recorded == "python training/evaluation.py run/model --split val '--data.root=my refer' --batch_size 4"
     assert without_folders(["a", "/b/c", 3, None, ["/d/e"], "b/c"]) == ["a", "c", 3, None, ["e"], "b/c"]

@@ -63,6 +63,16 @@ def test_views_are_the_picture_its_mirror_image_and_variations(store_of, tmp_pat
     assert {row for i in (9, 10) for row, _ in store[i].sources} == {-1}
 
 
+def test_without_flips_every_view_but_the_first_is_varied(store_of, tmp_path):
+    make, _, _ = store_of
+    settings = settings_for(tmp_path, views=2)
+    store = make(replace(settings, augmentation=replace(AUGMENTATION, flip=0.0)))
+    for group in range(3):
+        plain, varied = (store[2 * group + i] for i in range(2))
+        assert dict(zip(plain.sources, plain.text, strict=True)) == dict(zip(varied.sources, varied.text, strict=True))
+        assert not np.array_equal(plain.states, varied.states)
+
+
 def test_kept_states_are_those_of_the_tower(store_of, tmp_path):
     make, model, processor = store_of
     view = make(settings_for(tmp_path))[0]

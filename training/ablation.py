@@ -33,6 +33,7 @@ from training.commands import run_command
 from training.configuration import dump_settings
 from training.environment import describe_hardware, library_versions, without_folders, without_paths
 from training.files import write_text
+from training.splits import check_split
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,11 @@ def main(arguments: list[str] | None = None) -> int:
         grid = replace(grid, baseline=options.against)
     output = Path(options.output or Path("outputs", "ablation", grid.path.stem))
     runs = grid.runs(options.only, options.seeds)
+    checked = []
+    for run in runs:
+        if run.settings.data not in checked:
+            check_split(run.settings.data, grid.split)
+            checked.append(run.settings.data)
     output.mkdir(parents=True, exist_ok=True)
     with _alone(output) as lock:
         work = Work(grid, output, Machine(options.jobs, lock))
@@ -71,8 +77,8 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             failed = work.do(runs, deadline)
         finally:
-            write_results(grid, list(work.records.read().values()), output, command_of(grid))
-    finished = work.records.read()
+            finished = grid.finished(work.records.read())
+            write_results(grid, list(finished.values()), output, command_of(grid))
     missing = [run.key for run in runs if run.key not in finished]
     logger.info(f"{len(runs) - len(missing)} of {len(runs)} runs are done; tables: {output / 'results.md'}")
     for key in failed:
@@ -146,7 +152,7 @@ class Work:
 
     def do(self, runs: list[Run], deadline: float) -> list[str]:
         """Finish what is not, until the deadline (of `time.monotonic`); the keys of the runs that failed."""
-        finished = self.records.read()
+        finished = self.grid.finished(self.records.read())
         waiting = deque(run for run in runs if run.key not in finished)
         failed = []
         try:

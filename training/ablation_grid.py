@@ -93,6 +93,10 @@ class Grid:
             replace(run, settings=replace(run.settings, seed=seed)) for seed in seeds or self.seeds for run in chosen
         ]
 
+    def finished(self, records: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Those of the records that were scored on the grid's split."""
+        return {key: record for key, record in records.items() if record["split"] == self.split}
+
 
 def read_grid(path: Path, extra: list[str] | None = None) -> Grid:
     """Read an ablation and check every variant's settings.
@@ -121,6 +125,8 @@ def read_grid(path: Path, extra: list[str] | None = None) -> Grid:
         raise ValueError(f"{path}: baseline is {content['baseline']!r}; the variants are {', '.join(names)}.")
     if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
         raise ValueError(f"{path}: seeds is {seeds!r}; it must be a list of whole numbers from 0 on.")
+    if not isinstance(content["split"], str):
+        raise ValueError(f"{path}: split is {content['split']!r}; it must be the name of one.")
     if not isinstance(mirror, bool):
         raise ValueError(f"{path}: mirror is {mirror!r}; it must be true or false.")
     base = path.parent / content["config"]

@@ -24,7 +24,7 @@ from training.reports import MIRRORED
 Record = dict[str, Any]
 METRICS = ("mIoU", "oIoU", "Pr@0.5", "Pr@0.7", "boundary_F")
 SIZES = ("small", "medium", "large")
-# Student's t for the middle 95 %, from 1 degree of freedom on; beyond these the normal distribution's
+# Student's t for the middle 95 %, from 1 degree of freedom on
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 
 
@@ -62,7 +62,9 @@ def fresh_seed_interval(values: Sequence[float]) -> tuple[float, float] | None:
     mean, error = mean_and_error(values)
     if error is None:
         return None
-    quantile = STUDENT[len(values) - 2] if len(values) - 2 < len(STUDENT) else 1.96
+    freedom = len(values) - 1
+    # beyond the table the normal distribution's, corrected (Cornish and Fisher)
+    quantile = STUDENT[freedom - 1] if freedom <= len(STUDENT) else 1.96 + 2.37 / freedom + 2.82 / freedom**2
     half = quantile * error * math.sqrt(len(values) + 1)
     return mean - half, mean + half
 

@@ -1,4 +1,6 @@
-"""Processor and model as a run's settings describe them."""
+"""Processor and model as a run's settings describe them, or as they were saved."""
+
+from pathlib import Path
 
 import datasets
 import torch
@@ -8,10 +10,14 @@ from transformers import CLIPTokenizer
 from modeling_sera import SeraConfig, SeraForReferringSegmentation
 from processing_sera import SeraImageProcessor, SeraProcessor
 from processing_sera.processing_sera import token_limit
+from training.commands import in_one_line
 from training.configuration import TrainingSettings
 from training.scenes import train_tokenizer
 
 IMAGE_SIZE = (448, 448)  # the paper's
+NUM_BYTES = 256  # every one of them is in a CLIP tokenizer's vocabulary
+# of a saved model's configuration: its weights are of these, and image_size follows the data
+KEPT_FIELDS = {"vision_config", "text_config", "tap_layers", "image_size"}
 
 
 def build_processor(settings: TrainingSettings, train_rows: datasets.Dataset) -> SeraProcessor:
@@ -62,41 +68,72 @@ def build_model(settings: TrainingSettings, processor: SeraProcessor) -> SeraFor
     return built
 
 
+def load_whole(
+    source: str | Path, dtype: torch.dtype | str = "auto"
+) -> tuple[SeraForReferringSegmentation, SeraProcessor]:
+    """Model, in evaluation mode, and processor of a folder or Hub id.
+
+    Raises:
+        ValueError: Where a part is missing, damaged or not safetensors: transformers would fill it with random numbers.
+    """
+    try:
+        model, loading = SeraForReferringSegmentation.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+        processor = SeraProcessor.from_pretrained(source)
+    except Exception as error:  # what transformers raises on a damaged file is not of one kind
+        raise ValueError(f"{source} holds no whole model: {in_one_line(error)}") from error
+    if len(processor.tokenizer) < NUM_BYTES:  # transformers makes an empty one up where there is no file
+        raise ValueError(f"{source} holds no whole model: its tokenizer has no vocabulary; is tokenizer.json missing?")
+    missing = sorted(loading["missing_keys"]) + sorted(map(str, loading["mismatched_keys"]))
+    if missing:
+        raise ValueError(f"{source} holds no whole model: its weights lack {missing[0]} and {len(missing) - 1} more.")
+    return model.eval(), processor
+
+
 def _go_on(pretrained: str, overrides: dict) -> SeraForReferringSegmentation:
-    """A saved SERA with some fields of its configuration changed; decoder layers and routers' sentence inputs that it gains so
-    begin without effect (ours)."""
+    """A saved SERA with some fields of its configuration changed. It may gain decoder layers, adapters, sentences for its routers
+    and a presence head, and all of these begin without effect (ours)."""
     saved = SeraConfig.from_pretrained(pretrained)
-    changeable = set(SeraConfig.__annotations__) - {"vision_config", "text_config"}
+    changeable = set(SeraConfig.__annotations__) - KEPT_FIELDS
     unknown = sorted(set(overrides) - changeable)
     if unknown:
         raise ValueError(
             f"model.config has {unknown[0]!r}, which cannot be changed in a saved model; {', '.join(sorted(changeable))} can be."
         )
+    config = SeraConfig.from_dict(saved.to_dict() | overrides)
     # whatever it was saved in: steps as small as training's are lost in half precision
     built, info = SeraForReferringSegmentation.from_pretrained(
         pretrained,
-        config=SeraConfig.from_dict(saved.to_dict() | overrides),
+        config=config,
         dtype=torch.float32,
         output_loading_info=True,
         ignore_mismatched_sizes=True,
     )
-    if unfit := [*info["mismatched_keys"], *((name,) for name in info["unexpected_keys"])]:
+    gains = [f"decoder.layers.{i}." for i in range(saved.decoder_num_layers, config.decoder_num_layers)]
+    gains += [f"model.vision.adapted_blocks.{i}." for i in set(config.adapter_layers) - set(saved.adapter_layers)]
+    gains += ["decoder.presence_head."] if config.predict_presence and not saved.predict_presence else []
+    gains += [".hidden_sentence.", ".score_sentence."] if not saved.expression_aware_routing else []
+    unfit = [name for name in sorted(info["missing_keys"]) if not any(gain in name for gain in gains)]
+    unfit += [*(key[0] for key in info["mismatched_keys"]), *info["unexpected_keys"]]
+    if unfit:
         raise ValueError(
-            f"model.config is {overrides}, but {len(unfit)} weights of {pretrained} do not fit that, such as {unfit[0][0]}; a "
-            "saved model may gain parts and keeps all it has."
+            f"{len(unfit)} weights of {pretrained}, such as {unfit[0]}, do not fit"
+            + (f" with model.config {overrides}" if overrides else "")
+            + ". A saved model may gain decoder layers, adapters, expression_aware_routing and predict_presence, and loses nothing."
         )
-    gained = set(info["missing_keys"])
-    fresh = [
+
+    # an adapter's last layer and what its router reads start at zero by themselves
+    ends = [
         last
         for layer in built.decoder.layers[saved.decoder_num_layers :]
         for last in (layer.self_attention.o_proj, layer.text_attention.o_proj, layer.ffn[-1])
     ]
-    fresh += [
-        module
-        for name, module in built.named_modules()
-        if name.endswith(".hidden_sentence") and f"{name}.weight" in gained
-    ]
-    for last in fresh:
+    if not saved.expression_aware_routing:
+        ends += [module for name, module in built.named_modules() if name.endswith(".hidden_sentence")]
+    if not saved.predict_presence and config.predict_presence:
+        ends.append(built.decoder.presence_head.score)
+    for last in ends:
         nn.init.zeros_(last.weight)
         if last.bias is not None:
             nn.init.zeros_(last.bias)

@@ -5,12 +5,30 @@ import pickle
 import sys
 from collections.abc import Callable
 
-INPUT_ERRORS = (ValueError, OSError, pickle.UnpicklingError)  # what bad input raises
+from huggingface_hub.errors import StrictDataclassError
+
+# what bad input raises, the last of them in a configuration
+INPUT_ERRORS = (ValueError, OSError, pickle.UnpicklingError, StrictDataclassError)
+
+
+def describe_error(error: Exception) -> str | None:
+    """What went wrong, in a sentence; `None` where it is a fault of ours, not of the input.
+
+    What a check of the configuration or a process that prepares batches passes on is told in its own words.
+    """
+    if isinstance(error, StrictDataclassError):
+        error = error.__cause__ or error
+    text = str(error)
+    if text.startswith("DataLoader worker"):
+        return f"a process was lost that prepares batches ({text})."
+    if text.startswith("Caught "):  # the last line of its traceback
+        return text.strip().splitlines()[-1].partition(": ")[2]
+    return None if isinstance(error, RuntimeError) else text
 
 
 def run_command(
     main: Callable[[], None],
-    describe: Callable[[Exception], str | None] = str,
+    describe: Callable[[Exception], str | None] = describe_error,
     also: tuple[type[Exception], ...] = (),
 ) -> None:
     """Run a command; an error about its input ends the process with "error: …" on stderr and exit code 1.

@@ -37,7 +37,10 @@ def command_line(script: str, arguments: list[str] | None = None) -> str:
 
 
 def without_folders(value: Any) -> Any:
-    """A setting or an argument (`--name=value` too) with absolute paths shortened to their last part; lists item by item."""
+    """A setting or an argument (`--name=value` too) with absolute paths shortened to their last part; lists item by item.
+
+    Runs call all of their models "model": of these the run's name stays, too.
+    """
     if isinstance(value, (list, tuple)):
         return [without_folders(item) for item in value]
     if not isinstance(value, str):
@@ -45,7 +48,10 @@ def without_folders(value: Any) -> Any:
     name, equals, rest = value.partition("=")
     if equals and name.startswith("--"):
         return name + equals + without_folders(rest)
-    return Path(value).name if Path(value).is_absolute() else value
+    path = Path(value)
+    if not path.is_absolute():
+        return value
+    return f"{path.parent.name}/model" if path.name == "model" else path.name
 
 
 def without_paths(tree: Any) -> Any:

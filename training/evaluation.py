@@ -24,6 +24,7 @@ from processing_sera import SeraProcessor
 from processing_sera.processing_sera import NO_TARGET_THRESHOLD
 from training.batches import Collator, EvaluationExamples, shuffled_sentences
 from training.boundary import boundary_f_score
+from training.building import load_whole
 from training.commands import run_command
 from training.configuration import DataSettings, default_data
 from training.environment import command_line
@@ -227,8 +228,8 @@ def main(arguments: list[str] | None = None) -> None:
     data: DataSettings = parser.instantiate(options).data
 
     accelerator = Accelerator()
-    model = SeraForReferringSegmentation.from_pretrained(options.model).to(accelerator.device)
-    processor = SeraProcessor.from_pretrained(options.model)
+    model, processor = load_whole(options.model)
+    model.to(accelerator.device)
     rows, *calibration_rows = load_splits(data, [options.split, *([options.calibrate] if options.calibrate else [])])
     output = Path(options.output) if options.output else model_folder.parent / f"evaluation-{options.split}.json"
     if accelerator.is_main_process:
@@ -325,4 +326,4 @@ def evaluation_parser() -> ArgumentParser:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, also=(RuntimeError,))

@@ -26,6 +26,7 @@ from modeling_sera import SeraForReferringSegmentation
 from modeling_sera.fusion_sera import EXPERT_NAMES
 from processing_sera import SeraProcessor
 from training.batches import Collator, EvaluationExamples, picture_as_annotated
+from training.building import load_whole
 from training.commands import run_command
 from training.configuration import DataSettings, default_data
 from training.environment import command_line, describe_hardware, library_versions
@@ -230,8 +231,8 @@ def main(arguments: list[str] | None = None) -> None:
     default_data(parser, settings)
     data: DataSettings = parser.instantiate(parser.parse_args(arguments)).data
     device = Accelerator().device
-    model = SeraForReferringSegmentation.from_pretrained(folder).eval().to(device)
-    processor = SeraProcessor.from_pretrained(folder)
+    model, processor = load_whole(folder)
+    model.to(device)
     if not (model.config.fusion_experts or (model.config.adapter_experts and model.config.adapter_layers)):
         raise ValueError(f"{folder} has no experts.")
     (rows,) = load_splits(data, [options.split])
@@ -259,4 +260,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, also=(RuntimeError,))

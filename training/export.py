@@ -31,6 +31,7 @@ from transformers.exporters import (
 from modeling_sera import SeraConfig, SeraForReferringSegmentation
 from modeling_sera.modeling_sera import SeraReferringSegmentationOutput
 from processing_sera import SeraProcessor
+from training.building import load_whole
 from training.commands import run_command
 from training.configuration import load_settings
 from training.environment import command_line, describe_hardware, library_versions
@@ -199,8 +200,7 @@ def main(arguments: list[str] | None = None) -> None:
     accelerator = Accelerator(cpu=True)  # before the data ask for one, which would choose a GPU for the whole process
     try:
         rows = load_splits(load_settings(settings_file).data, [options.evaluate])[0] if options.evaluate else None
-        model = SeraForReferringSegmentation.from_pretrained(options.model, dtype=torch.float32).eval()
-        processor = SeraProcessor.from_pretrained(options.model)
+        model, processor = load_whole(options.model, torch.float32)
     except (ValueError, OSError) as error:
         parser.error(str(error))
 

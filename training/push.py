@@ -27,9 +27,8 @@ from PIL import Image
 
 import modeling_sera
 import processing_sera
-from modeling_sera import SeraForReferringSegmentation
-from processing_sera import SeraProcessor
 from processing_sera.image_processing_sera import to_rgb_image
+from training.building import load_whole
 from training.card import TrainingRun, check_card, model_card, read_evaluation, read_run
 from training.commands import in_one_line, run_command
 from training.data import open_image
@@ -62,7 +61,6 @@ NUMBERED = re.compile(r"model-\d{5}-of-\d{5}\.safetensors|examples/\d+(-picture)
 BINARY = {".safetensors", ".png"}
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 OTHER_HOME = re.compile(r"(?<![\w.~-])/(home|Users)/\w|\b[A-Z]:\\+Users\\")
-NUM_BYTES = 256  # every one of them is in a CLIP tokenizer's vocabulary
 NUM_SCENE_EXAMPLES = 3
 SPACE = REPOSITORY / "hub" / "space"
 SPACE_FILES = ("README.md", "app.py", "requirements.txt")
@@ -178,23 +176,6 @@ def stage(
     check_contents(target, files, model_folder)
     check_answer(target)
     return files
-
-
-def load_whole(folder: Path) -> tuple[SeraForReferringSegmentation, SeraProcessor]:
-    """Model and processor of a folder; `ValueError` where a part is missing, damaged or not safetensors."""
-    try:
-        model, loading = SeraForReferringSegmentation.from_pretrained(
-            folder, use_safetensors=True, output_loading_info=True
-        )
-        processor = SeraProcessor.from_pretrained(folder)
-    except Exception as error:  # what transformers raises on a damaged file is not of one kind
-        raise ValueError(f"{folder} holds no whole model: {in_one_line(error)}") from error
-    if len(processor.tokenizer) < NUM_BYTES:  # transformers makes an empty one up where there is no file
-        raise ValueError(f"{folder} holds no whole model: its tokenizer has no vocabulary; is tokenizer.json missing?")
-    missing = sorted(loading["missing_keys"]) + sorted(map(str, loading["mismatched_keys"]))
-    if missing:
-        raise ValueError(f"{folder} holds no whole model: its weights lack {missing[0]} and {len(missing) - 1} more.")
-    return model.eval(), processor
 
 
 def scene_examples(run: TrainingRun | None) -> list[tuple[Image.Image, str]]:

@@ -29,6 +29,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from modeling_sera import SeraForReferringSegmentation
 from processing_sera import SeraProcessor
+from training.building import load_whole
 from training.commands import run_command
 from training.configuration import OptimizationSettings, read_settings_of
 from training.files import save_model, write_text
@@ -275,8 +276,7 @@ def teach(settings: AttributeSettings) -> None:
         ValueError: Where the pictures' side is no multiple of the patch, or the scenes are fewer than a batch.
     """
     set_seed(settings.seed)
-    model = SeraForReferringSegmentation.from_pretrained(settings.model, dtype=torch.float32)
-    processor = SeraProcessor.from_pretrained(settings.model)
+    model, processor = load_whole(settings.model, torch.float32)
     patch = model.config.patch_size
     if settings.size % patch:
         raise ValueError(f"size is {settings.size}; it must be a multiple of the patch, {patch}.")

@@ -32,7 +32,7 @@ def load_splits(data: DataSettings, splits: list[str]) -> list[datasets.Dataset]
         return [_hide_sentences(rows) for rows in load_splits(replace(data, hide_sentences=False), splits)]
     if data.source == "scenes":
         for split in splits:
-            check_scenes(data.scene_set, split, data.scene_no_target, data.scene_leave_out)
+            check_split(data, split)
         sizes = dict(zip(("train", "val", "test"), data.num_scenes, strict=True)) | {"test_seen": data.num_scenes[2]}
         return [_scenes(data, split, sizes[split]) for split in splits]
     if data.root is None:
@@ -44,6 +44,18 @@ def load_splits(data: DataSettings, splits: list[str]) -> list[datasets.Dataset]
         return [folder.read(split) for split in splits]
     loaded = load_refer(data.root, data.dataset, data.split_by, image_dir=data.image_dir, splits=splits)
     return [loaded[split] for split in splits]
+
+
+def check_split(data: DataSettings, split: str) -> None:
+    """What [`load_splits`] would raise for the name of a split, without the cost of reading it."""
+    if data.source == "scenes":
+        check_scenes(data.scene_set, split, data.scene_no_target, data.scene_leave_out)
+    elif data.root is None:
+        raise ValueError("data.root is not set; name the folder that holds the data.")
+    elif data.source == "folder":
+        RowFolder(data.root, data.image_dir).check_split(split)
+    else:
+        ReferSet(data.root, f"{data.dataset}/{data.split_by}", data.image_dir).check_split(split)
 
 
 def _scenes(data: DataSettings, split: str, number: int) -> datasets.Dataset:

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from training.batches import Collator, TrainingExamples
 from training.building import build_model, build_processor
 from training.checkpoints import Checkpoints, LossLog, Progress, check_same_run
-from training.commands import run_command
+from training.commands import describe_error, run_command
 from training.configuration import (
     OptimizationSettings,
     TrainingSettings,
@@ -280,15 +280,9 @@ def message(error: Exception) -> str | None:
             f"the GPU's memory is too small ({text.splitlines()[0]}); lower optimization.batch_size and raise "
             "optimization.gradient_accumulation_steps as much, or set activation_checkpointing."
         )
-    if isinstance(error, RuntimeError) and "DataLoader worker" not in text:
-        return None
     if isinstance(error, (ConnectionError, EOFError)) or text.startswith("DataLoader worker"):
         return f"a process was lost that prepares batches ({text or 'no answer'}); the same command goes on from the checkpoint."
-    if text.startswith("Caught "):
-        return (
-            text.strip().splitlines()[-1].partition(": ")[2]
-        )  # after the traceback of the process that prepared the batch
-    return text
+    return describe_error(error)
 
 
 if __name__ == "__main__":

@@ -31,12 +31,12 @@ from training.batches import Collator, PictureExample, draw_example, group_by_pi
 from training.checkpoints import checksum
 from training.composites import Composites
 from training.configuration import AugmentationSettings, TrainingSettings
-from training.files import partial_folder, recover_folder, replace_folder, write_text, writing
+from training.files import partial_folder, recover_folder, replace_folder, sha256_of, write_text, writing
 from training.splits import HIDDEN, load_training_splits
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1  # of what is drawn and how it is kept; a change makes new folders
+VERSION = 2  # of what is drawn and how it is kept; a change makes new folders
 SEED = 20_240  # of the views: they are the same for all runs, whatever these runs' seeds
 SAMPLE = 128  # views, about, that stand for all of them
 BATCH = 8  # pictures that the tower takes at once
@@ -83,9 +83,10 @@ class _Drawing:
         """A picture with all sentences of its objects, no word dropped."""
         if self.composites is not None:
             return self.composites.draw(np.random.default_rng((SEED, 1, self.number)))
-        # the picture, its mirror image, and from then on what augmentation makes of these two
-        mirrored = float(self.augmentation.flip > 0 and self.number % 2 == 1)
-        varied = self.augmentation if self.number >= 2 else AugmentationSettings()
+        # the picture, its mirror image where there is one, and from then on what augmentation makes of these
+        whole = 2 if self.augmentation.flip > 0 else 1
+        mirrored = float(self.number % whole == 1)
+        varied = self.augmentation if self.number >= whole else AugmentationSettings()
         rows = [self.rows[number] for number in self.group]
         return draw_example(
             rows,
@@ -284,7 +285,7 @@ def _key(
     what: dict[str, Any] = {
         "version": VERSION,
         "rows": [rows[name] for name in ("image_id", "ref_id", "sentences", "mask", "category", "ann_ids")],
-        "pictures": [image["path"] or hashlib.sha256(image["bytes"]).hexdigest() for image in rows["image"]],
+        "pictures": _checksums(rows),
         "augmentation": asdict(replace(settings.augmentation, word_dropout=0.0, feature_dropout=0.0)),
         "drawn": [data.views, data.composites, data.objects_per_picture],
         "processor": processor.image_processor.to_dict(),
@@ -292,6 +293,20 @@ def _key(
         "tower": checksum(dict(vision.tower.named_parameters())),
     }
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=list).encode()).hexdigest()[:16]
+
+
+def _checksums(rows: datasets.Dataset) -> list[str]:
+    """SHA-256 of every row's picture; a picture with a path is read once."""
+    by_path = {}
+    found = []
+    for image in rows["image"]:
+        if image["bytes"] is not None:
+            found.append(hashlib.sha256(image["bytes"]).hexdigest())
+            continue
+        if image["path"] not in by_path:
+            by_path[image["path"]] = sha256_of(Path(image["path"]))
+        found.append(by_path[image["path"]])
+    return found
 
 
 __all__ = ["View", "ViewCollator", "ViewExamples", "ViewStore"]
