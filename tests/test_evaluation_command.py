@@ -57,6 +57,7 @@ def test_the_record_holds_the_scores_and_what_is_made_of_them(evaluated):
     record = json.loads(evaluated.read_text())
     rows, scores = generate_scenes(3, 0, 64, split="test"), scores_in(record)
     assert [(score.row, score.sentence, score.kind) for score in scores] == places(rows)
+    assert len(record["weights"]) == 64
     assert record["split"] == "test" and record["model"] == "trial" and record["predicts_presence"]
     assert record["summary"]["as written"] == summarize(scores)
     assert record["summary"]["shuffled"].keys() == record["summary"]["as written"].keys()

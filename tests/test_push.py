@@ -22,6 +22,7 @@ from conftest import REPOSITORY
 from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_card import write_evaluation
 from test_evaluation import ENVIRONMENT, make_processor, tiny_model
 
 from training import push
@@ -559,6 +560,13 @@ def test_an_evaluation_that_is_missing_is_named_before_any_work(run_folder, monk
     monkeypatch.setattr(push, "load_whole", lambda folder: pytest.fail("it began"))
     options = ["--evaluation", str(run_folder / "evaluation-test.json"), "--dry-run"]
     assert "evaluation-test.json" in refusal([str(run_folder), REPO, *options])
+
+
+def test_an_evaluation_of_other_weights_is_refused(run_folder, tmp_path):
+    path = write_evaluation(tmp_path / "evaluation-test.json")
+    write_text(path, json.dumps(json.loads(path.read_text()) | {"weights": "0123"}))
+    with pytest.raises(ValueError, match="other weights than"):
+        push.stage(run_folder / "model", REPO, tmp_path / "model", evaluations=[path], examples=[])
 
 
 def test_the_script_says_what_was_wrong_in_one_line_and_fails(tmp_path, monkeypatch):

@@ -6,13 +6,14 @@ training changes and `run.json`. The optimiser's file is a pickle of tensors and
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from training.configuration import TrainingSettings
 from training.files import partial_folder, partial_path, recover_folder, replace_folder, write_text, writing
@@ -199,10 +200,10 @@ class LossLog:
         return records
 
 
-def checksum(parameters: dict[str, nn.Parameter]) -> str:
-    """SHA-256 over names, shapes and bytes of parameters."""
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes and bytes of tensors."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(parameters.items()):
-        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
-        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

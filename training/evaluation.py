@@ -25,6 +25,7 @@ from processing_sera.processing_sera import NO_TARGET_THRESHOLD
 from training.batches import Collator, EvaluationExamples, shuffled_sentences
 from training.boundary import boundary_f_score
 from training.building import load_whole
+from training.checkpoints import checksum
 from training.commands import run_command
 from training.configuration import DataSettings, default_data
 from training.environment import command_line
@@ -258,6 +259,7 @@ def main(arguments: list[str] | None = None) -> None:
         shuffled=shuffled,
         threshold=threshold,
         mirrored=options.mirror,
+        weights=checksum(model.state_dict()),
         command=command_line("training/evaluation.py", arguments),
         processes=accelerator.num_processes,
     )

@@ -30,6 +30,7 @@ import processing_sera
 from processing_sera.image_processing_sera import to_rgb_image
 from training.building import load_whole
 from training.card import TrainingRun, check_card, model_card, read_evaluation, read_run
+from training.checkpoints import checksum
 from training.commands import in_one_line, run_command
 from training.data import open_image
 from training.evaluation import model_name
@@ -142,6 +143,10 @@ def stage(
     records = [read_evaluation(path, {model_name(str(model_folder)), repo_id, name}) for path in evaluations]
     pictures = [(to_rgb_image(open_image({"path": path, "bytes": None})), text) for path, text in examples]
     model, processor = load_whole(model_folder)
+    weights = checksum(model.state_dict())
+    for path, record in zip(evaluations, records, strict=True):
+        if record.get("weights") not in (None, weights):  # older records do not say
+            raise ValueError(f"{path} is an evaluation of other weights than {model_folder} now holds; evaluate again.")
 
     model.save_pretrained(target)
     processor.save_pretrained(target)

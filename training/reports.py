@@ -41,6 +41,7 @@ def evaluation_record(
     shuffled: list[SentenceScore],
     threshold: Threshold,
     mirrored: bool = False,
+    weights: str | None = None,
     command: str,
     processes: int,
 ) -> dict[str, Any]:
@@ -55,6 +56,7 @@ def evaluation_record(
         shuffled: Of every sentence asked of another object.
         threshold: That both were scored with.
         mirrored: Whether answers are averaged with those about the mirror images.
+        weights: Checksum of the model's weights, which tells it from another of its name.
         command: That did it.
         processes: How many shared the work.
     """
@@ -68,6 +70,7 @@ def evaluation_record(
 
     return {
         "model": model,
+        "weights": weights,
         "split": split,
         "data": {name: without_folders(value) for name, value in asdict(data).items() if value is not None},
         "counts": {
