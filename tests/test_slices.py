@@ -11,7 +11,7 @@ from training.boundary import boundary_f_score, dilate, mask_outline
 from training.data import REFER_FEATURES, encode_mask
 from training.intervals import bootstrap_intervals
 from training.metric import SentenceScore, score_terms
-from training.slices import length_of, size_of, slice_scores, wording_of
+from training.slices import length_of, relation_of, size_of, slice_scores, wording_of
 
 # Boundary
 
@@ -124,6 +124,24 @@ def test_wordings(sentence, wording):
     assert wording_of(sentence) == wording
 
 
+@pytest.mark.parametrize(
+    ("sentence", "relation"),
+    [
+        ("the disc closest to the bar left of the moon", "nearest or farthest"),  # the first of several
+        ("ring that is farthest away from the star", "nearest or farthest"),
+        ("man In Front Of the bus", "in front or behind"),
+        ("cross partly hidden by the frame", "in front or behind"),
+        ("shape higher than the ring", "above or below"),
+        ("cup left of the plate", "left or right of"),
+        ("woman holding the umbrella", "another relation"),
+        ("front left zebra", "no relation"),
+        ("the underwater one", "no relation"),
+    ],
+)
+def test_relations(sentence, relation):
+    assert relation_of(sentence) == relation
+
+
 def rows_of(targets: list[int], sentences: list[list[str]]) -> datasets.Dataset:
     """Rows with as many targets each as given, on pictures of 100 × 120 pixels."""
     rows = []
@@ -169,7 +187,7 @@ def test_every_dimension_holds_every_score_once():
     targets = [1, 2, 1, 0]
     scores = scores_of(targets)
     sliced = slice_scores(rows_of(targets, SENTENCES), scores)
-    assert list(sliced) == ["size", "length", "wording", "targets", "category"]
+    assert list(sliced) == ["size", "length", "wording", "relation", "targets", "category"]
     for groups in sliced.values():
         held = [score for group in groups.values() for score in group]
         assert sorted(map(id, held)) == sorted(map(id, scores)) and all(groups.values())
@@ -177,6 +195,10 @@ def test_every_dimension_holds_every_score_once():
     assert [len(group) for group in sliced["targets"].values()] == [4, 1, 1]
     assert {label: len(group) for label, group in sliced["size"].items()} == {"medium": 5, "no target": 1}
     assert {label: len(group) for label, group in sliced["category"].items()} == {"(none)": 2, "cup": 1, "zebra": 3}
+    assert {label: len(group) for label, group in sliced["relation"].items()} == {
+        "in front or behind": 1,
+        "no relation": 5,
+    }
     assert [score.sentence for score in sliced["length"]["6-10 words"]] == [1, 1]
 
 

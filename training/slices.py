@@ -1,4 +1,4 @@
-"""Where a model is good and where not: expressions by object size (COCO's), length, wording, targets and category (ours)."""
+"""Where a model is good and where not: expressions by object size (COCO's), length, wording, relation, targets, category (ours)."""
 
 import re
 from collections import defaultdict
@@ -26,6 +26,16 @@ _RELATION = re.compile(
     r"|pulling|pushing|leaning|attached|surrounded|than)\b",
     re.IGNORECASE,
 )
+# The relations by what a reader must do; of several in a sentence the first of these counts.
+_RELATIONS = {
+    "nearest or farthest": r"closest|nearest|furthest|farthest",
+    "in front or behind": r"in\s+front\s+of|behind|covering|covers|(?:hidden|covered)\s+by",
+    "above or below": r"above|below|over|under|underneath|beneath|(?:higher|lower)\s+than|on\s+top\s+of",
+    "left or right of": r"(?:left|right)\s+of",
+}
+_RELATIONS = {name: re.compile(rf"\b(?:{words})\b", re.IGNORECASE) for name, words in _RELATIONS.items()}
+_RELATIONS["another relation"] = _RELATION
+NO_RELATION = "no relation"
 _WORDINGS = {
     (True, True): "location and relation",
     (True, False): "location",
@@ -54,8 +64,14 @@ def wording_of(sentence: str) -> str:
     return _WORDINGS[bool(_LOCATION.search(rest)), relations]
 
 
+def relation_of(sentence: str) -> str:
+    """Which kind of relation to another thing there are words for."""
+    return next((name for name, words in _RELATIONS.items() if words.search(sentence)), NO_RELATION)
+
+
 def slice_scores(rows: datasets.Dataset, scores: Sequence[SentenceScore]) -> dict[str, dict[str, list[SentenceScore]]]:
-    """Scores by "size", "length", "wording", "category" and, where some expressions mean several things or none, "targets".
+    """Scores by "size", "length", "wording", "relation", "category" and, where some expressions mean several things or none,
+    "targets".
 
     Args:
         rows: The split that was scored.
@@ -73,6 +89,7 @@ def slice_scores(rows: datasets.Dataset, scores: Sequence[SentenceScore]) -> dic
             "size": size_of(score.truth),
             "length": length_of(sentence),
             "wording": wording_of(sentence),
+            "relation": relation_of(sentence),
             "targets": several if score.truth else "no target",
             "category": categories[score.row] or "(none)",
         }
@@ -81,6 +98,7 @@ def slice_scores(rows: datasets.Dataset, scores: Sequence[SentenceScore]) -> dic
     if len(sliced["targets"]) < 2:
         del sliced["targets"]
     order = [*("small", "medium", "large"), *(name for _, name in LENGTHS), LONGEST, *_WORDINGS.values()]
+    order += [*_RELATIONS, NO_RELATION]
     order += ["one target", "several targets", "no target"]
     rank = {label: i for i, label in enumerate(order)}
     return {
