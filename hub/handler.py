@@ -9,7 +9,6 @@ import base64
 import io
 import logging
 import math
-import warnings
 from typing import Any
 
 import numpy as np
@@ -89,14 +88,12 @@ class EndpointHandler:
     def _check_expressions(self, expressions: list[str]) -> None:
         """`ValueError` where nothing is left of an expression once cleaned, or where it is cut to what the model reads."""
         for i, expression in enumerate(expressions):
-            with warnings.catch_warnings():
-                warnings.filterwarnings("error", message="The expression ", category=UserWarning)
-                try:
-                    self.processor(text=[expression])
-                except ValueError:
-                    raise ValueError(f"text[{i}] is empty but for spaces and signs that are not seen.") from None
-                except UserWarning:  # who sends a request does not see warnings
-                    raise ValueError(f"text[{i}] has more tokens than the model reads; shorten it.") from None
+            try:
+                count = self.processor.count_tokens(expression)
+            except ValueError:
+                raise ValueError(f"text[{i}] is empty but for spaces and signs that are not seen.") from None
+            if count > self.processor.max_tokens:
+                raise ValueError(f"text[{i}] has more tokens than the model reads; shorten it.")
 
     def _segment(
         self, picture_inputs: dict[str, torch.Tensor], expressions: list[str], threshold: float | None

@@ -4,10 +4,19 @@ from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
 
 PIPELINE_TASKS = ("image-segmentation", "referring-image-segmentation")
 PIPELINE_CLASS = "pipeline_sera.ReferringImageSegmentationPipeline"  # in a file that the processor's code brings along
+TOWER_TYPES = {"vision": ("dinov2", "dinov2_with_registers"), "text": ("clip_text_model",)}
+DEFAULT_TOWERS = {
+    "vision_config": {
+        "model_type": "dinov2_with_registers",
+        "image_size": 518,
+        "patch_size": 14,
+        "num_register_tokens": 4,
+    },
+    "text_config": {"model_type": "clip_text_model"},
+}
 NUM_FUSION_EXPERTS = 4  # spatial, context, boundary, shape: the set is the architecture's, so its size is no option
 
 
@@ -61,7 +70,7 @@ class SeraConfig(PreTrainedConfig):
         decoder_ffn_dim (`int`, *optional*, defaults to 1024): Hidden width of the decoder's feed-forward parts.
         decoder_dropout (`float`, *optional*, defaults to 0.1): Dropout on the decoder's residual branches.
         mask_targets (`str`, *optional*, defaults to `"area"`):
-            What a mask logit learns: `"area"`, the mean of the mask over the pixels that the logit covers, or `"nearest"`, the
+            What a mask logit learns: `"area"`, the mean of the mask over the area that the logit covers, or `"nearest"`, the
             mask at one of them, as the field does it.
         bce_loss_weight (`float`, *optional*, defaults to 1.0): Weight of the binary cross-entropy.
         dice_loss_weight (`float`, *optional*, defaults to 1.0): Weight of the Dice loss.
@@ -71,14 +80,7 @@ class SeraConfig(PreTrainedConfig):
     """
 
     model_type = "sera"
-    sub_configs_defaults = {
-        "vision_config": SubConfigSpec(
-            config_class=AutoConfig,
-            model_type="dinov2_with_registers",
-            init_kwargs={"image_size": 518, "patch_size": 14, "num_register_tokens": 4},
-        ),
-        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_text_model", init_kwargs={}),
-    }
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
 
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
@@ -87,32 +89,39 @@ class SeraConfig(PreTrainedConfig):
     adapter_layers: list[int] | None = None
     adapter_dim: int = 128
     adapter_num_heads: int = 8
-    adapter_scale: float = 0.2
+    adapter_scale: float | int = 0.2
     tap_layers: list[int] | None = None
     fusion_dim: int = 256
     fusion_num_heads: int = 8
     num_selected_experts: int = NUM_FUSION_EXPERTS
     router_hidden_dim: int = 128
-    router_noise_std: float = 0.1
+    router_noise_std: float | int = 0.1
     expression_aware_routing: bool = False
     routing: Literal["learned", "uniform"] = "learned"
     adapter_experts: bool = True
     fusion_experts: bool = True
-    router_logit_loss_weight: float = 1e-3
-    router_balance_loss_weight: float = 1e-2
-    router_token_loss_weight: float = 1e-2
+    router_logit_loss_weight: float | int = 1e-3
+    router_balance_loss_weight: float | int = 1e-2
+    router_token_loss_weight: float | int = 1e-2
     decoder_dim: int = 512
     decoder_num_layers: int = 3
     decoder_num_heads: int = 8
     decoder_ffn_dim: int = 1024
-    decoder_dropout: float = 0.1
+    decoder_dropout: float | int = 0.1
     mask_targets: Literal["area", "nearest"] = "area"
-    bce_loss_weight: float = 1.0
-    dice_loss_weight: float = 1.0
+    bce_loss_weight: float | int = 1.0
+    dice_loss_weight: float | int = 1.0
     predict_presence: bool = False
 
     def __post_init__(self, **kwargs):
         kwargs.pop("custom_pipelines", None)  # of a saved configuration; the property gives it
+        for name, default in DEFAULT_TOWERS.items():  # transformers does so by itself, but only from 5.20 on
+            given = default if getattr(self, name) is None else getattr(self, name)
+            if isinstance(given, dict):
+                kind = given.get("model_type", default["model_type"])
+                given = AutoConfig.for_model(kind, **{key: given[key] for key in given.keys() - {"model_type"}})
+            setattr(self, name, given)
+        self._validate_tower_types()
         super().__post_init__(**kwargs)
         depth = self.vision_config.num_hidden_layers
         if self.adapter_layers is None:
@@ -161,16 +170,15 @@ class SeraConfig(PreTrainedConfig):
                 f"decoder_dim is {self.decoder_dim}; it must be a multiple of 8 (the projector's channels)."
             )
 
+    def _validate_tower_types(self):
+        for tower, types in TOWER_TYPES.items():
+            kind = getattr(getattr(self, f"{tower}_config"), "model_type", None)
+            if kind not in types:
+                raise ValueError(
+                    f"{tower}_config is a {kind!r} configuration; SERA takes {' or '.join(map(repr, types))}."
+                )
+
     def _validate_towers(self):
-        if self.vision_config.model_type not in ("dinov2", "dinov2_with_registers"):
-            raise ValueError(
-                f"vision_config is a '{self.vision_config.model_type}' configuration; SERA takes 'dinov2' or "
-                "'dinov2_with_registers'."
-            )
-        if self.text_config.model_type != "clip_text_model":
-            raise ValueError(
-                f"text_config is a '{self.text_config.model_type}' configuration; SERA takes 'clip_text_model'."
-            )
         depth = self.vision_config.num_hidden_layers
         if self.adapter_layers is not None and not all(0 <= i < depth for i in self.adapter_layers):
             raise ValueError(

@@ -7,14 +7,14 @@ from os import PathLike
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, interpolate
+from torch.nn.functional import binary_cross_entropy_with_logits, interpolate, pad
 from transformers import AutoConfig, AutoModel, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.utils import ModelOutput, logging
 
 from .adapter_sera import SeraAdapterBoundaryExpert, SeraUpProjection
-from .configuration_sera import SeraConfig
+from .configuration_sera import TOWER_TYPES, SeraConfig
 from .decoder_sera import SeraMaskDecoder, SeraSentenceGate
 from .fusion_sera import SeraFixedFilters, SeraFusion, SeraSpatialExpert
 from .layers_sera import SeraConvUnit
@@ -22,8 +22,6 @@ from .routing_sera import SeraRouterScore, SeraRouting, router_auxiliary_loss
 from .vision_sera import SeraAdaptedBlock, SeraPictures, SeraVisionEncoder
 
 logger = logging.get_logger(__name__)
-
-TOWER_TYPES = {"vision": ("dinov2", "dinov2_with_registers"), "text": ("clip_text_model",)}
 
 
 @dataclass
@@ -82,7 +80,8 @@ class SeraPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["SeraAdaptedBlock", "SeraFusion", "SeraMaskDecoder"]
+    # over several devices: an adapted block calls parts of the tower's block, and shared maps are picked by a tensor of indices
+    _no_split_modules = ["SeraModel", "SeraMaskDecoder"]
     _supports_sdpa = True
     # no flash attention: transformers' unpads queries by the mask of the keys, which are other tokens here
     _supports_attention_backend = True
@@ -156,7 +155,7 @@ class SeraModel(SeraPreTrainedModel):
             pixel_values: (B, 3, H, W), normalised with the ImageNet mean and standard deviation; H and W are multiples of the
                 patch.
             input_ids: (N, L) CLIP token ids.
-            attention_mask: (N, L), 1 for tokens and 0 for padding. `None` means no padding.
+            attention_mask: (N, L), 1 for tokens and 0 for padding, which is on the right. `None` means no padding.
             image_index: (N,) row of `pixel_values` that each expression is about. `None` means N = B, one each.
             picture_states: (B, states, num_prefix + H·W, hidden_size) that `SeraVisionEncoder.encode_states` gave for the
                 pictures before. `pixel_values` then says their size alone. `None`: the pictures are encoded.
@@ -165,7 +164,7 @@ class SeraModel(SeraPreTrainedModel):
         Raises:
             ValueError: Where sizes do not fit each other or the patch.
         """
-        _check_batch(pixel_values, input_ids, image_index)
+        _check_batch(pixel_values, input_ids, image_index, picture_states)
         pictures = self.encode_pictures(pixel_values, picture_states)
         return self.condition(*pictures, input_ids, attention_mask, image_index)
 
@@ -306,6 +305,8 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
             ValueError: Where a checkpoint is of another kind, a field is unknown, or a tower is described twice.
         """
         fields = dict(config_overrides)
+        if isinstance(dtype, str) and not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(f"dtype is {dtype!r}; it must be one of torch's, such as 'float32' or 'bfloat16'.")
         unknown = sorted(set(fields) - set(SeraConfig.__annotations__))
         if unknown:
             raise ValueError(f"SeraConfig has no field {unknown[0]!r}; it has {', '.join(SeraConfig.__annotations__)}.")
@@ -391,7 +392,7 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
         Args:
             pixel_values: (B, 3, H, W), as the processor makes them; H and W are multiples of the patch.
             input_ids: (N, L) CLIP token ids.
-            attention_mask: (N, L), 1 for tokens and 0 for padding. `None` means no padding.
+            attention_mask: (N, L), 1 for tokens and 0 for padding, which is on the right. `None` means no padding.
             image_index: (N,) row of `pixel_values` that each expression is about. `None` means N = B, one each.
             labels: (N, H, W) masks over the input in [0, 1], of any dtype; all zero where nothing in the picture is meant. Where
                 they are negative, the mask's loss leaves the pixel out.
@@ -412,8 +413,12 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
                 "expression over the input picture."
             )
         if max_expressions is not None:
-            if max_expressions < 1 or self.training:
-                raise ValueError(f"max_expressions is {max_expressions}; it must be 1 or more, and None in training.")
+            if max_expressions < 1:
+                raise ValueError(f"max_expressions is {max_expressions}; it must be 1 or more, or None for all.")
+            if self.training:
+                raise ValueError(
+                    "max_expressions is for inference, but the model is in training mode; call model.eval()."
+                )
             logits, presence_logits, adapter_weights, fusion_weights = self._in_parts(
                 pixel_values, input_ids, attention_mask, image_index, picture_states, max_expressions
             )
@@ -495,8 +500,8 @@ def mask_segmentation_loss(logits: Tensor, labels: Tensor, config: SeraConfig) -
 
     Args:
         logits: (N, h, w).
-        labels: (N, H, W) masks in [0, 1], negative where a pixel does not count; each logit's target is their mean over the
-            pixels that it touches or, with `mask_targets="nearest"`, their value at one of them. A logit counts by its share of
+        labels: (N, H, W) masks in [0, 1], negative where a pixel does not count; each logit's target is their mean over the area
+            that it covers or, with `mask_targets="nearest"`, their value at one of its pixels. A logit counts by its share of
             pixels that do.
         config: For the two weights and the kind of target.
 
@@ -505,7 +510,11 @@ def mask_segmentation_loss(logits: Tensor, labels: Tensor, config: SeraConfig) -
     """
     logits, labels = logits.float(), labels.float()
     parts = torch.stack([labels.clamp(min=0), (labels >= 0).float()], dim=1)
-    covered, counted = interpolate(parts, size=logits.shape[-2:], mode=config.mask_targets).unbind(1)
+    size = logits.shape[-2:]
+    shrunk = (
+        interpolate(parts, size=size, mode="nearest") if config.mask_targets == "nearest" else area_average(parts, size)
+    )
+    covered, counted = shrunk.unbind(1)
     targets = (covered / counted.clamp(min=torch.finfo(torch.float32).tiny)).clamp(max=1)
     bce = (binary_cross_entropy_with_logits(logits, targets, reduction="none") * counted).sum()
     bce = bce / counted.sum().clamp(min=1)
@@ -514,6 +523,20 @@ def mask_segmentation_loss(logits: Tensor, labels: Tensor, config: SeraConfig) -
     total = probability.sum(dim=(1, 2)) + covered.sum(dim=(1, 2))
     dice = 1 - (2 * overlap + 1) / (total + 1)
     return config.bce_loss_weight * bce + config.dice_loss_weight * dice.mean()
+
+
+def area_average(masks: Tensor, size: tuple[int, int]) -> Tensor:
+    """Means of (..., H, W) float32 masks over the h × w equal rectangles that tile them, pixels counted by their share in each.
+
+    `interpolate(mode="area")` gives the same where the sides are multiples; elsewhere (448 to 128) its windows overlap.
+    """
+    for dim, length in ((-2, size[0]), (-1, size[1])):
+        masks = masks.transpose(dim, -1)
+        edges = torch.linspace(0, masks.shape[-1], length + 1, device=masks.device)
+        whole = edges.floor().clamp(max=masks.shape[-1] - 1).long()  # the last edge lies at the end of the last pixel
+        before = pad(masks.cumsum(-1), (1, 0))[..., whole] + (edges - whole) * masks[..., whole]
+        masks = (before.diff(dim=-1) * (length / masks.shape[-1])).transpose(dim, -1)
+    return masks
 
 
 def presence_detection_loss(presence_logits: Tensor, labels: Tensor) -> Tensor:
@@ -534,17 +557,25 @@ def _refuse_missing(keys: set[str], checkpoint: str | PathLike, tower: str) -> N
         raise ValueError(f"{checkpoint} lacks weights of the {tower}, the first being {sorted(keys)[0]!r}.")
 
 
-def _check_batch(pixel_values: Tensor, input_ids: Tensor, image_index: Tensor | None) -> None:
+def _check_batch(
+    pixel_values: Tensor, input_ids: Tensor, image_index: Tensor | None, picture_states: Tensor | None = None
+) -> None:
     if pixel_values.ndim != 4:
         raise ValueError(f"pixel_values have shape {tuple(pixel_values.shape)}; expected (pictures, 3, height, width).")
     if input_ids.ndim != 2:
         raise ValueError(f"input_ids have shape {tuple(input_ids.shape)}; expected (expressions, tokens).")
+    if not torch.compiler.is_compiling() and 0 in input_ids.shape:
+        raise ValueError(f"input_ids have shape {tuple(input_ids.shape)}; there must be an expression.")
+    if picture_states is not None and picture_states.shape[0] != pixel_values.shape[0]:
+        raise ValueError(f"picture_states are of {len(picture_states)} pictures, pixel_values of {len(pixel_values)}.")
     if image_index is None:
         if input_ids.shape[0] != pixel_values.shape[0]:  # len() would make a constant of it in a traced graph
             raise ValueError(
                 f"{len(input_ids)} expressions for {len(pixel_values)} pictures need image_index, which says the picture that "
                 "each expression is about."
             )
+    elif image_index.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"image_index is of {image_index.dtype}; it must be of torch.int64 or torch.int32.")
     elif image_index.shape != input_ids.shape[:1]:
         raise ValueError(f"image_index has shape {tuple(image_index.shape)}; expected ({len(input_ids)},).")
     elif (

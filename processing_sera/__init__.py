@@ -1,6 +1,7 @@
 """Processing for SERA: pictures and expressions to tensors, logits to masks, and the pipeline over both."""
 
-from transformers import AutoImageProcessor, AutoProcessor
+from transformers import AutoProcessor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .image_processing_sera import SeraImageProcessor
 from .pipeline_sera import ReferringImageSegmentationPipeline
@@ -8,7 +9,7 @@ from .processing_sera import SeraProcessor
 
 # A saved folder names its classes, and transformers finds registered classes by name. The key is meant to be
 # the model's configuration class; that one lives in the other package, and the lookup by name does not need
-# it.
+# it. (The image processor's registry is imported from where it stands: in transformers 5.17 its public name wants torchvision.)
 AutoImageProcessor.register(SeraImageProcessor, image_processor_classes={"pil": SeraImageProcessor}, exist_ok=True)
 AutoProcessor.register(SeraProcessor, SeraProcessor, exist_ok=True)
 # A saved processor brings its code along, for machines without this package.

@@ -1,10 +1,11 @@
 """Pictures to letterboxed, normalised pixel values, and masks into the same frame.
 
-Everything here is Pillow, numpy and torch: torchvision is not needed. One function, `letterbox_box`, says where a
-    picture
+Everything here is Pillow, numpy and torch: torchvision is not needed. One function, `letterbox_box`, says where a picture
 lies in its frame; the forward direction, the training labels and the post-processing all ask it.
 """
 
+import base64
+import io
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -136,7 +137,7 @@ def to_rgb_image(image: ImageLike, name: str = "image") -> Image.Image:
     must be in [0, 1]. An array whose layout is ambiguous is read channels-last, a tensor channels-first.
 
     Args:
-        image: PIL image of any mode, path or URL of one, array or tensor (H,W), (H,W,1|3|4) or (1|3|4,H,W).
+        image: PIL image of any mode, path or URL (`data:` too) of one, array or tensor (H,W), (H,W,1|3|4) or (1|3|4,H,W).
         name: what error messages call it where it is not a file.
 
     Raises:
@@ -144,12 +145,16 @@ def to_rgb_image(image: ImageLike, name: str = "image") -> Image.Image:
         TypeError: not an image at all.
         ValueError: a corrupt file, an empty picture, a wrong shape, NaN or values out of range.
     """
+    if isinstance(image, str) and image.startswith("data:"):
+        name = "the data URL"
+        with _naming(name), Image.open(io.BytesIO(base64.b64decode(image.partition(",")[2]))) as opened:
+            return _pil_to_rgb(opened, name)
     if isinstance(image, str) and image.startswith(("http://", "https://")):
         with _naming(image):
             image = load_image(image)
     if isinstance(image, (str, os.PathLike)):
         if not os.path.isfile(image):
-            raise FileNotFoundError(f"No picture at {os.fspath(image)!r}.")
+            raise FileNotFoundError(f"No picture at {os.fspath(image)[:1000]!r}.")
         with _naming(os.fspath(image)), Image.open(image) as opened:
             return _pil_to_rgb(opened, os.fspath(image))
     if isinstance(image, Image.Image):

@@ -1,7 +1,7 @@
 """The one-call form: picture and expressions in, masks out."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -39,6 +39,7 @@ class ReferringImageSegmentationPipeline(Pipeline):
         super().__init__(*args, **kwargs)
         if self.processor is None:
             raise ValueError("The argument processor is missing: give the model's SeraProcessor.")
+        self.model.eval()  # one that comes from training would ask for no `max_expressions`
 
     def __call__(self, inputs: Any, text: str | Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Masks for the expressions about one picture or many.
@@ -66,6 +67,10 @@ class ReferringImageSegmentationPipeline(Pipeline):
             return []
         if text is not None:
             kwargs["text"] = text
+        known = (Image.Image, np.ndarray, torch.Tensor, Mapping, Sequence, Iterator, torch.utils.data.Dataset)
+        if hasattr(inputs, "__getitem__") and not isinstance(inputs, known):
+            rows = inputs  # a data set of `datasets`, say; the base class knows torch's alone
+            inputs = (rows[i] for i in range(len(rows)))
         return super().__call__(inputs, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
@@ -91,7 +96,7 @@ class ReferringImageSegmentationPipeline(Pipeline):
     def preprocess(self, inputs: Any, text: str | Sequence[str] | None = None) -> dict[str, Any]:
         image = inputs
         if isinstance(inputs, dict):
-            image, text = inputs.get("image"), inputs.get("text", text)
+            image, text = inputs.get("image"), text if inputs.get("text") is None else inputs["text"]
         missing = "image" if image is None else "text" if text is None else None
         if missing:
             usage = 'pipe(image, text="left zebra") or pipe({"image": image, "text": ["left zebra", "zebra drinking"]})'

@@ -87,6 +87,8 @@ class SeraProcessor(ProcessorMixin):
 
     def __init__(self, image_processor: Any, tokenizer: Any, mask_threshold: float = 0.5):
         super().__init__(image_processor, tokenizer)
+        if tokenizer.pad_token_id is None:
+            raise ValueError("The tokenizer has no padding token; CLIP's is its end-of-text token, '<|endoftext|>'.")
         self.mask_threshold = _checked_threshold(mask_threshold)
 
     @property
@@ -144,13 +146,23 @@ class SeraProcessor(ProcessorMixin):
             data["labels"] = self.image_processor.preprocess_masks(masks, sizes)
         return BatchFeature(data, tensor_type=return_tensors)
 
-    def _tokenize(self, expressions: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids and attention mask, int64 (N, L).
+    @property
+    def max_tokens(self) -> int:
+        """How many tokens of an expression the model reads; what is longer is cut."""
+        return token_limit(self.tokenizer)
 
-        The padding token is the end-of-text token, so the mask is made from the lengths. Padding and
-        truncation are done here because the tokenizer would keep them as settings and save them.
+    def count_tokens(self, expression: str) -> int:
+        """How many tokens an expression has, start and end among them, before it is cut to `max_tokens`.
+
+        Raises:
+            ValueError: an empty expression.
+            TypeError: an expression that is not a string.
         """
-        ids = self.tokenizer(
+        ((cleaned,),) = _grouped_expressions(expression, None)
+        return len(self._token_ids([cleaned])[0])
+
+    def _token_ids(self, expressions: list[str]) -> list[list[int]]:
+        return self.tokenizer(
             expressions,
             padding=False,
             truncation=False,
@@ -158,7 +170,14 @@ class SeraProcessor(ProcessorMixin):
             split_special_tokens=True,  # a "<|endoftext|>" inside an expression is text
             verbose=False,
         )["input_ids"]
-        limit = token_limit(self.tokenizer)
+
+    def _tokenize(self, expressions: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids and attention mask, int64 (N, L).
+
+        The padding token is the end-of-text token, so the mask is made from the lengths. Padding and
+        truncation are done here because the tokenizer would keep them as settings and save them.
+        """
+        ids, limit = self._token_ids(expressions), self.max_tokens
         for i, row in enumerate(ids):
             if len(row) > limit:
                 message = f"The expression {expressions[i]!r} has {len(row)} tokens and is cut to {limit}."

@@ -113,7 +113,7 @@ def test_parts_are_refused_where_they_cannot_be_meant(model):
     inputs = make_inputs(2)
     with pytest.raises(ValueError, match="max_expressions is 0"):
         model(**inputs, max_expressions=0)
-    with pytest.raises(ValueError, match="None in training"):
+    with pytest.raises(ValueError, match=r"in training mode; call model\.eval\(\)"):
         model.train()(**inputs, max_expressions=1)
 
 

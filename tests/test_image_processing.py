@@ -1,5 +1,6 @@
 """The image processor: a letterbox that masks share, exact pixel values, every kind of picture, and its options."""
 
+import base64
 import math
 import subprocess
 import sys
@@ -304,6 +305,14 @@ def test_a_corrupt_picture_names_its_file(tmp_path, processor, picture):
     ):
         with pytest.raises(ValueError, match=rf"{name} is not a readable picture"):
             processor.image_processor([picture, images])
+    url = "data:image/jpeg;base64," + base64.b64encode(whole).decode()
+    from_url, from_file = (
+        processor.image_processor(source)["pixel_values"] for source in (url, tmp_path / "whole.jpg")
+    )
+    assert np.array_equal(from_url, from_file)
+    with pytest.raises(ValueError, match="the data URL is not a readable picture") as error:
+        processor.image_processor("data:image/png;base64," + 10_000 * "AAAA")
+    assert len(str(error.value)) < 200
     with pytest.raises(FileNotFoundError, match=r"nowhere\.png"):
         processor.image_processor(str(tmp_path / "nowhere.png"))
 

@@ -10,7 +10,7 @@ from conftest import make_inputs, make_model
 from transformers import Trainer, TrainingArguments
 
 from modeling_sera import SeraConfig, SeraForReferringSegmentation
-from modeling_sera.modeling_sera import mask_segmentation_loss
+from modeling_sera.modeling_sera import area_average, mask_segmentation_loss
 
 
 def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 2e-5) -> bool:
@@ -262,6 +262,15 @@ def test_loss_equals_a_numpy_computation(model):
     assert float(got) == pytest.approx(2.0 * bce + 0.5 * np.mean(dice), abs=1e-6)
 
 
+@pytest.mark.parametrize("size", [(8, 16), (4, 12), (28, 42), (5, 3), (16, 9)])
+def test_targets_are_averages_over_the_area_that_a_logit_covers(size):
+    masks = np.random.default_rng(0).random((2, 28, 42)) > 0.5
+    fine = masks.repeat(size[0], axis=1).repeat(size[1], axis=2)  # so fine that every area holds whole pieces
+    expected = fine.reshape(2, size[0], 28, size[1], 42).mean(axis=(2, 4))
+    averages = area_average(torch.tensor(masks).float(), size)
+    assert torch.allclose(averages, torch.tensor(expected).float(), atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float16])
 def test_labels_may_be_of_any_dtype(dtype):
     logits, labels = torch.randn(2, 8, 8), torch.rand(2, 32, 32) > 0.5
@@ -332,6 +341,9 @@ def test_half_precision_runs(model):
         ({"image_index": torch.tensor([0, 2])}, "holds 2"),
         ({"image_index": torch.tensor([0, -1])}, "holds -1"),
         ({"image_index": torch.tensor([0])}, "image_index has shape"),
+        ({"image_index": torch.tensor([0, 1], dtype=torch.uint8)}, "image_index is of torch.uint8"),
+        ({"input_ids": torch.zeros(0, 4, dtype=torch.long), "image_index": torch.zeros(0).long()}, "an expression"),
+        ({"picture_states": torch.zeros(1, 1, 21, 32)}, "picture_states are of 1 pictures"),
         ({"labels": torch.zeros(2, 28, 28)}, "labels have shape"),
     ],
 )
@@ -351,6 +363,7 @@ def test_wrong_sizes_are_named(model, change, message):
         ({"fusion_dim": 18}, "fusion_dim"),
         ({"adapter_num_heads": 0}, "adapter_num_heads is 0"),
         ({"vision_config": {"model_type": "vit"}}, "'vit'"),
+        ({"text_config": {"model_type": "resnet"}}, "'resnet'"),  # which has no number of layers either
     ],
 )
 def test_configurations_that_cannot_be_built_are_refused(overrides, message):
@@ -362,6 +375,7 @@ def test_default_configuration_is_sera_b():
     config = SeraConfig()
     assert config.vision_config.model_type == "dinov2_with_registers" and config.patch_size == 14
     assert config.adapter_layers == [1, 3, 5, 7, 9, 11] and config.tap_layers == [4, 8, 12]
+    assert SeraConfig(dice_loss_weight=1, router_noise_std=0).dice_loss_weight == 1
     large = SeraConfig(vision_config={"model_type": "dinov2", "num_hidden_layers": 24, "patch_size": 14})
     assert large.adapter_layers == [2, 6, 10, 14, 18, 22] and large.tap_layers == [8, 16, 24]
 

@@ -10,7 +10,6 @@ import logging
 import os
 import sys
 import tempfile
-import warnings
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -176,14 +175,12 @@ class Segmenter:
         return [result | {"mask": result["mask"].numpy()} for result in results]
 
     def _check_expression(self, expression: str) -> None:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message="The expression ", category=UserWarning)
-            try:
-                self.processor(text=[expression])
-            except ValueError:
-                raise ValueError(f"The expression {expression!r} holds nothing that can be seen.") from None
-            except UserWarning:  # it would be cut
-                raise ValueError(f"“{expression[:60]}…” is longer than the model reads; shorten it.") from None
+        try:
+            count = self.processor.count_tokens(expression)
+        except ValueError:
+            raise ValueError(f"The expression {expression!r} holds nothing that can be seen.") from None
+        if count > self.processor.max_tokens:
+            raise ValueError(f"“{expression[:60]}…” is longer than the model reads; shorten it.")
 
 
 def parse_expressions(text: str) -> list[str]:
