@@ -88,7 +88,9 @@ class SeraProcessor(ProcessorMixin):
     def __init__(self, image_processor: Any, tokenizer: Any, mask_threshold: float = 0.5):
         super().__init__(image_processor, tokenizer)
         if tokenizer.pad_token_id is None:
-            raise ValueError("The tokenizer has no padding token; CLIP's is its end-of-text token, '<|endoftext|>'.")
+            raise ValueError(
+                "The tokenizer has no padding token, which its tokenizer_config.json should name; CLIP's is '<|endoftext|>'."
+            )
         self.mask_threshold = _checked_threshold(mask_threshold)
 
     @property

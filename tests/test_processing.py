@@ -1,5 +1,6 @@
 """The processor: clean expressions, nested under their pictures; masks as labels, and logits as masks at full size."""
 
+import copy
 import json
 import math
 
@@ -403,3 +404,17 @@ def test_labels_and_post_processing_are_inverse_on_a_drawing(processor):
     logits = inputs["labels"].clamp(1e-4, 1 - 1e-4).logit()
     (result,) = processor.post_process_referring_segmentation(logits, inputs)
     assert iou(result["mask"].numpy(), mask) > 0.99
+
+
+def test_a_tokenizer_without_a_padding_token_is_refused(processor):
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    tokenizer.pad_token = None
+    with pytest.raises(ValueError, match=r"no padding token.*tokenizer_config\.json"):
+        SeraProcessor(processor.image_processor, tokenizer)
+
+
+def test_tokens_are_counted_before_an_expression_is_cut(processor):
+    assert processor.count_tokens("  left zebra ") == len(processor(text="left zebra")["input_ids"][0])
+    assert processor.count_tokens("a " * 200) > processor.max_tokens
+    with pytest.raises(ValueError, match="empty"):
+        processor.count_tokens(" ")
