@@ -117,9 +117,8 @@ class SeraAdaptedBlock(GradientCheckpointingLayer):
     def transform(hidden_states: Tensor, block: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
         """What the block itself does: hidden states after its attention, these normed, and the feed-forward part's output."""
         attended = block.attention(block.norm1(hidden_states))
-        attended = (
-            attended[0] if isinstance(attended, tuple) else attended
-        )  # transformers gives the weights, too, from 5.20 on
+        if isinstance(attended, tuple):  # from transformers 5.20 on the weights come along
+            attended, _ = attended
         hidden_states = block.drop_path(block.layer_scale1(attended)) + hidden_states
         normed = block.norm2(hidden_states)
         return hidden_states, normed, block.mlp(normed)

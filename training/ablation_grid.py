@@ -49,9 +49,9 @@ class Run:
         Made of what differs from the defaults, so that a setting that is added later does not make other runs of the old ones.
         """
         chosen = _difference(asdict(self.settings), asdict(TrainingSettings()))
-        chosen = {name: value for name, value in chosen.items() if name not in FREE | {"seed"}} | (
-            {"mirror": True} if self.mirror else {}
-        )
+        chosen = {name: value for name, value in chosen.items() if name not in FREE | {"seed"}}
+        if self.mirror:
+            chosen["mirror"] = True
         text = json.dumps(without_paths(chosen), sort_keys=True)
         return f"{self.variant}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
@@ -69,7 +69,6 @@ class Grid:
         path: The file that it was read from.
         extra: Options of `train.py` that were given beside it, for every variant.
         split: Split that finished models are scored on.
-        mirror: Whether their answers are averaged with those about the mirror images.
         baseline: Variant that the others are compared with.
         seeds: Seeds of every variant.
         variants: One run per variant, with the first seed.
@@ -78,7 +77,6 @@ class Grid:
     path: Path
     extra: tuple[str, ...]
     split: str
-    mirror: bool
     baseline: str
     seeds: tuple[int, ...]
     variants: dict[str, Run]
@@ -136,7 +134,7 @@ def read_grid(path: Path, extra: list[str] | None = None) -> Grid:
     for name, changes in names.items():
         settings = _settings(path, name, base, (content.get("options") or {}) | (changes or {}), extra or [])
         variants[name] = Run(name, changes or {}, replace(settings, output_dir="", seed=seeds[0]), mirror)
-    return Grid(path, tuple(extra or []), content["split"], mirror, content["baseline"], tuple(seeds), variants)
+    return Grid(path, tuple(extra or []), content["split"], content["baseline"], tuple(seeds), variants)
 
 
 def _settings(path: Path, variant: str, base: Path, changes: dict[str, Any], extra: list[str]) -> TrainingSettings:

@@ -19,7 +19,7 @@ from training.files import write_binary, write_text
 from training.intervals import LEVEL, RESAMPLES, paired_intervals
 from training.metric import SentenceScore, format_value, score_terms
 from training.referring_iou.referring_iou import Terms
-from training.reports import MIRRORED
+from training.reports import mirroring_note
 
 Record = dict[str, Any]
 METRICS = ("mIoU", "oIoU", "Pr@0.5", "Pr@0.7", "boundary_F")
@@ -108,9 +108,9 @@ def format_results(grid: Grid, runs: dict[str, list[Record]], compared: dict[str
         f"# Ablation {grid.path.stem}",
         "",
         f"Split {grid.split}: {counts['expressions']} expressions about {counts['objects']} objects in {counts['pictures']} "
-        f"pictures; threshold {first['threshold']['value']:g}, {first['threshold']['source']}.{MIRRORED if grid.mirror else ''} "
-        "Percentages. ± is the standard "
-        f"error over seeds of training; the data are the same. Δ: difference from {grid.baseline} with the same seeds; in brackets "
+        f"pictures; threshold {first['threshold']['value']:g}, {first['threshold']['source']}.{mirroring_note(first)} Percentages. "
+        "± is the standard error over seeds of training; the data are the same. "
+        f"Δ: difference from {grid.baseline} with the same seeds; in brackets "
         f"{LEVEL:.0%} of the differences of means over seeds in {RESAMPLES} paired resamples of pictures. Fresh seed: where one "
         "more seed's mIoU lies in 95 of 100 cases. Shuffled: mIoU where each object is asked the sentences of another.",
         "",

@@ -24,7 +24,8 @@ class ModelSettings:
             `config` has it.
         tokenizer: Folder or Hub id of a CLIP tokenizer. None: the one beside `text_model`, or, for scenes, one trained on them.
         config: Fields of SeraConfig that differ from its defaults or, going on from a whole SERA, from what that was saved with.
-            It may gain parts so, never lose any: decoder layers and routers' sentence inputs begin without effect.
+            It may gain decoder layers, adapters, sentences for its routers and a presence head, which begin without effect; it
+            loses nothing.
         vision_tuning: What of the vision tower is trained.
         text_tuning: What of the text tower is trained.
         whitened_start: Begin with projections of the vision tower's features that give their principal directions, all equally

@@ -114,7 +114,7 @@ def format_report(record: dict[str, Any]) -> str:
         "",
         f"{counts['expressions']} expressions about {counts['objects']} objects ({counts['without_target']} expressions without a "
         f"target) in {counts['pictures']} pictures, every mask compared at its picture's own size. Threshold "
-        f"{threshold['value']:g}, {threshold['source']}.{MIRRORED if _is_mirrored(record) else ''} Percentages; in brackets "
+        f"{threshold['value']:g}, {threshold['source']}.{mirroring_note(record)} Percentages; in brackets "
         f"{bootstrap['level']:.0%} bootstrap intervals from {bootstrap['resamples']} resamples of pictures.",
         "",
         "mIoU is the mean over expressions, oIoU total intersection / total union, Pr@X the share of expressions with IoU > X; "
@@ -174,6 +174,11 @@ def data_name(record: dict[str, Any]) -> str:
     if data["source"] == "refer":
         return f"{SET_NAMES.get(data['dataset'], data['dataset'])} ({data['split_by']})"
     return "embedded scenes" if data["source"] == "scenes" else Path(data.get("root") or data["source"]).name
+
+
+def mirroring_note(record: dict[str, Any]) -> str:
+    """What a report says, after a space, where answers were averaged with those about the mirror images; else nothing."""
+    return MIRRORED if _is_mirrored(record) else ""
 
 
 def _is_mirrored(record: dict[str, Any]) -> bool:

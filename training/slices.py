@@ -27,13 +27,13 @@ _RELATION = re.compile(
     re.IGNORECASE,
 )
 # The relations by what a reader must do; of several in a sentence the first of these counts.
-_RELATIONS = {
+_RELATION_WORDS = {
     "nearest or farthest": r"closest|nearest|furthest|farthest",
     "in front or behind": r"in\s+front\s+of|behind|covering|covers|(?:hidden|covered)\s+by",
     "above or below": r"above|below|over|under|underneath|beneath|(?:higher|lower)\s+than|on\s+top\s+of",
     "left or right of": r"(?:left|right)\s+of",
 }
-_RELATIONS = {name: re.compile(rf"\b(?:{words})\b", re.IGNORECASE) for name, words in _RELATIONS.items()}
+_RELATIONS = {name: re.compile(rf"\b(?:{words})\b", re.IGNORECASE) for name, words in _RELATION_WORDS.items()}
 _RELATIONS["another relation"] = _RELATION
 NO_RELATION = "no relation"
 _WORDINGS = {

@@ -35,14 +35,13 @@ def load_splits(data: DataSettings, splits: list[str]) -> list[datasets.Dataset]
             check_split(data, split)
         sizes = dict(zip(("train", "val", "test"), data.num_scenes, strict=True)) | {"test_seen": data.num_scenes[2]}
         return [_scenes(data, split, sizes[split]) for split in splits]
-    if data.root is None:
-        raise ValueError("data.root is not set; name the folder that holds the data.")
+    root = _root(data)
     if data.source == "folder":
-        folder = RowFolder(data.root, data.image_dir)
+        folder = RowFolder(root, data.image_dir)
         for split in splits:
             folder.check_split(split)
         return [folder.read(split) for split in splits]
-    loaded = load_refer(data.root, data.dataset, data.split_by, image_dir=data.image_dir, splits=splits)
+    loaded = load_refer(root, data.dataset, data.split_by, image_dir=data.image_dir, splits=splits)
     return [loaded[split] for split in splits]
 
 
@@ -50,12 +49,16 @@ def check_split(data: DataSettings, split: str) -> None:
     """What [`load_splits`] would raise for the name of a split, without the cost of reading it."""
     if data.source == "scenes":
         check_scenes(data.scene_set, split, data.scene_no_target, data.scene_leave_out)
-    elif data.root is None:
-        raise ValueError("data.root is not set; name the folder that holds the data.")
     elif data.source == "folder":
-        RowFolder(data.root, data.image_dir).check_split(split)
+        RowFolder(_root(data), data.image_dir).check_split(split)
     else:
-        ReferSet(data.root, f"{data.dataset}/{data.split_by}", data.image_dir).check_split(split)
+        ReferSet(_root(data), f"{data.dataset}/{data.split_by}", data.image_dir).check_split(split)
+
+
+def _root(data: DataSettings) -> str:
+    if data.root is None:
+        raise ValueError("data.root is not set; name the folder that holds the data.")
+    return data.root
 
 
 def _scenes(data: DataSettings, split: str, number: int) -> datasets.Dataset:
@@ -98,13 +101,12 @@ def load_training_splits(data: DataSettings) -> tuple[datasets.Dataset | dataset
     if data.source == "scenes" or not (data.mix or data.streaming):
         train, val = load_splits(data, [data.train_split, data.val_split])
         return train, val
-    if data.root is None:
-        raise ValueError("data.root is not set; name the folder that holds the data.")
+    root = _root(data)
     if data.source == "refer":
         names = [f"{data.dataset}/{data.split_by}", *data.mix]
-        sets: list[ReferSet | RowFolder] = [ReferSet(data.root, name, data.image_dir) for name in names]
+        sets: list[ReferSet | RowFolder] = [ReferSet(root, name, data.image_dir) for name in names]
     else:
-        sets = [RowFolder(root, data.image_dir) for root in [data.root, *data.mix]]
+        sets = [RowFolder(name, data.image_dir) for name in [root, *data.mix]]
     for member in sets:
         member.check_split(data.train_split)
     sets[0].check_split(data.val_split)

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -296,17 +297,12 @@ def _key(
 
 
 def _checksums(rows: datasets.Dataset) -> list[str]:
-    """SHA-256 of every row's picture; a picture with a path is read once."""
-    by_path = {}
-    found = []
-    for image in rows["image"]:
-        if image["bytes"] is not None:
-            found.append(hashlib.sha256(image["bytes"]).hexdigest())
-            continue
-        if image["path"] not in by_path:
-            by_path[image["path"]] = sha256_of(Path(image["path"]))
-        found.append(by_path[image["path"]])
-    return found
+    """SHA-256 of every row's picture."""
+    of_file = cache(sha256_of)  # rows share their pictures' files
+    return [
+        of_file(Path(image["path"])) if image["bytes"] is None else hashlib.sha256(image["bytes"]).hexdigest()
+        for image in rows["image"]
+    ]
 
 
 __all__ = ["View", "ViewCollator", "ViewExamples", "ViewStore"]
