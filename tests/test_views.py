@@ -180,6 +180,14 @@ def test_what_acts_on_kept_views_wants_some(option, tmp_path):
         start_accelerator(read_settings([f"--{option}", "--output_dir", str(tmp_path)]))
 
 
+@pytest.mark.parametrize("option", ["data.views=2", "data.streaming=true"])
+def test_kinds_are_weighed_where_sentences_are_drawn_from_rows_alone(option, tmp_path):
+    with pytest.raises(ValueError, match="kind_weights is for sentences drawn anew"):
+        start_accelerator(
+            read_settings(["--data.kind_weights", "{relation: 2}", f"--{option}", "--output_dir", str(tmp_path)])
+        )
+
+
 def test_a_run_reads_views_and_another_finds_them(tmp_path):
     settings = refer_settings(tmp_path / "refer")
     data = replace(settings.data, views=2, composites=2)

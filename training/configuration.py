@@ -72,6 +72,8 @@ class DataSettings:
             own.
         objects_per_picture: Objects of one picture that share a forward pass of it; 1 is the field's one object, one picture.
         sentences_per_object: Sentences drawn for an object in each epoch.
+        kind_weights: How often sentences of a kind are drawn beside the object's others, which count 1: {relation: 3} of the mixed
+            scenes makes three fifths of them relations, where one is drawn of each object's three.
         views: Views of every training picture that are drawn once, for all epochs and runs, and kept with what the frozen vision
             tower makes of them below the first adapter: the picture, its mirror image (where `augmentation.flip` is above zero),
             then variations of both in turns. It wants `model.vision_tuning` "frozen". 0: every epoch draws anew, nothing is kept.
@@ -98,6 +100,7 @@ class DataSettings:
     image_size: tuple[int, int] | None = None
     objects_per_picture: PositiveInt = 1
     sentences_per_object: PositiveInt = 1
+    kind_weights: dict[str, PositiveFloat] = field(default_factory=dict)
     views: NonNegativeInt = 0
     composites: NonNegativeInt = 0
 
