@@ -2,9 +2,9 @@
 
 The page's tests drive a Chromium of the system's. The documentation's pictures of the page come from
 
-    SERA_MODEL=outputs/demo/model SERA_SCREENSHOTS=docs python -m pytest tests/test_space.py -k screenshots
+    SERA_MODEL=checkpoints/sera-scenes-128/model SERA_SCREENSHOTS=docs python -m pytest tests/test_space.py -k screenshots
 
-with the first held-out scene of seed 0 and the first expression about each of its first three objects, not chosen by how they
+with the benchmark's first test scene of seed 0 and the first expression about each of its first three objects, not chosen by how they
 come out. Without the two variables, the model is a tiny random one and the pictures go to a temporary folder.
 """
 
@@ -525,8 +525,8 @@ def test_the_app_talks_to_nobody(server):
 def test_screenshots(browser, request, tmp_path):
     """See the top of this file."""
     target = Path(os.environ.get("SERA_SCREENSHOTS", tmp_path))
-    rows = generate_scenes(1, seed=0, image_size=448, split="test").select(range(3))
-    picture = tmp_path / "scene.webp"
+    rows = generate_scenes(1, seed=0, image_size=448, split="test", scene_set="mixed").select(range(3))
+    picture = tmp_path / "scene.jpg"
     picture.write_bytes(rows[0]["image"]["bytes"])
     if "SERA_MODEL" in os.environ:
         server = Server(Path(os.environ["SERA_MODEL"]).absolute(), tmp_path / "place")
