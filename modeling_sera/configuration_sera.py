@@ -192,6 +192,11 @@ class SeraConfig(PreTrainedConfig):
                 "after it is not read."
             )
 
+    @classmethod
+    def default_config_fields(cls) -> dict:
+        """The fields' defaults, among which transformers looks for the towers: of these it then saves what is their own."""
+        return super().default_config_fields() | DEFAULT_TOWERS
+
     @property
     def custom_pipelines(self) -> dict[str, dict]:
         """What `transformers.pipeline` runs for a saved model, by task: a class from the folder's own code.

@@ -1,13 +1,14 @@
 """The whole model: identity at the start, invariances, saving, gradients, sizes, loss."""
 
 import copy
+import json
 import pickle
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_inputs, make_model
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedConfig, Trainer, TrainingArguments
 
 from modeling_sera import SeraConfig, SeraForReferringSegmentation
 from modeling_sera.modeling_sera import area_average, mask_segmentation_loss
@@ -419,3 +420,13 @@ def test_states_stand_for_the_pictures(overrides, training):
             in_parts = model(**blank, picture_states=states, max_expressions=2).logits
             assert torch.allclose(in_parts, expected, atol=1e-5)
         assert not torch.equal(model(**blank).logits, expected)
+
+
+def test_a_saved_configuration_says_of_its_towers_what_is_their_own():
+    config, common = SeraConfig.tiny(), PreTrainedConfig().to_dict()
+    saved = json.loads(config.to_json_string())
+    for name in ("vision_config", "text_config"):
+        default = type(getattr(config, name))().to_dict()
+        said = [key for key, value in saved[name].items() if key in common and value == default[key]]
+        assert set(said) <= {"model_type"}
+        assert SeraConfig.from_dict(saved).to_dict()[name] == config.to_dict()[name]
