@@ -99,11 +99,16 @@ def draw_example(
     )
 
 
+def _words(kind: str) -> list[str]:
+    """What weights are given to, such as "relation" and "hard"."""
+    return kind.split(", ")
+
+
 def _draw_order(row: dict, kind_weights: Mapping[str, float] | None, rng: np.random.Generator) -> list[int]:
     """Numbers of a row's sentences, each drawn from what is left with a probability in proportion to its weight."""
     if not kind_weights:
         return rng.permutation(len(row["sentences"])).tolist()
-    weights = [math.prod(kind_weights.get(word, 1.0) for word in kind.split(", ")) for kind in row["sentence_kinds"]]
+    weights = [math.prod(kind_weights.get(word, 1.0) for word in _words(kind)) for kind in row["sentence_kinds"]]
     # the soonest of exponential waiting times is each one with a probability in proportion to its rate
     return np.argsort(rng.exponential(size=len(weights)) / np.array(weights)).tolist()
 
@@ -137,7 +142,7 @@ class TrainingExamples(Dataset):
             ValueError: For a weight of a word that no sentence's kind has.
         """
         if kind_weights:
-            known = {word for kinds in rows["sentence_kinds"] for kind in kinds for word in kind.split(", ")}
+            known = {word for kinds in rows["sentence_kinds"] for kind in kinds for word in _words(kind)}
             for word in kind_weights:
                 if word not in known:
                     raise ValueError(
