@@ -68,7 +68,7 @@ def test_a_run_is_the_same_run_as_long_as_what_it_computes_is(tmp_path):
     # runs call their models alike
     one, other = (keys(["--model.pretrained", f"/somewhere/{run}/model", "--model.config", "{}"]) for run in ("a", "b"))
     assert not set(one) & set(other)
-    assert keys(mirror=False) == first and not set(keys(mirror=True)) & set(first)
+    assert keys(evaluation={}) == first and not set(keys(evaluation={"mirror": True})) & set(first)
     assert not set(keys(["--optimization.batch_size", "3"])) & set(first)
     one_changed = keys(variants=VARIANTS | {"k2": {"model.config.num_selected_experts": 3}})
     assert [a == b for a, b in zip(one_changed, first, strict=True)] == [True, True, False] * 2
@@ -83,7 +83,11 @@ def test_a_run_is_the_same_run_as_long_as_what_it_computes_is(tmp_path):
         ({"baseline": "none"}, "baseline is 'none'; the variants are baseline"),
         ({"seeds": []}, "seeds is"),
         ({"seeds": [0, -1]}, "seeds is"),
-        ({"mirror": "no"}, "mirror is 'no'"),
+        ({"evaluation": "mirror"}, "evaluation is 'mirror'"),
+        ({"evaluation": {"mirrored": True}}, "evaluation has 'mirrored'; it may have mirror, connected, threshold"),
+        ({"evaluation": {"mirror": "no"}}, "evaluation.mirror is 'no'"),
+        ({"evaluation": {"connected": False}}, "evaluation.connected is False; it must be true, or be left out"),
+        ({"evaluation": {"threshold": 1}}, "evaluation.threshold is 1; it must be a number between 0 and 1"),
         ({"split": 3}, "split is 3"),
         ({"split": "tset"}, "no split 'tset'"),
         ({"config": "absent.yaml"}, "there is no configuration .*absent.yaml"),
@@ -152,6 +156,9 @@ score = {"kind": "any", "intersection": 2, "predicted": 4, "truth": 4, "boundary
 record = {"split": sys.argv[sys.argv.index("--split") + 1], "intervals": {}, "slices": {}}
 record |= {"counts": {"pictures": 2, "objects": 4, "expressions": 4}}
 record |= {"threshold": {"value": 0.5, "source": "given"}, "image_ids": [0, 0, 1, 1], "mirrored": "--mirror" in sys.argv}
+record |= {"connected": "--connected" in sys.argv}
+if "--threshold" in sys.argv:
+    record["threshold"]["value"] = float(sys.argv[sys.argv.index("--threshold") + 1])
 record |= {"summary": {"as written": {"all": metrics}, "shuffled": {"all": metrics}}}
 record |= {"scores": [score | {"row": i, "sentence": 0} for i in range(4)]}
 output = Path(sys.argv[sys.argv.index("--output") + 1])
@@ -178,13 +185,17 @@ def starts(output: Path) -> dict[str, list[int]]:
     return {file.parent.name: list(map(int, file.read_text().split())) for file in output.glob("runs/*/starts")}
 
 
-@pytest.mark.parametrize("mirror", [False, True])
-def test_the_grid_says_whether_answers_are_averaged_with_the_mirror_images(tmp_path, scripts, mirror):
+@pytest.mark.parametrize("evaluation", [{}, {"mirror": True}, {"connected": True, "threshold": 0.4}])
+def test_the_grid_says_how_masks_are_read(tmp_path, scripts, evaluation):
     scripts(0.0)
     output = tmp_path / "out"
-    assert main([str(write_grid(tmp_path, mirror=mirror)), "--only", "k2", "--output", str(output)]) == OK
-    assert {record["mirrored"] for record in Records(output / "runs.jsonl").read().values()} == {mirror}
-    assert ("mirror image" in (output / "results.md").read_text()) == mirror
+    assert main([str(write_grid(tmp_path, evaluation=evaluation)), "--only", "k2", "--output", str(output)]) == OK
+    results = (output / "results.md").read_text()
+    for record in Records(output / "runs.jsonl").read().values():
+        assert record["mirrored"] == ("mirror image" in results) == evaluation.get("mirror", False)
+        assert record["connected"] == ("connected part" in results) == evaluation.get("connected", False)
+        assert record["threshold"]["value"] == evaluation.get("threshold", 0.5)
+    assert f"threshold {evaluation.get('threshold', 0.5):g}, " in results
 
 
 def test_on_another_split_finished_models_are_scored_again(tmp_path, scripts):

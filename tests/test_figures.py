@@ -151,6 +151,7 @@ def test_the_report_takes_any_expression_and_any_number_of_cases(rows, processor
         "bootstrap": {"level": 0.95},
         "threshold": {"value": 0.5, "source": "given", "candidates": candidates},
         "mirrored": candidates is not None,
+        "connected": candidates is not None,
     }
     path = tmp_path / "new" / "report.png"
     with warnings.catch_warnings():

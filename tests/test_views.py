@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -83,6 +84,25 @@ def test_kept_states_are_those_of_the_tower(store_of, tmp_path):
         states = model.model.vision.encode_states(pixels)[0]
     assert view.states.dtype == np.float16
     assert torch.allclose(torch.from_numpy(view.states.copy()).float(), states, atol=1e-2, rtol=1e-3)
+
+
+def test_states_are_made_in_the_precision_of_the_run(store_of, tmp_path):
+    make, model, processor = store_of
+    rows = make_rows(ROWS)
+    settings = settings_for(tmp_path)
+
+    def in_bfloat16():
+        return torch.autocast("cpu", torch.bfloat16)
+
+    accelerator = SimpleNamespace(device=torch.device("cpu"), autocast=in_bfloat16)
+    coarse = ViewStore(replace(settings, mixed_precision="bf16"), rows, model, processor, accelerator)
+    fine = make(settings)
+    assert coarse.folder != fine.folder
+    pixels = processor(images=[picture_as_annotated(rows[0])], text=["x"], return_tensors="pt")["pixel_values"]
+    with torch.no_grad(), in_bfloat16():
+        expected = model.model.vision.encode_states(pixels)[0].half().numpy()
+    assert np.allclose(coarse[0].states, expected, atol=2e-2)
+    assert not np.array_equal(coarse[0].states, fine[0].states)
 
 
 def test_a_folder_is_made_once_and_for_what_it_depends_on(store_of, tmp_path, monkeypatch):

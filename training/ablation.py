@@ -203,7 +203,8 @@ class Work:
             arguments = ["--config", str(config)]
         else:
             arguments = [str(folder / "model"), "--split", self.grid.split, "--output", str(self._evaluation(run))]
-            arguments += ["--mirror"] if run.mirror else []
+            for name, value in run.evaluation.items():
+                arguments += [f"--{name}"] if value is True else [f"--{name}", str(value)]
         process = self.machine.start([str(SCRIPTS[phase]), *arguments], slot, folder / "log.txt")
         job = Job(run, folder, slot, process, phase, state, time.monotonic(), _written(folder / "checkpoint"))
         self.jobs.append(job)
@@ -242,7 +243,7 @@ class Work:
             "losses": [[part[-1]["step"], sum(one["loss"] for one in part) / len(part)] for part in thinned],
             **{
                 name: scored[name]
-                for name in ("split", "counts", "threshold", "mirrored", "summary", "intervals", "slices")
+                for name in ("split", "counts", "threshold", "mirrored", "connected", "summary", "intervals", "slices")
             },
             "evaluation": str(evaluation.relative_to(self.output)),
             "seconds": job.state["seconds"],

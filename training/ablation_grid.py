@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,12 @@ from training.files import write_text
 
 NAME = r"\w[\w.-]*"  # also names folders
 FIELDS = {"config", "split", "baseline", "seeds", "variants"}
-OPTIONAL_FIELDS = {"options", "mirror"}
+OPTIONAL_FIELDS = {"options", "evaluation"}
+EVALUATION_OPTIONS = {
+    "mirror": bool,
+    "connected": bool,
+    "threshold": float,
+}  # of evaluation.py, as they are called there
 
 
 @dataclass(frozen=True)
@@ -29,13 +34,13 @@ class Run:
         variant: Name of its variant.
         overrides: What the variant changes, by dotted name.
         settings: All of its settings; `output_dir` is left as it is by default.
-        mirror: Whether it is scored on answers averaged with those about the mirror images.
+        evaluation: How masks are read from its answers: options of `evaluation.py`, without their dashes.
     """
 
     variant: str
     overrides: dict[str, Any]
     settings: TrainingSettings
-    mirror: bool = False
+    evaluation: dict[str, Any] = field(default_factory=dict)
 
     @property
     def seed(self) -> int:
@@ -50,8 +55,8 @@ class Run:
         """
         chosen = _difference(asdict(self.settings), asdict(TrainingSettings()))
         chosen = {name: value for name, value in chosen.items() if name not in FREE | {"seed"}}
-        if self.mirror:
-            chosen["mirror"] = True
+        if self.evaluation:
+            chosen["evaluation"] = self.evaluation
         text = json.dumps(without_paths(chosen), sort_keys=True)
         return f"{self.variant}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
@@ -101,8 +106,8 @@ def read_grid(path: Path, extra: list[str] | None = None) -> Grid:
 
     The file holds `config`, a file of training settings, found from the grid's own folder; `variants`, per name what it changes
     of them by dotted name (`{model.config.num_selected_experts: 2}`); `baseline`, one of the names; `seeds`; `split`, that
-    models are scored on; and, if any, `options`, changes for all variants, and `mirror`, true where answers are averaged with
-    those about the mirror images.
+    models are scored on; and, if any, `options`, changes for all variants, and `evaluation`, how masks are read from the
+    models' answers (`{mirror: true, connected: true, threshold: 0.4}`, options of `evaluation.py`).
 
     Args:
         path: The file.
@@ -116,7 +121,7 @@ def read_grid(path: Path, extra: list[str] | None = None) -> Grid:
         raise ValueError(
             f"{path} must hold the fields {', '.join(sorted(FIELDS))}, and may hold {', '.join(sorted(OPTIONAL_FIELDS))}."
         )
-    names, seeds, mirror = content["variants"], content["seeds"], content.get("mirror", False)
+    names, seeds, evaluation = content["variants"], content["seeds"], content.get("evaluation") or {}
     if not isinstance(names, dict) or not names or not all(re.fullmatch(NAME, str(name)) for name in names):
         raise ValueError(f"{path}: variants must map names of letters, digits, '-', '_' and '.' to what they change.")
     if content["baseline"] not in names:
@@ -125,16 +130,26 @@ def read_grid(path: Path, extra: list[str] | None = None) -> Grid:
         raise ValueError(f"{path}: seeds is {seeds!r}; it must be a list of whole numbers from 0 on.")
     if not isinstance(content["split"], str):
         raise ValueError(f"{path}: split is {content['split']!r}; it must be the name of one.")
-    if not isinstance(mirror, bool):
-        raise ValueError(f"{path}: mirror is {mirror!r}; it must be true or false.")
+    _check_evaluation(path, evaluation)
     base = path.parent / content["config"]
     if not base.is_file():
         raise FileNotFoundError(f"{path}: there is no configuration {base}.")
     variants = {}
     for name, changes in names.items():
         settings = _settings(path, name, base, (content.get("options") or {}) | (changes or {}), extra or [])
-        variants[name] = Run(name, changes or {}, replace(settings, output_dir="", seed=seeds[0]), mirror)
+        variants[name] = Run(name, changes or {}, replace(settings, output_dir="", seed=seeds[0]), evaluation)
     return Grid(path, tuple(extra or []), content["split"], content["baseline"], tuple(seeds), variants)
+
+
+def _check_evaluation(path: Path, evaluation: Any) -> None:
+    if not isinstance(evaluation, dict):
+        raise ValueError(f"{path}: evaluation is {evaluation!r}; it must map names of options to values.")
+    for name, value in evaluation.items():
+        if name not in EVALUATION_OPTIONS:
+            raise ValueError(f"{path}: evaluation has {name!r}; it may have {', '.join(EVALUATION_OPTIONS)}.")
+        if type(value) is not EVALUATION_OPTIONS[name] or value is False or (name == "threshold" and not 0 < value < 1):
+            accepted = "a number between 0 and 1" if name == "threshold" else "true, or be left out"
+            raise ValueError(f"{path}: evaluation.{name} is {value!r}; it must be {accepted}.")
 
 
 def _settings(path: Path, variant: str, base: Path, changes: dict[str, Any], extra: list[str]) -> TrainingSettings:

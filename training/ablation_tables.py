@@ -19,7 +19,7 @@ from training.files import write_binary, write_text
 from training.intervals import LEVEL, RESAMPLES, paired_intervals
 from training.metric import SentenceScore, format_value, score_terms
 from training.referring_iou.referring_iou import Terms
-from training.reports import mirroring_note
+from training.reports import reading_note
 
 Record = dict[str, Any]
 METRICS = ("mIoU", "oIoU", "Pr@0.5", "Pr@0.7", "boundary_F")
@@ -108,7 +108,7 @@ def format_results(grid: Grid, runs: dict[str, list[Record]], compared: dict[str
         f"# Ablation {grid.path.stem}",
         "",
         f"Split {grid.split}: {counts['expressions']} expressions about {counts['objects']} objects in {counts['pictures']} "
-        f"pictures; threshold {first['threshold']['value']:g}, {first['threshold']['source']}.{mirroring_note(first)} Percentages. "
+        f"pictures; threshold {first['threshold']['value']:g}, {first['threshold']['source']}.{reading_note(first)} Percentages. "
         "± is the standard error over seeds of training; the data are the same. "
         f"Δ: difference from {grid.baseline} with the same seeds; in brackets "
         f"{LEVEL:.0%} of the differences of means over seeds in {RESAMPLES} paired resamples of pictures. Fresh seed: where one "

@@ -28,6 +28,7 @@ from training.building import load_whole
 from training.checkpoints import checksum
 from training.commands import run_command
 from training.configuration import DataSettings, default_data
+from training.connected import most_probable_part
 from training.environment import command_line
 from training.figures import draw_report, draw_sheet
 from training.files import write_text
@@ -55,6 +56,7 @@ def score_sentences(
     threshold: float | None = None,
     num_workers: int = 0,
     mirror: bool = False,
+    connected: bool = False,
 ) -> list[SentenceScore]:
     """Ask the model for the mask of every sentence of every row; each once, whatever the number of processes.
 
@@ -69,6 +71,7 @@ def score_sentences(
         threshold: Probability above which a pixel is in the mask. `None`: the processor's own.
         num_workers: Processes that prepare batches.
         mirror: Average with the answers about the mirror image.
+        connected: Keep of each mask its most probable connected part.
 
     Returns:
         One score per sentence, in the order of the rows; the same list in every process.
@@ -80,6 +83,7 @@ def score_sentences(
         "max_expressions": max_expressions,
         "num_workers": num_workers,
         "mirror": mirror,
+        "connected": connected,
     }
     asked = shuffled_sentences(rows) if shuffle else None
     for (row, sentence), truth, result in _answers(model, processor, rows, accelerator, asked, threshold, **options):
@@ -104,9 +108,11 @@ def threshold_curve(
     processor: SeraProcessor,
     rows: datasets.Dataset,
     accelerator: Accelerator,
+    *,
+    connected: bool = False,
     **options: int,
 ) -> dict[float, float]:
-    """mIoU of a split at every threshold of CALIBRATION_THRESHOLDS, from one pass over it; `options` as of `score_sentences`.
+    """mIoU of a split at every threshold of CALIBRATION_THRESHOLDS, from one pass over it; options as of `score_sentences`.
 
     A mask that the presence head leaves empty is empty at all of them.
     """
@@ -114,14 +120,14 @@ def threshold_curve(
     answered = _answers(model, processor, rows, accelerator, None, None, return_probabilities=True, **options)
     for source, truth, result in answered:
         probabilities = result["probabilities"]
-        inside = probabilities[torch.from_numpy(truth).to(probabilities.device)]
+        inside = torch.from_numpy(truth).to(probabilities.device)
         answers = result.get("no_target", 0.0) <= NO_TARGET_THRESHOLD
         ious = []
         for threshold in CALIBRATION_THRESHOLDS:
-            predicted = int((probabilities > threshold).sum()) if answers else 0
-            intersection = int((inside > threshold).sum()) if answers else 0
-            union = predicted + len(inside) - intersection
-            ious.append(intersection / union if union else 1.0)
+            mask = (probabilities > threshold) & answers
+            mask = most_probable_part(mask, probabilities) if connected else mask
+            union = int((mask | inside).sum())
+            ious.append(int((mask & inside).sum()) / union if union else 1.0)
         found.append((source, ious))
     table = np.array([ious for _, ious in sorted(gather_object(found))])
     return {
@@ -144,10 +150,18 @@ def _answers(
     threshold: float | None,
     *,
     mirror: bool = False,
+    connected: bool = False,
     return_probabilities: bool = False,
     **options: int,
 ) -> Iterator[tuple[tuple[int, int], np.ndarray, dict]]:
     """This process's sentences: (row, sentence), the true mask, and what post-processing makes of the model's answer."""
+    if connected:
+        answered = _answers(
+            model, processor, rows, accelerator, asked, threshold, mirror=mirror, return_probabilities=True, **options
+        )
+        for source, truth, result in answered:
+            yield source, truth, result | {"mask": most_probable_part(result["mask"], result["probabilities"])}
+        return
     examples = EvaluationExamples(rows, asked)
     mine = Subset(examples, range(accelerator.process_index, len(examples), accelerator.num_processes))
     was_training = model.training
@@ -237,7 +251,7 @@ def main(arguments: list[str] | None = None) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)  # rather fails now than after the work
 
     ask = {"batch_size": options.batch_size, "max_expressions": options.max_expressions}
-    ask |= {"num_workers": options.num_workers, "mirror": options.mirror}
+    ask |= {"num_workers": options.num_workers, "mirror": options.mirror, "connected": options.connected}
     threshold = Threshold(processor.mask_threshold, "the processor's")
     if options.threshold is not None:
         threshold = Threshold(float(options.threshold), "given")
@@ -259,6 +273,7 @@ def main(arguments: list[str] | None = None) -> None:
         shuffled=shuffled,
         threshold=threshold,
         mirrored=options.mirror,
+        connected=options.connected,
         weights=checksum(model.state_dict()),
         command=command_line("training/evaluation.py", arguments),
         processes=accelerator.num_processes,
@@ -270,9 +285,8 @@ def main(arguments: list[str] | None = None) -> None:
     write_text(output.with_suffix(".yaml"), model_index(record))
     draw_report(model, processor, rows, scores, shuffled, record, output.with_suffix(".png"))
     if options.sheet:
-        draw_sheet(
-            model, processor, rows, scores, Path(options.sheet), threshold=threshold.value, mirrored=options.mirror
-        )
+        reading = {"threshold": threshold.value, "mirrored": options.mirror, "connected": options.connected}
+        draw_sheet(model, processor, rows, scores, Path(options.sheet), **reading)
     logger.info(f"{output} and, beside it, .md, .png and .yaml (model-index)")
 
 
@@ -316,6 +330,11 @@ def evaluation_parser() -> ArgumentParser:
         "--mirror",
         action="store_true",
         help="average with the answers about the mirror image, left and right swapped in the sentence (English; twice the time)",
+    )
+    parser.add_argument(
+        "--connected",
+        action="store_true",
+        help="keep of each mask the connected part that holds the largest sum of probabilities",
     )
     parser.add_argument(
         "--output",

@@ -17,6 +17,7 @@ from modeling_sera.modeling_sera import SeraReferringSegmentationOutput
 from processing_sera import SeraProcessor
 from training.batches import picture_as_annotated
 from training.boundary import mask_outline
+from training.connected import most_probable_part
 from training.data import decode_mask
 from training.files import write_binary
 from training.metric import SentenceScore
@@ -52,12 +53,13 @@ def draw_sheet(
     num_examples: int = 12,
     threshold: float | None = None,
     mirrored: bool = False,
+    connected: bool = False,
 ) -> None:
     """One PNG with examples: picture, truth, prediction, expression, IoU, and the shares of the fusion experts.
 
     The examples stand at evenly spaced ranks of IoU within each kind of expression, the worse before the better: nothing is picked.
     """
-    figure = sheet_figure(model, processor, rows, evenly_ranked(scores, num_examples), threshold, mirrored)
+    figure = sheet_figure(model, processor, rows, evenly_ranked(scores, num_examples), threshold, mirrored, connected)
     write_binary(path, lambda partial: figure.savefig(partial, format="png", dpi=DPI))
 
 
@@ -68,6 +70,7 @@ def sheet_figure(
     chosen: Sequence[SentenceScore],
     threshold: float | None = None,
     mirrored: bool = False,
+    connected: bool = False,
 ) -> Figure:
     """The sheet of the given examples, two beside each other; an expression too long for its place ends in "…"."""
     num_rows = (len(chosen) + 1) // 2
@@ -83,7 +86,7 @@ def sheet_figure(
         axes = [figure.add_subplot(panels[column]) for column in (0, 1, 2, 4)]
         row = rows[score.row]
         image, text = picture_as_annotated(row), row["sentences"][score.sentence]
-        predicted, outputs = _predict(model, processor, image, text, threshold, mirrored)
+        predicted, outputs = _predict(model, processor, image, text, threshold, mirrored, connected)
         for axis, picture, label in (
             (axes[0], image, ""),
             (axes[1], spotlight(image, decode_mask(row["mask"])), "truth"),
@@ -152,7 +155,8 @@ def draw_report(
         for column, score in enumerate(_one_per_picture(order, rows)[:num_cases]):
             row = rows[score.row]
             image, text = picture_as_annotated(row), row["sentences"][score.sentence]
-            predicted, _ = _predict(model, processor, image, text, threshold["value"], record["mirrored"])
+            reading = (threshold["value"], record["mirrored"], record["connected"])
+            predicted, _ = _predict(model, processor, image, text, *reading)
             canvas = np.asarray(overlay(image, [predicted])).copy()
             canvas[mask_outline(decode_mask(row["mask"]))] = np.uint8(255 * np.array(YELLOW))
             axis = figure.add_subplot(cases[line, column])
@@ -192,6 +196,7 @@ def _predict(
     text: str,
     threshold: float | None,
     mirrored: bool,
+    connected: bool,
 ) -> tuple[np.ndarray, SeraReferringSegmentationOutput]:
     """The mask (H, W), bool, and the model's outputs, about the picture itself."""
 
@@ -200,7 +205,7 @@ def _predict(
         with torch.inference_mode():
             outputs = model(**inputs, output_router_weights=True)
         (answer,) = processor.post_process_referring_segmentation(
-            outputs, inputs, threshold, return_probabilities=mirrored
+            outputs, inputs, threshold, return_probabilities=mirrored or connected
         )
         return answer, outputs
 
@@ -208,7 +213,8 @@ def _predict(
     if mirrored:
         answer_there, _ = ask(*mirror(image, [text]))
         answer = average_answers(answer, answer_there, processor.mask_threshold if threshold is None else threshold)
-    return answer["mask"].cpu().numpy(), outputs
+    mask = most_probable_part(answer["mask"], answer["probabilities"]) if connected else answer["mask"]
+    return mask.cpu().numpy(), outputs
 
 
 def _write_above(figure: Figure, place: SubplotSpec, text: str, fontsize: float) -> None:

@@ -17,6 +17,7 @@ from training.slices import slice_scores
 SET_NAMES = {"refcoco": "RefCOCO", "refcoco+": "RefCOCO+", "refcocog": "RefCOCOg", "grefcoco": "gRefCOCO"}
 SLICE_COLUMNS = ("mIoU", "oIoU", "Pr@0.5", "boundary_F")
 MIRRORED = " Each answer is the mean of those about the picture and about its mirror image, left and right swapped in the sentence."
+CONNECTED = " Of each mask the connected part that holds the largest sum of probabilities is kept."
 
 
 @dataclass
@@ -41,6 +42,7 @@ def evaluation_record(
     shuffled: list[SentenceScore],
     threshold: Threshold,
     mirrored: bool = False,
+    connected: bool = False,
     weights: str | None = None,
     command: str,
     processes: int,
@@ -56,6 +58,7 @@ def evaluation_record(
         shuffled: Of every sentence asked of another object.
         threshold: That both were scored with.
         mirrored: Whether answers are averaged with those about the mirror images.
+        connected: Whether of each mask its most probable connected part is kept.
         weights: Checksum of the model's weights, which tells it from another of its name.
         command: That did it.
         processes: How many shared the work.
@@ -85,6 +88,7 @@ def evaluation_record(
             "candidates": None if threshold.curve is None else {f"{k:g}": v for k, v in threshold.curve.items()},
         },
         "mirrored": mirrored,
+        "connected": connected,
         "predicts_presence": any(score.no_target is not None for score in scores),
         "summary": {"as written": summarize(scores), "shuffled": summarize(shuffled)},
         "intervals": {name: intervals(group) for name, group in by_kind(scores).items()},
@@ -114,7 +118,7 @@ def format_report(record: dict[str, Any]) -> str:
         "",
         f"{counts['expressions']} expressions about {counts['objects']} objects ({counts['without_target']} expressions without a "
         f"target) in {counts['pictures']} pictures, every mask compared at its picture's own size. Threshold "
-        f"{threshold['value']:g}, {threshold['source']}.{mirroring_note(record)} Percentages; in brackets "
+        f"{threshold['value']:g}, {threshold['source']}.{reading_note(record)} Percentages; in brackets "
         f"{bootstrap['level']:.0%} bootstrap intervals from {bootstrap['resamples']} resamples of pictures.",
         "",
         "mIoU is the mean over expressions, oIoU total intersection / total union, Pr@X the share of expressions with IoU > X; "
@@ -158,7 +162,8 @@ def model_index(record: dict[str, Any]) -> str:
                 "threshold": record["threshold"]["value"],
                 "threshold_source": record["threshold"]["source"],
             }
-            | ({"mirror_averaged": True} if _is_mirrored(record) else {})
+            | ({"mirror_averaged": True} if record.get("mirrored") else {})
+            | ({"connected": True} if record.get("connected") else {})
             | ({"interval": [round(100 * end, 2) for end in intervals[name]]} if intervals else {}),
         )
         for name, value in metrics.items()
@@ -176,10 +181,7 @@ def data_name(record: dict[str, Any]) -> str:
     return "embedded scenes" if data["source"] == "scenes" else Path(data.get("root") or data["source"]).name
 
 
-def mirroring_note(record: dict[str, Any]) -> str:
-    """What a report says, after a space, where answers were averaged with those about the mirror images; else nothing."""
-    return MIRRORED if _is_mirrored(record) else ""
-
-
-def _is_mirrored(record: dict[str, Any]) -> bool:
-    return record.get("mirrored", False)  # older records do not say
+def reading_note(record: dict[str, Any]) -> str:
+    """What a report says, after a space, of how masks were read from the model's answers beside the threshold; mostly nothing."""
+    # older records do not say
+    return (MIRRORED if record.get("mirrored") else "") + (CONNECTED if record.get("connected") else "")

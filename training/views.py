@@ -113,7 +113,7 @@ class ViewStore:
         Args:
             settings: Which views are kept, and of what.
             rows: The training rows. Where their sentences are hidden they are read again: one folder serves both kinds of run.
-            model: Its vision tower is run, in float32, where the folder is absent.
+            model: Its vision tower is run, in the run's precision, where the folder is absent.
             processor: Makes pixels of pictures.
             accelerator: Its device runs the tower; the process that comes first makes the folder.
 
@@ -241,7 +241,7 @@ def _write(
         partial = partial_folder(folder)
         for start in tqdm(range(0, len(drawings), BATCH), desc="encoding", unit="batch"):
             inputs, drawn = collator([drawing.draw() for drawing in drawings[start : start + BATCH]])
-            with torch.inference_mode():
+            with torch.inference_mode(), accelerator.autocast():
                 encoded = vision.encode_states(inputs["pixel_values"].to(device)).half().cpu().numpy()
             if states is None:
                 shape = (len(drawings), *encoded.shape[1:])
@@ -293,6 +293,8 @@ def _key(
         "shared": [vision.first_adapted, *vision.tap_layers],
         "tower": checksum(dict(vision.tower.named_parameters())),
     }
+    if settings.mixed_precision != "no":
+        what["precision"] = settings.mixed_precision
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=list).encode()).hexdigest()[:16]
 
 
