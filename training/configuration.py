@@ -78,7 +78,7 @@ class DataSettings:
             tower makes of them below the first adapter: the picture, its mirror image (where `augmentation.flip` is above zero),
             then variations of both in turns. It wants `model.vision_tuning` "frozen". 0: every epoch draws anew, nothing is kept.
         composites: Made-up training pictures beside the others, of cut-out objects, with sentences that are true by construction
-            (`composites.py`). They are drawn once and kept with the views, which they need.
+            (`composites.py`), so many in an epoch. They are drawn once, each as often as there are views, and kept with these.
     """
 
     source: Literal["refer", "folder", "scenes"] = "refer"

@@ -37,7 +37,7 @@ from training.splits import HIDDEN, load_training_splits
 
 logger = logging.getLogger(__name__)
 
-VERSION = 2  # of what is drawn and how it is kept; a change makes new folders
+VERSION = 3  # of what is drawn and how it is kept; a change makes new folders
 SEED = 20_240  # of the views: they are the same for all runs, whatever these runs' seeds
 SAMPLE = 128  # views, about, that stand for all of them
 BATCH = 8  # pictures that the tower takes at once
@@ -61,14 +61,15 @@ class View:
 
 
 def _drawings(rows: datasets.Dataset, settings: TrainingSettings) -> list["_Drawing"]:
-    """What is to be kept: every view of every group of a picture's objects, then the made-up pictures."""
+    """What is to be kept: every view of every group of a picture's objects, then as many drawings of every made-up picture."""
     groups = group_by_picture(rows, settings.data.objects_per_picture)
     composites = Composites(rows) if settings.data.composites else None
     drawings = [
         _Drawing(rows, group, view, settings.augmentation) for group in groups for view in range(settings.data.views)
     ]
     return drawings + [
-        _Drawing(rows, [], i, settings.augmentation, composites) for i in range(settings.data.composites)
+        _Drawing(rows, [], number, settings.augmentation, composites)
+        for number in range(settings.data.composites * settings.data.views)
     ]
 
 
@@ -137,7 +138,7 @@ class ViewStore:
         with _alone(self.folder):  # processes of this run and of others; a barrier would time out on a large set
             if not recover_folder(self.folder):
                 _write(self.folder, _drawings(rows, settings), model, processor, accelerator)
-        # (views, states, num_prefix + H·W, hidden_size); views of one group of objects follow each other
+        # (views, states, num_prefix + H·W, hidden_size); those that stand for each other in an epoch follow each other
         self.states = np.load(self.folder / "states.npy", mmap_mode="r")
         self.labels = np.load(self.folder / "labels.npy", mmap_mode="r")  # (masks, H, W) uint8
         self.examples = json.loads((self.folder / "examples.json").read_text(encoding="utf-8"))
@@ -157,7 +158,7 @@ class ViewStore:
 
 
 class ViewExamples(Dataset):
-    """Kept views with freshly drawn sentences: in an epoch one view of every group of objects, and every made-up picture.
+    """Kept views with freshly drawn sentences: in an epoch one view of every group of objects and of every made-up picture.
 
     What is drawn depends on (seed, epoch, index) alone: not on the order of access, the worker or the process.
     """
@@ -167,7 +168,7 @@ class ViewExamples(Dataset):
             raise ValueError("augmentation.feature_dropout is 1: nothing of the pictures would be left.")
         self.store = store
         self.settings = settings
-        self.num_groups = (len(store.examples) - settings.data.composites) // settings.data.views
+        self.num_groups = len(store.examples) // settings.data.views - settings.data.composites
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -180,11 +181,8 @@ class ViewExamples(Dataset):
     def __getitem__(self, index: int) -> View:
         data, varied = self.settings.data, self.settings.augmentation
         rng = np.random.default_rng((self.settings.seed, self.epoch, index))
-        kept_before = self.num_groups * data.views
         is_photograph = index < self.num_groups
-        view = self.store[
-            index * data.views + rng.integers(data.views) if is_photograph else kept_before + index - self.num_groups
-        ]
+        view = self.store[index * data.views + rng.integers(data.views)]
         chosen, taken = [], {}
         for k in rng.permutation(len(view.text)).tolist():
             place = view.sources[k][0]  # sentences are counted by object, those of a made-up picture all together
