@@ -1,6 +1,7 @@
 """Pictures drawn once: kept states stand for the pictures, masks and words keep together, and a whole run reads them."""
 
 import json
+from collections import defaultdict
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -49,7 +50,7 @@ def store_of(monkeypatch):
 def test_views_are_the_picture_its_mirror_image_and_variations(store_of, tmp_path):
     make, _, _ = store_of
     store = make(settings_for(tmp_path))
-    assert len(store.examples) == 3 * 3 + 2
+    assert len(store.examples) == 3 * 3 + 3 * 2
     for group in range(3):
         plain, mirrored, varied = (store[3 * group + i] for i in range(3))
         by_source = [dict(zip(view.sources, view.text, strict=True)) for view in (plain, mirrored, varied)]
@@ -61,7 +62,7 @@ def test_views_are_the_picture_its_mirror_image_and_variations(store_of, tmp_pat
             assert iou(label[:, ::-1] > 127, labels[1][source] > 127) > 0.8  # an odd padding shifts by a pixel
             assert labels[2][source].any()
         assert not np.array_equal(plain.states, varied.states)
-    assert {row for i in (9, 10) for row, _ in store[i].sources} == {-1}
+    assert {row for i in range(9, 15) for row, _ in store[i].sources} == {-1}
 
 
 def test_without_flips_every_view_but_the_first_is_varied(store_of, tmp_path):
@@ -136,7 +137,7 @@ def test_what_is_drawn_depends_on_seed_epoch_and_place(store_of, tmp_path):
     store = make(settings)
     examples, again = ViewExamples(store, settings), ViewExamples(store, settings)
     assert len(examples) == 3 + 2
-    seen = set()
+    seen, drawings = set(), defaultdict(set)
     for epoch in range(12):
         examples.set_epoch(epoch)
         again.set_epoch(epoch)
@@ -145,9 +146,12 @@ def test_what_is_drawn_depends_on_seed_epoch_and_place(store_of, tmp_path):
             assert one.text == same.text and np.array_equal(one.labels, same.labels)
             assert len(one.text) == len(one.labels) == len(one.sources) <= 2
             assert one.sources[0][0] == (index if index < 3 else -1)
+            drawings[index].add(one.states.tobytes())
             if index < 3:
                 seen |= set(one.text)
     assert {"left red", "right red", "green a", "green b", "green c", "blue"} <= seen
+    # all views of a picture, and all drawings of a made-up one, have their turn and no other's
+    assert drawings == {i: {store[3 * i + view].states.tobytes() for view in range(3)} for i in range(5)}
     inputs, _ = ViewCollator(processor)([examples[0], examples[2]])
     number = len(inputs["input_ids"])
     assert inputs["labels"].shape == (number, 56, 56) and inputs["labels"].max() == 1
@@ -221,7 +225,7 @@ def test_a_run_reads_views_and_another_finds_them(tmp_path):
         )
         for seed in ("0", "1")
     ]
-    assert "drawing 6 training pictures once" in said[0] and "drawing" not in said[1]
+    assert "drawing 8 training pictures once" in said[0] and "drawing" not in said[1]
     for seed in (0, 1):
         assert len(history_of(tmp_path / f"run{seed}")) == 2
         assert json.loads((tmp_path / f"run{seed}" / "model" / "config.json").read_text())["model_type"] == "sera"
