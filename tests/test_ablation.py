@@ -157,6 +157,8 @@ record = {"split": sys.argv[sys.argv.index("--split") + 1], "intervals": {}, "sl
 record |= {"counts": {"pictures": 2, "objects": 4, "expressions": 4}}
 record |= {"threshold": {"value": 0.5, "source": "given"}, "image_ids": [0, 0, 1, 1], "mirrored": "--mirror" in sys.argv}
 record |= {"connected": "--connected" in sys.argv}
+if "--mixed_precision" in sys.argv:
+    record["threshold"]["source"] = sys.argv[sys.argv.index("--mixed_precision") + 1]
 if "--threshold" in sys.argv:
     record["threshold"]["value"] = float(sys.argv[sys.argv.index("--threshold") + 1])
 record |= {"summary": {"as written": {"all": metrics}, "shuffled": {"all": metrics}}}
@@ -196,6 +198,15 @@ def test_the_grid_says_how_masks_are_read(tmp_path, scripts, evaluation):
         assert record["connected"] == ("connected part" in results) == evaluation.get("connected", False)
         assert record["threshold"]["value"] == evaluation.get("threshold", 0.5)
     assert f"threshold {evaluation.get('threshold', 0.5):g}, " in results
+
+
+def test_models_are_scored_in_the_arithmetic_of_their_training(tmp_path, scripts):
+    scripts(0.0)
+    output = tmp_path / "out"
+    grid = str(write_grid(tmp_path))
+    assert main([grid, "--only", "k2", "--seeds", "0", "--output", str(output), "--mixed_precision", "bf16"]) == OK
+    (record,) = Records(output / "runs.jsonl").read().values()
+    assert record["settings"]["mixed_precision"] == record["threshold"]["source"] == "bf16"
 
 
 def test_on_another_split_finished_models_are_scored_again(tmp_path, scripts):

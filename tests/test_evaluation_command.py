@@ -263,7 +263,24 @@ def test_two_processes_give_the_same_scores(run_folder, tmp_path):
     assert two["threshold"]["candidates"] == pytest.approx(one["threshold"]["candidates"], abs=1e-6)
 
 
-# Environment
+# Arithmetic and environment
+
+
+def test_the_arithmetic_is_as_asked_for_and_said(run_folder, tmp_path):
+    records = {}
+    for precision, said in (("no", ""), ("bf16", "forward pass in bf16")):
+        output = tmp_path / f"{precision}.json"
+        command = [sys.executable, evaluation.__file__, str(run_folder / "model"), "--output", str(output)]
+        done = subprocess.run(
+            [*command, "--mixed_precision", precision], env=ENVIRONMENT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        records[precision] = json.loads(output.read_text())
+        assert records[precision]["precision"] == precision
+        assert ("forward pass in" in output.with_suffix(".md").read_text()) is bool(said)
+        assert said in output.with_suffix(".md").read_text()
+    absences = [[score["no_target"] for score in record["scores"]] for record in records.values()]
+    assert absences[0] != absences[1] and absences[0] == pytest.approx(absences[1], abs=0.05)
 
 
 def test_a_command_is_recorded_without_folders():

@@ -203,6 +203,8 @@ class Work:
             arguments = ["--config", str(config)]
         else:
             arguments = [str(folder / "model"), "--split", self.grid.split, "--output", str(self._evaluation(run))]
+            if run.settings.mixed_precision != "no":
+                arguments += ["--mixed_precision", run.settings.mixed_precision]
             for name, value in run.evaluation.items():
                 arguments += [f"--{name}"] if value is True else [f"--{name}", str(value)]
         process = self.machine.start([str(SCRIPTS[phase]), *arguments], slot, folder / "log.txt")

@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import datasets
 import numpy as np
@@ -242,7 +243,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"{settings_file} is not there; name the run's settings with --settings, or the data with --data.")
     data: DataSettings = parser.instantiate(options).data
 
-    accelerator = Accelerator()
+    accelerator = Accelerator(mixed_precision=options.mixed_precision)
     model, processor = load_whole(options.model)
     model.to(accelerator.device)
     rows, *calibration_rows = load_splits(data, [options.split, *([options.calibrate] if options.calibrate else [])])
@@ -277,6 +278,7 @@ def main(arguments: list[str] | None = None) -> None:
         weights=checksum(model.state_dict()),
         command=command_line("training/evaluation.py", arguments),
         processes=accelerator.num_processes,
+        precision=accelerator.mixed_precision,
     )
     logger.info(f"{options.split}, threshold {threshold}")
     logger.info(format_table(record["summary"]))
@@ -313,6 +315,12 @@ def evaluation_parser() -> ArgumentParser:
     parser.add_argument("--batch_size", type=PositiveInt, default=8, help="pictures per batch")
     parser.add_argument("--max_expressions", type=PositiveInt, default=64, help="expressions worked on at once")
     parser.add_argument("--num_workers", type=NonNegativeInt, default=0, help="processes that prepare batches")
+    parser.add_argument(
+        "--mixed_precision",
+        type=Literal["no", "bf16", "fp16"] | None,
+        default=None,
+        help="arithmetic of the forward pass; default: the launcher's, or that of the weights",
+    )
     parser.add_argument(
         "--threshold",
         type=OpenUnitInterval | None,

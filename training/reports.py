@@ -46,6 +46,7 @@ def evaluation_record(
     weights: str | None = None,
     command: str,
     processes: int,
+    precision: str = "no",
 ) -> dict[str, Any]:
     """All that an evaluation found and how, as plain values; metrics and intervals are shares in [0, 1].
 
@@ -62,6 +63,7 @@ def evaluation_record(
         weights: Checksum of the model's weights, which tells it from another of its name.
         command: That did it.
         processes: How many shared the work.
+        precision: Arithmetic of the forward pass, where it is not that of the weights.
     """
     pictures = rows["image_id"][:]
 
@@ -102,6 +104,7 @@ def evaluation_record(
         "boundary_tolerance": TOLERANCE,
         "command": command,
         "processes": processes,
+        "precision": precision,
         "hardware": describe_hardware(),
         "versions": library_versions(),
         "image_ids": list(pictures),  # of each row
@@ -137,7 +140,9 @@ def format_report(record: dict[str, Any]) -> str:
     devices = ", ".join(hardware["gpus"]) or "no GPU"
     lines += ["", f"`{record['command']}`", ""]
     cores, processes = counted(hardware["cores"], "core"), counted(record["processes"], "process")
-    lines += [f"{hardware['processor']}, {cores}, {devices}; {processes}. "]
+    precision = record.get("precision", "no")  # older records do not say
+    arithmetic = "" if precision == "no" else f", forward pass in {precision}"
+    lines += [f"{hardware['processor']}, {cores}, {devices}; {processes}{arithmetic}. "]
     lines[-1] += ", ".join(f"{name} {version}" for name, version in record["versions"].items()) + "."
     return "\n".join(lines) + "\n"
 
