@@ -15,7 +15,7 @@ def most_probable_part(mask: Tensor, probabilities: Tensor) -> Tensor:
     Returns:
         bool (H, W); of an empty mask the mask itself.
     """
-    from scipy.ndimage import label, sum_labels  # only who wants this needs it
+    from scipy.ndimage import label, sum_labels  # of the extra "train"; who asks for whole masks can do without
 
     parts, number = label(mask.cpu().numpy())
     if number < 2:
