@@ -10,6 +10,7 @@ import numpy as np
 import psutil
 import pytest
 import yaml
+from PIL import Image
 from test_training import TINY, written
 
 from training import ablation
@@ -144,7 +145,8 @@ for step in range(done, 10):
         sys.exit("what went wrong")
 routing = {{"taps": {{}}, "adapters": {{}}}}
 epoch = {{"epoch": 1, "loss": 1.0, "val": {{"mIoU": 0.5}}, "routing": routing}}
-(folder / "history.json").write_text(json.dumps([epoch]))
+epochs = range(1, settings["optimization"]["epochs"] + 1)
+(folder / "history.json").write_text(json.dumps([epoch | {{"epoch": i}} for i in epochs]))
 (folder / "tuning.json").write_text(json.dumps({{"vision_trained": 1, "text_trained": 2, "added": 3}}))
 (folder / "losses.jsonl").write_text("".join(json.dumps({{"step": i, "loss": 1 / i}}) + "\\n" for i in range(1, 251)))
 """
@@ -207,6 +209,18 @@ def test_models_are_scored_in_the_arithmetic_of_their_training(tmp_path, scripts
     assert main([grid, "--only", "k2", "--seeds", "0", "--output", str(output), "--mixed_precision", "bf16"]) == OK
     (record,) = Records(output / "runs.jsonl").read().values()
     assert record["settings"]["mixed_precision"] == record["threshold"]["source"] == "bf16"
+
+
+def test_validation_is_drawn_as_a_curve_where_there_is_one(tmp_path, scripts):
+    scripts(0.0)
+    widths = []
+    for epochs in (1, 2):
+        output = tmp_path / str(epochs)
+        grid = write_grid(tmp_path, options={"optimization.epochs": epochs}, seeds=[0])
+        assert main([str(grid), "--only", "k2", "--output", str(output)]) == OK
+        with Image.open(output / "figures" / "curves.png") as picture:
+            widths.append(picture.width)
+    assert widths[0] < 0.6 * widths[1]  # a single point is no curve
 
 
 def test_on_another_split_finished_models_are_scored_again(tmp_path, scripts):

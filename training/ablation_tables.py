@@ -282,19 +282,26 @@ def _draw_bars(runs: dict[str, list[Record]], path: Path) -> None:
 
 
 def _draw_curves(runs: dict[str, list[Record]], path: Path) -> None:
-    """Training loss over steps and validation mIoU over epochs, means over seeds."""
-    figure = new_figure(15, 5.5)
-    axes = figure.subplots(1, 2)
+    """Training loss over steps and, where it was taken more than once a run, validation mIoU over epochs; means over seeds."""
+    scored = {
+        name: [
+            [(epoch["epoch"], epoch["val"]["mIoU"]) for epoch in record["curve"] if "val" in epoch] for record in found
+        ]
+        for name, found in runs.items()
+    }
+    panels = 2 if any(len(points) > 1 for found in scored.values() for points in found) else 1
+    figure = new_figure(1.5 + 6.75 * panels, 5.5)
+    axes = figure.subplots(1, panels, squeeze=False)[0]
     for line, (name, found) in enumerate(runs.items()):
         style = {"color": _color(line), "linestyle": "-" if line < 10 else "--", "label": name}
         length = min(len(record["losses"]) for record in found)
         losses = np.mean([record["losses"][:length] for record in found], axis=0)
         axes[0].plot(*losses.T, **style)
-        scored = [[(e["epoch"], e["val"]["mIoU"]) for e in record["curve"] if "val" in e] for record in found]
-        axes[1].plot(*np.mean(scored, axis=0).T, marker="o", markersize=3, **style)
-    axes[0].set(title="training loss", xlabel="step")
-    axes[1].set(title="validation mIoU", xlabel="epoch")
-    axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+        if panels > 1:
+            axes[1].plot(*np.mean(scored[name], axis=0).T, marker="o", markersize=3, **style)
+    for axis, title, unit in zip(axes, ("training loss", "validation mIoU"), ("step", "epoch"), strict=False):
+        axis.set(title=title, xlabel=unit)
+    axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
     figure.tight_layout()
     write_binary(path, lambda partial: figure.savefig(partial, format="png"))
 
