@@ -105,6 +105,25 @@ def test_the_pictures_are_pictures(evaluated):
         assert Image.open(path).size > (500, 500)
 
 
+@pytest.mark.parametrize(
+    ("option", "field", "said", "argument"),
+    [
+        ("--mirror", "mirrored", "mirror image", "mirror_averaged"),
+        ("--connected", "connected", "connected part", "connected"),
+    ],
+)
+def test_how_masks_are_read_is_written_everywhere(run_folder, tmp_path, option, field, said, argument):
+    output = tmp_path / "scores.json"
+    for options in ([], [option, "--sheet", str(tmp_path / "sheet.png")]):
+        evaluation.main([str(run_folder / "model"), "--output", str(output), *options])
+        chosen = bool(options)
+        assert json.loads(output.read_text())[field] is chosen
+        assert (said in output.with_suffix(".md").read_text()) is chosen
+        (entry,) = yaml.safe_load(output.with_suffix(".yaml").read_text())["model-index"]
+        (result,) = entry["results"]
+        assert all((argument in metric["args"]) is chosen for metric in result["metrics"])
+
+
 def test_no_file_names_a_folder_of_the_machine(evaluated, run_folder):
     for suffix in (".json", ".md", ".yaml"):
         text = evaluated.with_suffix(suffix).read_text()

@@ -1,21 +1,15 @@
 """Answers averaged with those about the mirror image."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
-import yaml
 from accelerate import Accelerator
 from PIL import Image
-from test_evaluation import Presence, StandIn, counts_of, make_processor, make_rows, places, tiny_model
+from test_evaluation import Presence, StandIn, counts_of, make_processor, make_rows, places
 
-from training import evaluation
 from training.batches import picture_as_annotated
-from training.configuration import DataSettings, TrainingSettings, dump_settings
 from training.data import decode_mask
 from training.evaluation import score_sentences, threshold_curve
-from training.files import write_text
 
 
 class Lopsided(StandIn):
@@ -82,21 +76,3 @@ def test_a_threshold_is_chosen_for_the_mean(rows, processor):
     for threshold in (0.3, 0.6):
         scores = score_sentences(Lopsided(), processor, rows, Accelerator(cpu=True), threshold=threshold, mirror=True)
         assert np.mean([score.iou for score in scores]) == pytest.approx(curve[threshold], abs=1e-9)
-
-
-def test_what_is_written_says_so(tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    folder = tmp_path / "trial"
-    tiny_model().save_pretrained(folder / "model")
-    make_processor().save_pretrained(folder / "model")
-    data = DataSettings(source="scenes", num_scenes=(1, 1, 1), scene_size=64)
-    write_text(folder / "settings.yaml", dump_settings(TrainingSettings(data=data)))
-    for options in ([], ["--mirror", "--sheet", str(tmp_path / "sheet.png")]):
-        evaluation.main([str(folder / "model"), *options])
-        output = folder / "evaluation-test.json"
-        mirrored = bool(options)
-        assert json.loads(output.read_text())["mirrored"] is mirrored
-        assert ("mirror image" in output.with_suffix(".md").read_text()) is mirrored
-        (entry,) = yaml.safe_load(output.with_suffix(".yaml").read_text())["model-index"]
-        (result,) = entry["results"]
-        assert all(("mirror_averaged" in metric["args"]) is mirrored for metric in result["metrics"])

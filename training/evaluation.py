@@ -7,7 +7,7 @@ as Markdown, as a PNG of curves and of the worst and best cases, and as the `mod
 import json
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -41,6 +41,8 @@ from training.workers import end_with_parent
 
 logger = logging.getLogger(__name__)
 
+# (row, sentence) in the split, the true mask, and what post-processing makes of the model's answer
+Answer = tuple[tuple[int, int], np.ndarray, dict]
 CALIBRATION_SPLITS = ("val", "validation")
 CALIBRATION_THRESHOLDS = tuple(i / 20 for i in range(1, 20))
 
@@ -154,33 +156,33 @@ def _answers(
     connected: bool = False,
     return_probabilities: bool = False,
     **options: int,
-) -> Iterator[tuple[tuple[int, int], np.ndarray, dict]]:
-    """This process's sentences: (row, sentence), the true mask, and what post-processing makes of the model's answer."""
-    if connected:
-        answered = _answers(
-            model, processor, rows, accelerator, asked, threshold, mirror=mirror, return_probabilities=True, **options
-        )
-        for source, truth, result in answered:
-            yield source, truth, result | {"mask": most_probable_part(result["mask"], result["probabilities"])}
-        return
+) -> Iterator[Answer]:
+    """The answers to this process's sentences."""
     examples = EvaluationExamples(rows, asked)
     mine = Subset(examples, range(accelerator.process_index, len(examples), accelerator.num_processes))
     was_training = model.training
     model.eval()
     try:
-        found = _ask(mine, model, processor, accelerator, threshold, mirror, mirror or return_probabilities, **options)
-        if not mirror:
-            yield from found
-            return
-        at = processor.mask_threshold if threshold is None else threshold
-        about_pictures = {}  # of one picture's sentences at a time: those about its mirror image follow
+        wants_probabilities = mirror or connected or return_probabilities
+        found = _ask(mine, model, processor, accelerator, threshold, mirror, wants_probabilities, **options)
+        if mirror:
+            found = _averaged(found, processor.mask_threshold if threshold is None else threshold)
         for source, truth, result in found:
-            if source in about_pictures:
-                yield source, truth, average_answers(about_pictures.pop(source), result, at)
-            else:
-                about_pictures[source] = result
+            if connected:
+                result["mask"] = most_probable_part(result["mask"], result["probabilities"])
+            yield source, truth, result
     finally:
         model.train(was_training)
+
+
+def _averaged(found: Iterable[Answer], threshold: float) -> Iterator[Answer]:
+    """The mean of the two answers to each sentence."""
+    about_pictures = {}  # of one picture's sentences at a time: those about its mirror image follow
+    for source, truth, result in found:
+        if source in about_pictures:
+            yield source, truth, average_answers(about_pictures.pop(source), result, threshold)
+        else:
+            about_pictures[source] = result
 
 
 def _ask(
@@ -195,7 +197,7 @@ def _ask(
     batch_size: int,
     max_expressions: int,
     num_workers: int = 0,
-) -> Iterator[tuple[tuple[int, int], np.ndarray, dict]]:
+) -> Iterator[Answer]:
     """What `_answers` yields; with `mirror` the same again about a picture's mirror image, after all about the picture."""
     collator = (MirroringCollator if mirror else Collator)(processor, with_labels=False)
     pictures = max(batch_size // 2, 1) if mirror else batch_size  # each brings its mirror image
