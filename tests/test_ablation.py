@@ -85,10 +85,14 @@ def test_a_run_is_the_same_run_as_long_as_what_it_computes_is(tmp_path):
         ({"seeds": []}, "seeds is"),
         ({"seeds": [0, -1]}, "seeds is"),
         ({"evaluation": "mirror"}, "evaluation is 'mirror'"),
-        ({"evaluation": {"mirrored": True}}, "evaluation has 'mirrored'; it may have mirror, connected, threshold"),
+        (
+            {"evaluation": {"mirrored": True}},
+            "evaluation has 'mirrored'; it may have mirror, expected_iou, connected, threshold",
+        ),
         ({"evaluation": {"mirror": "no"}}, "evaluation.mirror is 'no'"),
         ({"evaluation": {"connected": False}}, "evaluation.connected is False; it must be true, or be left out"),
         ({"evaluation": {"threshold": 1}}, "evaluation.threshold is 1; it must be a number between 0 and 1"),
+        ({"evaluation": {"threshold": 0.4, "expected_iou": True}}, "which exclude each other"),
         ({"split": 3}, "split is 3"),
         ({"split": "tset"}, "no split 'tset'"),
         ({"config": "absent.yaml"}, "there is no configuration .*absent.yaml"),
@@ -158,11 +162,13 @@ score = {"kind": "any", "intersection": 2, "predicted": 4, "truth": 4, "boundary
 record = {"split": sys.argv[sys.argv.index("--split") + 1], "intervals": {}, "slices": {}}
 record |= {"counts": {"pictures": 2, "objects": 4, "expressions": 4}}
 record |= {"threshold": {"value": 0.5, "source": "given"}, "image_ids": [0, 0, 1, 1], "mirrored": "--mirror" in sys.argv}
-record |= {"connected": "--connected" in sys.argv}
+record |= {"connected": "--connected" in sys.argv, "expected_iou": "--expected_iou" in sys.argv}
 if "--mixed_precision" in sys.argv:
     record["threshold"]["source"] = sys.argv[sys.argv.index("--mixed_precision") + 1]
 if "--threshold" in sys.argv:
     record["threshold"]["value"] = float(sys.argv[sys.argv.index("--threshold") + 1])
+if record["expected_iou"]:
+    record["threshold"]["value"] = None
 record |= {"summary": {"as written": {"all": metrics}, "shuffled": {"all": metrics}}}
 record |= {"scores": [score | {"row": i, "sentence": 0} for i in range(4)]}
 output = Path(sys.argv[sys.argv.index("--output") + 1])
@@ -189,7 +195,9 @@ def starts(output: Path) -> dict[str, list[int]]:
     return {file.parent.name: list(map(int, file.read_text().split())) for file in output.glob("runs/*/starts")}
 
 
-@pytest.mark.parametrize("evaluation", [{}, {"mirror": True}, {"connected": True, "threshold": 0.4}])
+@pytest.mark.parametrize(
+    "evaluation", [{}, {"mirror": True}, {"connected": True, "threshold": 0.4}, {"expected_iou": True}]
+)
 def test_the_grid_says_how_masks_are_read(tmp_path, scripts, evaluation):
     scripts(0.0)
     output = tmp_path / "out"
@@ -198,8 +206,9 @@ def test_the_grid_says_how_masks_are_read(tmp_path, scripts, evaluation):
     for record in Records(output / "runs.jsonl").read().values():
         assert record["mirrored"] == ("mirror image" in results) == evaluation.get("mirror", False)
         assert record["connected"] == ("connected part" in results) == evaluation.get("connected", False)
-        assert record["threshold"]["value"] == evaluation.get("threshold", 0.5)
-    assert f"threshold {evaluation.get('threshold', 0.5):g}, " in results
+        assert record["expected_iou"] == ("greatest expected IoU" in results) == evaluation.get("expected_iou", False)
+        assert record["threshold"]["value"] == (None if record["expected_iou"] else evaluation.get("threshold", 0.5))
+    assert (f"Threshold {evaluation.get('threshold', 0.5):g}, " in results) == ("expected_iou" not in evaluation)
 
 
 def test_models_are_scored_in_the_arithmetic_of_their_training(tmp_path, scripts):

@@ -25,6 +25,7 @@ from training.data import decode_mask, load_refer
 from training.evaluation import best_threshold, score_sentences, threshold_curve
 from training.files import partial_folder, recover_folder, replace_folder, write_binary, write_text
 from training.metric import SentenceScore, summarize
+from training.reading import Reading
 from training.scenes import generate_scenes
 
 ENVIRONMENT = os.environ | {
@@ -98,7 +99,7 @@ def places(rows: datasets.Dataset) -> list[tuple[int, int, str]]:
 @pytest.mark.parametrize("threshold", [None, 0.45])
 def test_scores_equal_those_of_sentences_asked_alone(rows, processor, accelerator, threshold):
     rows = rows.shuffle(seed=0)  # rows of a picture need not be neighbours
-    scores = score_sentences(StandIn(), processor, rows, accelerator, threshold=threshold)
+    scores = score_sentences(StandIn(), processor, rows, accelerator, Reading(threshold))
     assert [(score.row, score.sentence, score.kind) for score in scores] == places(rows)
     for score in scores:
         row = rows[score.row]
@@ -252,7 +253,7 @@ def test_the_threshold_curve_holds_the_score_at_each_threshold(rows, processor, 
     curve = threshold_curve(model, processor, rows, accelerator, batch_size=2, max_expressions=9)
     assert len(curve) == 19 and all(0 < threshold < 1 for threshold in curve)
     for threshold in (0.05, 0.45, 0.5, 0.6, 0.95):
-        scores = score_sentences(model, processor, rows, accelerator, threshold=threshold)
+        scores = score_sentences(model, processor, rows, accelerator, Reading(threshold))
         assert curve[threshold] == pytest.approx(summarize(scores)["all"]["mIoU"], abs=1e-12)
     assert len(set(curve.values())) > 5
 

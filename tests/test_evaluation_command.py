@@ -109,6 +109,7 @@ def test_the_pictures_are_pictures(evaluated):
     ("option", "field", "said", "argument"),
     [
         ("--mirror", "mirrored", "mirror image", "mirror_averaged"),
+        ("--expected_iou", "expected_iou", "greatest expected IoU", "expected_iou"),
         ("--connected", "connected", "connected part", "connected"),
     ],
 )
@@ -213,6 +214,8 @@ def refusal(run_folder, tmp_path, monkeypatch, capsys):
         (["--calibrate", "train"], "--calibrate train"),
         (["--calibrate", "val", "--threshold", "0.4"], "exclude each other"),
         (["--threshold", "0"], "threshold"),
+        (["--threshold", "0.4", "--expected_iou"], "--threshold and --calibrate exclude it"),
+        (["--calibrate", "val", "--expected_iou"], "--threshold and --calibrate exclude it"),
         (["--threshold", "1"], "threshold"),
         (["--threshold", "1.5"], "1.5"),
         (["--threshold", "nan"], "nan"),

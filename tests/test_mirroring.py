@@ -10,6 +10,7 @@ from test_evaluation import Presence, StandIn, counts_of, make_processor, make_r
 from training.batches import picture_as_annotated
 from training.data import decode_mask
 from training.evaluation import score_sentences, threshold_curve
+from training.reading import Reading
 
 
 class Lopsided(StandIn):
@@ -51,7 +52,7 @@ def swapped(sentence: str) -> str:
 @pytest.mark.parametrize("threshold", [None, 0.45])
 def test_a_mask_is_that_of_the_mean_of_both_answers(rows, processor, model, threshold):
     options = {"batch_size": 2, "max_expressions": 5}
-    scores = score_sentences(model, processor, rows, Accelerator(cpu=True), threshold=threshold, mirror=True, **options)
+    scores = score_sentences(model, processor, rows, Accelerator(cpu=True), Reading(threshold, mirror=True), **options)
     assert [(score.row, score.sentence, score.kind) for score in scores] == places(rows)
     for score in scores[::2]:
         row = rows[score.row]
@@ -65,14 +66,14 @@ def test_a_mask_is_that_of_the_mean_of_both_answers(rows, processor, model, thre
             mask[:] = False
         assert counts_of(score) == ((mask & truth).sum(), mask.sum(), truth.sum())
         assert (score.no_target or 0) == pytest.approx((absent_here + absent_there) / 2)
-    plain = score_sentences(model, processor, rows, Accelerator(cpu=True), threshold=threshold)
+    plain = score_sentences(model, processor, rows, Accelerator(cpu=True), Reading(threshold))
     assert sum(one.iou != other.iou for one, other in zip(scores, plain, strict=True)) > len(scores) / 2
 
 
 def test_a_threshold_is_chosen_for_the_mean(rows, processor):
     curve = threshold_curve(
-        Lopsided(), processor, rows, Accelerator(cpu=True), batch_size=2, max_expressions=5, mirror=True
+        Lopsided(), processor, rows, Accelerator(cpu=True), Reading(mirror=True), batch_size=2, max_expressions=5
     )
     for threshold in (0.3, 0.6):
-        scores = score_sentences(Lopsided(), processor, rows, Accelerator(cpu=True), threshold=threshold, mirror=True)
+        scores = score_sentences(Lopsided(), processor, rows, Accelerator(cpu=True), Reading(threshold, mirror=True))
         assert np.mean([score.iou for score in scores]) == pytest.approx(curve[threshold], abs=1e-9)

@@ -33,6 +33,7 @@ from training.commands import run_command
 from training.configuration import dump_settings
 from training.environment import describe_hardware, library_versions, without_folders, without_paths
 from training.files import write_text
+from training.reports import READING_FIELDS
 from training.splits import check_split
 
 logger = logging.getLogger(__name__)
@@ -243,10 +244,7 @@ class Work:
             "tuning": json.loads((folder / "tuning.json").read_text(encoding="utf-8")),
             "curve": json.loads((folder / "history.json").read_text(encoding="utf-8")),
             "losses": [[part[-1]["step"], sum(one["loss"] for one in part) / len(part)] for part in thinned],
-            **{
-                name: scored[name]
-                for name in ("split", "counts", "threshold", "mirrored", "connected", "summary", "intervals", "slices")
-            },
+            **{name: scored[name] for name in ("split", "counts", *READING_FIELDS, "summary", "intervals", "slices")},
             "evaluation": str(evaluation.relative_to(self.output)),
             "seconds": job.state["seconds"],
             "threads": job.state["threads"],

@@ -21,6 +21,7 @@ FIELDS = {"config", "split", "baseline", "seeds", "variants"}
 OPTIONAL_FIELDS = {"options", "evaluation"}
 EVALUATION_OPTIONS = {
     "mirror": bool,
+    "expected_iou": bool,
     "connected": bool,
     "threshold": float,
 }  # of evaluation.py, as they are called there
@@ -107,7 +108,7 @@ def read_grid(path: Path, extra: list[str] | None = None) -> Grid:
     The file holds `config`, a file of training settings, found from the grid's own folder; `variants`, per name what it changes
     of them by dotted name (`{model.config.num_selected_experts: 2}`); `baseline`, one of the names; `seeds`; `split`, that
     models are scored on; and, if any, `options`, changes for all variants, and `evaluation`, how masks are read from the
-    models' answers (`{mirror: true, connected: true, threshold: 0.4}`, options of `evaluation.py`).
+    models' answers (`{mirror: true, threshold: 0.4}`, options of `evaluation.py`).
 
     Args:
         path: The file.
@@ -150,6 +151,8 @@ def _check_evaluation(path: Path, evaluation: Any) -> None:
         if type(value) is not EVALUATION_OPTIONS[name] or value is False or (name == "threshold" and not 0 < value < 1):
             accepted = "a number between 0 and 1" if name == "threshold" else "true, or be left out"
             raise ValueError(f"{path}: evaluation.{name} is {value!r}; it must be {accepted}.")
+    if {"expected_iou", "threshold"} <= set(evaluation):
+        raise ValueError(f"{path}: evaluation has a threshold and expected_iou, which exclude each other.")
 
 
 def _settings(path: Path, variant: str, base: Path, changes: dict[str, Any], extra: list[str]) -> TrainingSettings:

@@ -108,7 +108,7 @@ def format_results(grid: Grid, runs: dict[str, list[Record]], compared: dict[str
         f"# Ablation {grid.path.stem}",
         "",
         f"Split {grid.split}: {counts['expressions']} expressions about {counts['objects']} objects in {counts['pictures']} "
-        f"pictures; threshold {first['threshold']['value']:g}, {first['threshold']['source']}.{reading_note(first)} Percentages. "
+        f"pictures. {reading_note(first)} Percentages. "
         "± is the standard error over seeds of training; the data are the same. "
         f"Δ: difference from {grid.baseline} with the same seeds; in brackets "
         f"{LEVEL:.0%} of the differences of means over seeds in {RESAMPLES} paired resamples of pictures. Fresh seed: where one "

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -29,12 +30,12 @@ from training.building import load_whole
 from training.checkpoints import checksum
 from training.commands import run_command
 from training.configuration import DataSettings, default_data
-from training.connected import most_probable_part
 from training.environment import command_line
 from training.figures import draw_report, draw_sheet
 from training.files import write_text
 from training.metric import SentenceScore, format_table
 from training.mirroring import MirroringCollator, average_answers
+from training.reading import Reading, most_probable_part
 from training.reports import Threshold, evaluation_record, format_report, model_index
 from training.splits import load_splits
 from training.workers import end_with_parent
@@ -52,14 +53,12 @@ def score_sentences(
     processor: SeraProcessor,
     rows: datasets.Dataset,
     accelerator: Accelerator,
+    reading: Reading | None = None,
     *,
     batch_size: int = 8,
     max_expressions: int = 64,
     shuffle: bool = False,
-    threshold: float | None = None,
     num_workers: int = 0,
-    mirror: bool = False,
-    connected: bool = False,
 ) -> list[SentenceScore]:
     """Ask the model for the mask of every sentence of every row; each once, whatever the number of processes.
 
@@ -68,29 +67,22 @@ def score_sentences(
         processor: Its processor.
         rows: A split (one referred object per row).
         accelerator: Says which pictures are this process's.
+        reading: How masks are read from the answers. `None`: as the processor does.
         batch_size: Pictures per batch.
         max_expressions: Expressions worked on at once, to bound the memory.
         shuffle: Ask each object another picture's sentences: what a model reaches that ignores the text.
-        threshold: Probability above which a pixel is in the mask. `None`: the processor's own.
         num_workers: Processes that prepare batches.
-        mirror: Average with the answers about the mirror image.
-        connected: Keep of each mask its most probable connected part.
 
     Returns:
         One score per sentence, in the order of the rows; the same list in every process.
     """
     kinds = rows["sentence_kinds"]
     scores = []
-    options = {
-        "batch_size": batch_size,
-        "max_expressions": max_expressions,
-        "num_workers": num_workers,
-        "mirror": mirror,
-        "connected": connected,
-    }
+    reading = reading or Reading()
+    options = {"batch_size": batch_size, "max_expressions": max_expressions, "num_workers": num_workers}
     asked = shuffled_sentences(rows) if shuffle else None
-    for (row, sentence), truth, result in _answers(model, processor, rows, accelerator, asked, threshold, **options):
-        predicted = result["mask"].cpu().numpy()
+    for (row, sentence), truth, result in _answers(model, processor, rows, accelerator, reading, asked, **options):
+        predicted = reading.mask(result).cpu().numpy()
         scores.append(
             SentenceScore(
                 row=row,
@@ -111,16 +103,16 @@ def threshold_curve(
     processor: SeraProcessor,
     rows: datasets.Dataset,
     accelerator: Accelerator,
-    *,
-    connected: bool = False,
+    reading: Reading | None = None,
     **options: int,
 ) -> dict[float, float]:
-    """mIoU of a split at every threshold of CALIBRATION_THRESHOLDS, from one pass over it; options as of `score_sentences`.
+    """mIoU of a split at every threshold of CALIBRATION_THRESHOLDS, from one pass over it; arguments as of `score_sentences`.
 
-    A mask that the presence head leaves empty is empty at all of them.
+    The reading's own threshold plays no part. A mask that the presence head leaves empty is empty at all of them.
     """
+    reading = reading or Reading()
     found = []
-    answered = _answers(model, processor, rows, accelerator, None, None, return_probabilities=True, **options)
+    answered = _answers(model, processor, rows, accelerator, reading, return_probabilities=True, **options)
     for source, truth, result in answered:
         probabilities = result["probabilities"]
         inside = torch.from_numpy(truth).to(probabilities.device)
@@ -128,7 +120,7 @@ def threshold_curve(
         ious = []
         for threshold in CALIBRATION_THRESHOLDS:
             mask = (probabilities > threshold) & answers
-            mask = most_probable_part(mask, probabilities) if connected else mask
+            mask = most_probable_part(mask, probabilities) if reading.connected else mask
             union = int((mask | inside).sum())
             ious.append(int((mask & inside).sum()) / union if union else 1.0)
         found.append((source, ious))
@@ -149,28 +141,23 @@ def _answers(
     processor: SeraProcessor,
     rows: datasets.Dataset,
     accelerator: Accelerator,
-    asked: list[list[str]] | None,
-    threshold: float | None,
+    reading: Reading,
+    asked: list[list[str]] | None = None,
     *,
-    mirror: bool = False,
-    connected: bool = False,
     return_probabilities: bool = False,
     **options: int,
 ) -> Iterator[Answer]:
-    """The answers to this process's sentences."""
+    """The answers to this process's sentences, ready to be read."""
     examples = EvaluationExamples(rows, asked)
     mine = Subset(examples, range(accelerator.process_index, len(examples), accelerator.num_processes))
     was_training = model.training
     model.eval()
     try:
-        wants_probabilities = mirror or connected or return_probabilities
-        found = _ask(mine, model, processor, accelerator, threshold, mirror, wants_probabilities, **options)
-        if mirror:
-            found = _averaged(found, processor.mask_threshold if threshold is None else threshold)
-        for source, truth, result in found:
-            if connected:
-                result["mask"] = most_probable_part(result["mask"], result["probabilities"])
-            yield source, truth, result
+        wants_probabilities = reading.needs_probabilities or return_probabilities
+        found = _ask(mine, model, processor, accelerator, reading, wants_probabilities, **options)
+        if reading.mirror:
+            found = _averaged(found, processor.mask_threshold if reading.threshold is None else reading.threshold)
+        yield from found
     finally:
         model.train(was_training)
 
@@ -190,17 +177,16 @@ def _ask(
     model: SeraForReferringSegmentation,
     processor: SeraProcessor,
     accelerator: Accelerator,
-    threshold: float | None,
-    mirror: bool,
+    reading: Reading,
     return_probabilities: bool,
     *,
     batch_size: int,
     max_expressions: int,
     num_workers: int = 0,
 ) -> Iterator[Answer]:
-    """What `_answers` yields; with `mirror` the same again about a picture's mirror image, after all about the picture."""
-    collator = (MirroringCollator if mirror else Collator)(processor, with_labels=False)
-    pictures = max(batch_size // 2, 1) if mirror else batch_size  # each brings its mirror image
+    """The model's own answers; where mirror images are read, too, those about one follow all about its picture."""
+    collator = (MirroringCollator if reading.mirror else Collator)(processor, with_labels=False)
+    pictures = max(batch_size // 2, 1) if reading.mirror else batch_size  # each brings its mirror image
     loader = DataLoader(
         examples, pictures, collate_fn=collator, num_workers=num_workers, worker_init_fn=end_with_parent
     )
@@ -216,7 +202,7 @@ def _ask(
             asked_now = {**inputs, "image_index": inputs["image_index"][part]}
             answers_now = {name: values[part] for name, values in answers.items()}
             results = processor.post_process_referring_segmentation(
-                answers_now, asked_now, threshold, return_probabilities
+                answers_now, asked_now, reading.threshold, return_probabilities
             )
             for result in results:
                 yield next(sources), next(truths), result
@@ -234,6 +220,8 @@ def main(arguments: list[str] | None = None) -> None:
         )
     if options.calibrate is not None and options.threshold is not None:
         parser.error("--threshold and --calibrate exclude each other: a threshold is either given or chosen.")
+    if options.expected_iou and (options.calibrate or options.threshold is not None):
+        parser.error("--expected_iou gives each answer a threshold of its own: --threshold and --calibrate exclude it.")
     model_folder = Path(options.model)
     if not model_folder.is_dir() and (model_folder.is_absolute() or len(model_folder.parts) != 2):
         parser.error(f"{model_folder} is not a folder, and no id on the Hub (user/name) either.")
@@ -254,16 +242,20 @@ def main(arguments: list[str] | None = None) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)  # rather fails now than after the work
 
     ask = {"batch_size": options.batch_size, "max_expressions": options.max_expressions}
-    ask |= {"num_workers": options.num_workers, "mirror": options.mirror, "connected": options.connected}
+    ask |= {"num_workers": options.num_workers}
+    reading = Reading(mirror=options.mirror, connected=options.connected, expected_iou=options.expected_iou)
     threshold = Threshold(processor.mask_threshold, "the processor's")
-    if options.threshold is not None:
+    if options.expected_iou:
+        threshold = Threshold(None, "each answer's own")
+    elif options.threshold is not None:
         threshold = Threshold(float(options.threshold), "given")
     elif options.calibrate:
-        curve = threshold_curve(model, processor, calibration_rows[0], accelerator, **ask)
+        curve = threshold_curve(model, processor, calibration_rows[0], accelerator, reading, **ask)
         here = ", the split scored here," if options.calibrate == options.split else ""
         threshold = Threshold(best_threshold(curve), f"chosen on {options.calibrate}{here} for the highest mIoU", curve)
-    scores = score_sentences(model, processor, rows, accelerator, threshold=threshold.value, **ask)
-    shuffled = score_sentences(model, processor, rows, accelerator, threshold=threshold.value, shuffle=True, **ask)
+    reading = replace(reading, threshold=threshold.value)
+    scores = score_sentences(model, processor, rows, accelerator, reading, **ask)
+    shuffled = score_sentences(model, processor, rows, accelerator, reading, shuffle=True, **ask)
     if not accelerator.is_main_process:
         return
 
@@ -275,8 +267,7 @@ def main(arguments: list[str] | None = None) -> None:
         scores=scores,
         shuffled=shuffled,
         threshold=threshold,
-        mirrored=options.mirror,
-        connected=options.connected,
+        reading=reading,
         weights=checksum(model.state_dict()),
         command=command_line("training/evaluation.py", arguments),
         processes=accelerator.num_processes,
@@ -287,10 +278,9 @@ def main(arguments: list[str] | None = None) -> None:
     write_text(output, json.dumps(record, indent=1))
     write_text(output.with_suffix(".md"), format_report(record))
     write_text(output.with_suffix(".yaml"), model_index(record))
-    draw_report(model, processor, rows, scores, shuffled, record, output.with_suffix(".png"))
+    draw_report(model, processor, rows, scores, shuffled, record, output.with_suffix(".png"), reading)
     if options.sheet:
-        reading = {"threshold": threshold.value, "mirrored": options.mirror, "connected": options.connected}
-        draw_sheet(model, processor, rows, scores, Path(options.sheet), **reading)
+        draw_sheet(model, processor, rows, scores, Path(options.sheet), reading=reading)
     logger.info(f"{output} and, beside it, .md, .png and .yaml (model-index)")
 
 
@@ -335,6 +325,11 @@ def evaluation_parser() -> ArgumentParser:
         default=None,
         metavar="val",
         help="choose the threshold with the highest mIoU on this validation split",
+    )
+    parser.add_argument(
+        "--expected_iou",
+        action="store_true",
+        help="read of each answer the mask of the greatest expected IoU, rather than what lies above one threshold",
     )
     parser.add_argument(
         "--mirror",

@@ -17,12 +17,13 @@ from modeling_sera.modeling_sera import SeraReferringSegmentationOutput
 from processing_sera import SeraProcessor
 from training.batches import picture_as_annotated
 from training.boundary import mask_outline
-from training.connected import most_probable_part
 from training.data import decode_mask
 from training.files import write_binary
 from training.metric import SentenceScore
 from training.mirroring import average_answers, mirror
 from training.overlay import COLORS, fit_lines, overlay
+from training.reading import Reading
+from training.reports import threshold_note
 from training.routing_health import ADAPTER_EXPERTS
 
 if TYPE_CHECKING:
@@ -51,15 +52,13 @@ def draw_sheet(
     scores: list[SentenceScore],
     path: Path,
     num_examples: int = 12,
-    threshold: float | None = None,
-    mirrored: bool = False,
-    connected: bool = False,
+    reading: Reading | None = None,
 ) -> None:
     """One PNG with examples: picture, truth, prediction, expression, IoU, and the shares of the fusion experts.
 
     The examples stand at evenly spaced ranks of IoU within each kind of expression, the worse before the better: nothing is picked.
     """
-    figure = sheet_figure(model, processor, rows, evenly_ranked(scores, num_examples), threshold, mirrored, connected)
+    figure = sheet_figure(model, processor, rows, evenly_ranked(scores, num_examples), reading)
     write_binary(path, lambda partial: figure.savefig(partial, format="png", dpi=DPI))
 
 
@@ -68,9 +67,7 @@ def sheet_figure(
     processor: SeraProcessor,
     rows: datasets.Dataset,
     chosen: Sequence[SentenceScore],
-    threshold: float | None = None,
-    mirrored: bool = False,
-    connected: bool = False,
+    reading: Reading | None = None,
 ) -> Figure:
     """The sheet of the given examples, two beside each other; an expression too long for its place ends in "…"."""
     num_rows = (len(chosen) + 1) // 2
@@ -86,7 +83,7 @@ def sheet_figure(
         axes = [figure.add_subplot(panels[column]) for column in (0, 1, 2, 4)]
         row = rows[score.row]
         image, text = picture_as_annotated(row), row["sentences"][score.sentence]
-        predicted, outputs = _predict(model, processor, image, text, threshold, mirrored, connected)
+        predicted, outputs = _predict(model, processor, image, text, reading or Reading())
         for axis, picture, label in (
             (axes[0], image, ""),
             (axes[1], spotlight(image, decode_mask(row["mask"])), "truth"),
@@ -114,6 +111,7 @@ def draw_report(
     shuffled: list[SentenceScore],
     record: dict[str, Any],
     path: Path,
+    reading: Reading | None = None,
     num_cases: int = 5,
 ) -> None:
     """One PNG of an evaluation: Pr@X over X, IoU histogram, mIoU by slice, and the worst, the median and the best cases.
@@ -126,16 +124,16 @@ def draw_report(
         shuffled: Of its sentences asked of other objects.
         record: See `training.reports.evaluation_record`.
         path: Of the PNG file.
+        reading: How masks were read from the answers. `None`: as the processor does.
         num_cases: Worst cases, and as many at the median and best ones, each of another picture.
     """
     figure = new_figure(3.6 * num_cases, 15.6)
-    threshold = record["threshold"]
     figure.suptitle(
-        f"{record['model']}, {record['split']}: {len(scores)} expressions, threshold {threshold['value']:g}, {threshold['source']}",
+        f"{record['model']}, {record['split']}: {len(scores)} expressions. {threshold_note(record)}",
         fontsize=13,
         parse_math=False,
     )
-    candidates = threshold["candidates"]
+    candidates = record["threshold"]["candidates"]
     curves = figure.add_gridspec(1, 4 if candidates else 3, left=0.05, right=0.98, top=0.945, bottom=0.76, wspace=0.6)
     _draw_precisions(
         figure.add_subplot(curves[0]), {"as written": scores, "shuffled": shuffled}, record["summary"]["as written"]
@@ -145,7 +143,7 @@ def draw_report(
     if candidates:
         axis = figure.add_subplot(curves[3])
         axis.plot([float(name) for name in candidates], list(candidates.values()), marker="o", color=COLORS[1])
-        axis.axvline(threshold["value"], color="grey", linestyle=":")
+        axis.axvline(record["threshold"]["value"], color="grey", linestyle=":")
         axis.set(title="calibration", xlabel="threshold", ylabel="mIoU")
     ranked = sorted(scores, key=lambda score: score.iou)
     middle = ranked[len(ranked) // 2].iou
@@ -155,8 +153,7 @@ def draw_report(
         for column, score in enumerate(_one_per_picture(order, rows)[:num_cases]):
             row = rows[score.row]
             image, text = picture_as_annotated(row), row["sentences"][score.sentence]
-            reading = (threshold["value"], record["mirrored"], record["connected"])
-            predicted, _ = _predict(model, processor, image, text, *reading)
+            predicted, _ = _predict(model, processor, image, text, reading or Reading())
             canvas = np.asarray(overlay(image, [predicted])).copy()
             canvas[mask_outline(decode_mask(row["mask"]))] = np.uint8(255 * np.array(YELLOW))
             axis = figure.add_subplot(cases[line, column])
@@ -194,9 +191,7 @@ def _predict(
     processor: SeraProcessor,
     image: Image.Image,
     text: str,
-    threshold: float | None,
-    mirrored: bool,
-    connected: bool,
+    reading: Reading,
 ) -> tuple[np.ndarray, SeraReferringSegmentationOutput]:
     """The mask (H, W), bool, and the model's outputs, about the picture itself."""
 
@@ -205,16 +200,16 @@ def _predict(
         with torch.inference_mode():
             outputs = model(**inputs, output_router_weights=True)
         (answer,) = processor.post_process_referring_segmentation(
-            outputs, inputs, threshold, return_probabilities=mirrored or connected
+            outputs, inputs, reading.threshold, return_probabilities=reading.needs_probabilities
         )
         return answer, outputs
 
     answer, outputs = ask(image, [text])
-    if mirrored:
+    if reading.mirror:
         answer_there, _ = ask(*mirror(image, [text]))
-        answer = average_answers(answer, answer_there, processor.mask_threshold if threshold is None else threshold)
-    mask = most_probable_part(answer["mask"], answer["probabilities"]) if connected else answer["mask"]
-    return mask.cpu().numpy(), outputs
+        threshold = processor.mask_threshold if reading.threshold is None else reading.threshold
+        answer = average_answers(answer, answer_there, threshold)
+    return reading.mask(answer).cpu().numpy(), outputs
 
 
 def _write_above(figure: Figure, place: SubplotSpec, text: str, fontsize: float) -> None:

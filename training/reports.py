@@ -12,24 +12,29 @@ from training.configuration import DataSettings
 from training.environment import counted, describe_hardware, library_versions, without_folders
 from training.intervals import LEVEL, RESAMPLES, bootstrap_intervals
 from training.metric import SentenceScore, by_kind, format_table, format_value, score_terms, summarize
+from training.reading import Reading
 from training.slices import slice_scores
 
 SET_NAMES = {"refcoco": "RefCOCO", "refcoco+": "RefCOCO+", "refcocog": "RefCOCOg", "grefcoco": "gRefCOCO"}
 SLICE_COLUMNS = ("mIoU", "oIoU", "Pr@0.5", "boundary_F")
 MIRRORED = " Each answer is the mean of those about the picture and about its mirror image, left and right swapped in the sentence."
+EXPECTED_IOU = " Of each answer the mask of the greatest expected IoU is read, its pixels taken to be independent."
 CONNECTED = " Of each mask the connected part that holds the largest sum of probabilities is kept."
+# how masks were read, in records; older ones have fewer
+READING_FIELDS = ("threshold", "mirrored", "expected_iou", "connected")
 
 
 @dataclass
 class Threshold:
-    """Probability above which a pixel is in the mask, in (0, 1); where it comes from; if chosen, the mIoU at each candidate."""
+    """Probability above which a pixel is in the mask, in (0, 1), `None` where there is no one for all answers; where it comes from;
+    if chosen, the mIoU at each candidate."""
 
-    value: float
+    value: float | None
     source: str
     curve: dict[float, float] | None = None
 
     def __str__(self) -> str:
-        return f"{self.value:g} ({self.source})"
+        return self.source if self.value is None else f"{self.value:g} ({self.source})"
 
 
 def evaluation_record(
@@ -41,8 +46,7 @@ def evaluation_record(
     scores: list[SentenceScore],
     shuffled: list[SentenceScore],
     threshold: Threshold,
-    mirrored: bool = False,
-    connected: bool = False,
+    reading: Reading | None = None,
     weights: str | None = None,
     command: str,
     processes: int,
@@ -58,14 +62,14 @@ def evaluation_record(
         scores: Of every sentence.
         shuffled: Of every sentence asked of another object.
         threshold: That both were scored with.
-        mirrored: Whether answers are averaged with those about the mirror images.
-        connected: Whether of each mask its most probable connected part is kept.
+        reading: How masks were read from the answers.
         weights: Checksum of the model's weights, which tells it from another of its name.
         command: That did it.
         processes: How many shared the work.
         precision: Arithmetic of the forward pass, where it is not that of the weights.
     """
     pictures = rows["image_id"][:]
+    reading = reading or Reading()
 
     def intervals(group: list[SentenceScore]) -> dict[str, tuple[float, float]]:
         shown = [pictures[score.row] for score in group]
@@ -89,8 +93,9 @@ def evaluation_record(
             "source": threshold.source,
             "candidates": None if threshold.curve is None else {f"{k:g}": v for k, v in threshold.curve.items()},
         },
-        "mirrored": mirrored,
-        "connected": connected,
+        "mirrored": reading.mirror,
+        "expected_iou": reading.expected_iou,
+        "connected": reading.connected,
         "predicts_presence": any(score.no_target is not None for score in scores),
         "summary": {"as written": summarize(scores), "shuffled": summarize(shuffled)},
         "intervals": {name: intervals(group) for name, group in by_kind(scores).items()},
@@ -114,14 +119,14 @@ def evaluation_record(
 
 def format_report(record: dict[str, Any]) -> str:
     """An [`evaluation_record`] as Markdown: how it was scored, the metrics with their intervals, and the slices."""
-    counts, threshold, bootstrap = record["counts"], record["threshold"], record["bootstrap"]
+    counts, bootstrap = record["counts"], record["bootstrap"]
     hardware = record["hardware"]
     lines = [
         f"# {record['model']} on {data_name(record)}, split {record['split']}",
         "",
         f"{counts['expressions']} expressions about {counts['objects']} objects ({counts['without_target']} expressions without a "
-        f"target) in {counts['pictures']} pictures, every mask compared at its picture's own size. Threshold "
-        f"{threshold['value']:g}, {threshold['source']}.{reading_note(record)} Percentages; in brackets "
+        f"target) in {counts['pictures']} pictures, every mask compared at its picture's own size. "
+        f"{reading_note(record)} Percentages; in brackets "
         f"{bootstrap['level']:.0%} bootstrap intervals from {bootstrap['resamples']} resamples of pictures.",
         "",
         "mIoU is the mean over expressions, oIoU total intersection / total union, Pr@X the share of expressions with IoU > X; "
@@ -167,6 +172,7 @@ def model_index(record: dict[str, Any]) -> str:
                 "threshold": record["threshold"]["value"],
                 "threshold_source": record["threshold"]["source"],
             }
+            | ({"expected_iou": True} if record.get("expected_iou") else {})
             | ({"mirror_averaged": True} if record.get("mirrored") else {})
             | ({"connected": True} if record.get("connected") else {})
             | ({"interval": [round(100 * end, 2) for end in intervals[name]]} if intervals else {}),
@@ -187,6 +193,12 @@ def data_name(record: dict[str, Any]) -> str:
 
 
 def reading_note(record: dict[str, Any]) -> str:
-    """What a report says, after a space, of how masks were read from the model's answers beside the threshold; mostly nothing."""
-    # older records do not say
-    return (MIRRORED if record.get("mirrored") else "") + (CONNECTED if record.get("connected") else "")
+    """What a report says of how masks were read from the model's answers, in whole sentences."""
+    notes = {"mirrored": MIRRORED, "expected_iou": EXPECTED_IOU, "connected": CONNECTED}
+    return threshold_note(record) + "." + "".join(note for name, note in notes.items() if record.get(name))
+
+
+def threshold_note(record: dict[str, Any]) -> str:
+    """The threshold of an evaluation and where it comes from, as the beginning of a sentence."""
+    value, source = record["threshold"]["value"], record["threshold"]["source"]
+    return f"Threshold: {source}" if value is None else f"Threshold {value:g}, {source}"
