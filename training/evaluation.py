@@ -35,8 +35,8 @@ from training.figures import draw_report, draw_sheet
 from training.files import write_text
 from training.metric import SentenceScore, format_table
 from training.mirroring import MirroringCollator, average_answers
-from training.reading import Reading, most_probable_part
-from training.reports import Threshold, evaluation_record, format_report, model_index
+from training.reading import PLAIN, Reading, most_probable_part
+from training.reports import Threshold, evaluation_record, format_report, model_index, reading_note
 from training.splits import load_splits
 from training.workers import end_with_parent
 
@@ -53,7 +53,7 @@ def score_sentences(
     processor: SeraProcessor,
     rows: datasets.Dataset,
     accelerator: Accelerator,
-    reading: Reading | None = None,
+    reading: Reading = PLAIN,
     *,
     batch_size: int = 8,
     max_expressions: int = 64,
@@ -67,7 +67,7 @@ def score_sentences(
         processor: Its processor.
         rows: A split (one referred object per row).
         accelerator: Says which pictures are this process's.
-        reading: How masks are read from the answers. `None`: as the processor does.
+        reading: How masks are read from the answers.
         batch_size: Pictures per batch.
         max_expressions: Expressions worked on at once, to bound the memory.
         shuffle: Ask each object another picture's sentences: what a model reaches that ignores the text.
@@ -78,7 +78,6 @@ def score_sentences(
     """
     kinds = rows["sentence_kinds"]
     scores = []
-    reading = reading or Reading()
     options = {"batch_size": batch_size, "max_expressions": max_expressions, "num_workers": num_workers}
     asked = shuffled_sentences(rows) if shuffle else None
     for (row, sentence), truth, result in _answers(model, processor, rows, accelerator, reading, asked, **options):
@@ -103,14 +102,13 @@ def threshold_curve(
     processor: SeraProcessor,
     rows: datasets.Dataset,
     accelerator: Accelerator,
-    reading: Reading | None = None,
+    reading: Reading = PLAIN,
     **options: int,
 ) -> dict[float, float]:
     """mIoU of a split at every threshold of CALIBRATION_THRESHOLDS, from one pass over it; arguments as of `score_sentences`.
 
     The reading's own threshold plays no part. A mask that the presence head leaves empty is empty at all of them.
     """
-    reading = reading or Reading()
     found = []
     answered = _answers(model, processor, rows, accelerator, reading, return_probabilities=True, **options)
     for source, truth, result in answered:
@@ -273,7 +271,7 @@ def main(arguments: list[str] | None = None) -> None:
         processes=accelerator.num_processes,
         precision=accelerator.mixed_precision,
     )
-    logger.info(f"{options.split}, threshold {threshold}")
+    logger.info(f"{options.split}. {reading_note(record)}")
     logger.info(format_table(record["summary"]))
     write_text(output, json.dumps(record, indent=1))
     write_text(output.with_suffix(".md"), format_report(record))

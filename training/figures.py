@@ -22,7 +22,7 @@ from training.files import write_binary
 from training.metric import SentenceScore
 from training.mirroring import average_answers, mirror
 from training.overlay import COLORS, fit_lines, overlay
-from training.reading import Reading
+from training.reading import PLAIN, Reading
 from training.reports import threshold_note
 from training.routing_health import ADAPTER_EXPERTS
 
@@ -52,7 +52,7 @@ def draw_sheet(
     scores: list[SentenceScore],
     path: Path,
     num_examples: int = 12,
-    reading: Reading | None = None,
+    reading: Reading = PLAIN,
 ) -> None:
     """One PNG with examples: picture, truth, prediction, expression, IoU, and the shares of the fusion experts.
 
@@ -67,7 +67,7 @@ def sheet_figure(
     processor: SeraProcessor,
     rows: datasets.Dataset,
     chosen: Sequence[SentenceScore],
-    reading: Reading | None = None,
+    reading: Reading = PLAIN,
 ) -> Figure:
     """The sheet of the given examples, two beside each other; an expression too long for its place ends in "…"."""
     num_rows = (len(chosen) + 1) // 2
@@ -83,7 +83,7 @@ def sheet_figure(
         axes = [figure.add_subplot(panels[column]) for column in (0, 1, 2, 4)]
         row = rows[score.row]
         image, text = picture_as_annotated(row), row["sentences"][score.sentence]
-        predicted, outputs = _predict(model, processor, image, text, reading or Reading())
+        predicted, outputs = _predict(model, processor, image, text, reading)
         for axis, picture, label in (
             (axes[0], image, ""),
             (axes[1], spotlight(image, decode_mask(row["mask"])), "truth"),
@@ -111,7 +111,7 @@ def draw_report(
     shuffled: list[SentenceScore],
     record: dict[str, Any],
     path: Path,
-    reading: Reading | None = None,
+    reading: Reading = PLAIN,
     num_cases: int = 5,
 ) -> None:
     """One PNG of an evaluation: Pr@X over X, IoU histogram, mIoU by slice, and the worst, the median and the best cases.
@@ -124,7 +124,7 @@ def draw_report(
         shuffled: Of its sentences asked of other objects.
         record: See `training.reports.evaluation_record`.
         path: Of the PNG file.
-        reading: How masks were read from the answers. `None`: as the processor does.
+        reading: How masks were read from the answers.
         num_cases: Worst cases, and as many at the median and best ones, each of another picture.
     """
     figure = new_figure(3.6 * num_cases, 15.6)
@@ -153,7 +153,7 @@ def draw_report(
         for column, score in enumerate(_one_per_picture(order, rows)[:num_cases]):
             row = rows[score.row]
             image, text = picture_as_annotated(row), row["sentences"][score.sentence]
-            predicted, _ = _predict(model, processor, image, text, reading or Reading())
+            predicted, _ = _predict(model, processor, image, text, reading)
             canvas = np.asarray(overlay(image, [predicted])).copy()
             canvas[mask_outline(decode_mask(row["mask"]))] = np.uint8(255 * np.array(YELLOW))
             axis = figure.add_subplot(cases[line, column])

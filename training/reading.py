@@ -54,6 +54,9 @@ class Reading:
         return most_probable_part(mask, answer["probabilities"]) if self.connected else mask
 
 
+PLAIN = Reading()
+
+
 def likeliest_mask(probabilities: Tensor) -> Tensor:
     """Of all masks the one with the greatest ratio of expected intersection to expected union, pixels taken to be independent.
 
@@ -92,4 +95,4 @@ def most_probable_part(mask: Tensor, probabilities: Tensor) -> Tensor:
     return torch.from_numpy(parts == 1 + held.argmax()).to(mask.device)
 
 
-__all__ = ["Reading", "likeliest_mask", "most_probable_part"]
+__all__ = ["PLAIN", "Reading", "likeliest_mask", "most_probable_part"]

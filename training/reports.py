@@ -12,7 +12,7 @@ from training.configuration import DataSettings
 from training.environment import counted, describe_hardware, library_versions, without_folders
 from training.intervals import LEVEL, RESAMPLES, bootstrap_intervals
 from training.metric import SentenceScore, by_kind, format_table, format_value, score_terms, summarize
-from training.reading import Reading
+from training.reading import PLAIN, Reading
 from training.slices import slice_scores
 
 SET_NAMES = {"refcoco": "RefCOCO", "refcoco+": "RefCOCO+", "refcocog": "RefCOCOg", "grefcoco": "gRefCOCO"}
@@ -26,15 +26,17 @@ READING_FIELDS = ("threshold", "mirrored", "expected_iou", "connected")
 
 @dataclass
 class Threshold:
-    """Probability above which a pixel is in the mask, in (0, 1), `None` where there is no one for all answers; where it comes from;
-    if chosen, the mIoU at each candidate."""
+    """Above which probability a pixel is in the mask.
+
+    Attributes:
+        value: In (0, 1); `None` where no one serves all answers.
+        source: Where it comes from.
+        curve: If it was chosen, the mIoU at each candidate.
+    """
 
     value: float | None
     source: str
     curve: dict[float, float] | None = None
-
-    def __str__(self) -> str:
-        return self.source if self.value is None else f"{self.value:g} ({self.source})"
 
 
 def evaluation_record(
@@ -46,7 +48,7 @@ def evaluation_record(
     scores: list[SentenceScore],
     shuffled: list[SentenceScore],
     threshold: Threshold,
-    reading: Reading | None = None,
+    reading: Reading = PLAIN,
     weights: str | None = None,
     command: str,
     processes: int,
@@ -69,7 +71,6 @@ def evaluation_record(
         precision: Arithmetic of the forward pass, where it is not that of the weights.
     """
     pictures = rows["image_id"][:]
-    reading = reading or Reading()
 
     def intervals(group: list[SentenceScore]) -> dict[str, tuple[float, float]]:
         shown = [pictures[score.row] for score in group]
