@@ -23,7 +23,6 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from modeling_sera import SeraForReferringSegmentation
 from processing_sera import SeraProcessor
-from processing_sera.processing_sera import NO_TARGET_THRESHOLD
 from training.batches import Collator, EvaluationExamples, shuffled_sentences
 from training.boundary import boundary_f_score
 from training.building import load_whole
@@ -35,7 +34,7 @@ from training.figures import draw_report, draw_sheet
 from training.files import write_text
 from training.metric import SentenceScore, format_table
 from training.mirroring import MirroringCollator, average_answers
-from training.reading import PLAIN, Reading, most_probable_part
+from training.reading import PLAIN, Reading
 from training.reports import Threshold, evaluation_record, format_report, model_index, reading_note
 from training.splits import load_splits
 from training.workers import end_with_parent
@@ -81,7 +80,7 @@ def score_sentences(
     options = {"batch_size": batch_size, "max_expressions": max_expressions, "num_workers": num_workers}
     asked = shuffled_sentences(rows) if shuffle else None
     for (row, sentence), truth, result in _answers(model, processor, rows, accelerator, reading, asked, **options):
-        predicted = reading.mask(result).cpu().numpy()
+        predicted = reading.mask(result, processor.mask_threshold).cpu().numpy()
         scores.append(
             SentenceScore(
                 row=row,
@@ -112,13 +111,10 @@ def threshold_curve(
     found = []
     answered = _answers(model, processor, rows, accelerator, reading, return_probabilities=True, **options)
     for source, truth, result in answered:
-        probabilities = result["probabilities"]
-        inside = torch.from_numpy(truth).to(probabilities.device)
-        answers = result.get("no_target", 0.0) <= NO_TARGET_THRESHOLD
+        inside = torch.from_numpy(truth).to(result["probabilities"].device)
         ious = []
         for threshold in CALIBRATION_THRESHOLDS:
-            mask = (probabilities > threshold) & answers
-            mask = most_probable_part(mask, probabilities) if reading.connected else mask
+            mask = replace(reading, threshold=threshold).mask(result, threshold)
             union = int((mask | inside).sum())
             ious.append(int((mask & inside).sum()) / union if union else 1.0)
         found.append((source, ious))
@@ -154,18 +150,18 @@ def _answers(
         wants_probabilities = reading.needs_probabilities or return_probabilities
         found = _ask(mine, model, processor, accelerator, reading, wants_probabilities, **options)
         if reading.mirror:
-            found = _averaged(found, processor.mask_threshold if reading.threshold is None else reading.threshold)
+            found = _averaged(found)
         yield from found
     finally:
         model.train(was_training)
 
 
-def _averaged(found: Iterable[Answer], threshold: float) -> Iterator[Answer]:
+def _averaged(found: Iterable[Answer]) -> Iterator[Answer]:
     """The mean of the two answers to each sentence."""
     about_pictures = {}  # of one picture's sentences at a time: those about its mirror image follow
     for source, truth, result in found:
         if source in about_pictures:
-            yield source, truth, average_answers(about_pictures.pop(source), result, threshold)
+            yield source, truth, average_answers(about_pictures.pop(source), result)
         else:
             about_pictures[source] = result
 

@@ -207,9 +207,8 @@ def _predict(
     answer, outputs = ask(image, [text])
     if reading.mirror:
         answer_there, _ = ask(*mirror(image, [text]))
-        threshold = processor.mask_threshold if reading.threshold is None else reading.threshold
-        answer = average_answers(answer, answer_there, threshold)
-    return reading.mask(answer).cpu().numpy(), outputs
+        answer = average_answers(answer, answer_there)
+    return reading.mask(answer, processor.mask_threshold).cpu().numpy(), outputs
 
 
 def _write_above(figure: Figure, place: SubplotSpec, text: str, fontsize: float) -> None:

@@ -40,18 +40,21 @@ class Reading:
         """Whether a mask alone is too little to read from."""
         return self.expected_iou or self.mirror or self.connected
 
-    def mask(self, answer: dict[str, Any]) -> Tensor:
-        """The mask of an answer, bool (H, W).
+    def mask(self, answer: dict[str, Any], default: float) -> Tensor:
+        """The mask of an answer, bool (H, W); empty where the answer is that nothing is meant.
 
         Args:
-            answer: What `post_process_referring_segmentation` or `average_answers` made of it with the reading's threshold:
-                "mask"; where `needs_probabilities`, "probabilities"; from a model that predicts presence, "no_target".
+            answer: That of `post_process_referring_segmentation` or `average_answers`: "probabilities"; or, where they are not
+                needed, "mask" alone, made with the reading's threshold; from a model that predicts presence, "no_target".
+            default: Threshold where the reading has none: the processor's.
         """
-        mask = answer["mask"]
-        if self.expected_iou:
-            there = answer.get("no_target", 0.0) <= NO_TARGET_THRESHOLD
-            mask = likeliest_mask(answer["probabilities"]) & there
-        return most_probable_part(mask, answer["probabilities"]) if self.connected else mask
+        if "probabilities" not in answer:
+            return answer["mask"]
+        probabilities = answer["probabilities"]
+        threshold = default if self.threshold is None else self.threshold
+        mask = likeliest_mask(probabilities) if self.expected_iou else probabilities > threshold
+        mask &= answer.get("no_target", 0.0) <= NO_TARGET_THRESHOLD
+        return most_probable_part(mask, probabilities) if self.connected else mask
 
 
 PLAIN = Reading()
