@@ -103,6 +103,10 @@ def test_every_expression_stands_beside_its_own_pictures_alone(rows, processor):
     boxes = list(titles.values())
     assert not any(overlap(a, b) for a, b in itertools.combinations(boxes, 2))
     assert not any(overlap(title, box) for title in boxes for own in pictures for box in own)
+    renderer = figure.canvas.get_renderer()
+    captions = [text.get_window_extent(renderer) for axis in figure.axes for text in axis.texts if text.get_text()]
+    assert len(captions) == 2 * len(EXPRESSIONS)
+    assert not any(overlap(title, caption) for title in boxes for caption in captions)
     page = figure.bbox
     assert all(page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1 for box in boxes)
     short = [text for text in titles if "\n" not in text]

@@ -71,10 +71,10 @@ def sheet_figure(
 ) -> Figure:
     """The sheet of the given examples, two beside each other; an expression too long for its place ends in "…"."""
     num_rows = (len(chosen) + 1) // 2
-    height = 2.9 * num_rows + 0.5
+    height = 3.05 * num_rows + 0.5
     figure = new_figure(18, height)
     grid = figure.add_gridspec(
-        num_rows, 2, left=0.01, right=0.99, top=1 - 0.9 / height, bottom=0.3 / height, hspace=0.27, wspace=0.04
+        num_rows, 2, left=0.01, right=0.99, top=1 - 0.9 / height, bottom=0.3 / height, hspace=0.34, wspace=0.04
     )
     for i, score in enumerate(chosen):
         place = grid[i // 2, i % 2]
