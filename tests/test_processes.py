@@ -1,17 +1,21 @@
 """Two processes on one machine: one model at every evaluation, one run after a restart, the figures of a single process."""
 
+import gc
 import json
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate import Accelerator
 from test_restart import NOISY, assert_same_run, printed, start, wait_for_step
 from test_training import ENVIRONMENT, REPOSITORY, written
+from torch.nn.parallel import DistributedDataParallel
 
 from modeling_sera import SeraForReferringSegmentation
 from processing_sera import SeraProcessor
@@ -64,13 +68,26 @@ def whole(tmp_path_factory) -> Path:
     return folder
 
 
-def start_pair(folder: Path, settings: TrainingSettings = SETTINGS) -> list:
+def start_pair(folder: Path, settings: TrainingSettings = SETTINGS, prepare: Callable | None = None) -> list:
     """Two processes of one run, as a launcher would start them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [start(settings, folder, RANK=rank, LOCAL_RANK=rank, **common) for rank in ("0", "1")]
+    ranks = ({"RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1"))
+    return [start(settings, folder, prepare=prepare, **rank, **common) for rank in ranks]
+
+
+def check_what_outlives_the_group() -> None:
+    """Let the end of the group of processes fail while a model lives that averages its gradients."""
+    destroy = torch.distributed.destroy_process_group
+
+    def checked(*arguments) -> None:
+        print("the group ends", flush=True)
+        assert not [thing for thing in gc.get_objects() if isinstance(thing, DistributedDataParallel)]
+        destroy(*arguments)
+
+    torch.distributed.destroy_process_group = checked
 
 
 def test_a_killed_pair_goes_on_to_the_last_bit(whole, tmp_path):
@@ -92,9 +109,11 @@ def test_a_killed_pair_goes_on_to_the_last_bit(whole, tmp_path):
 def test_a_set_smaller_than_a_batch_of_each_is_trained_on(tmp_path):
     optimization = replace(SETTINGS.optimization, batch_size=2, epochs=1)
     few = replace(SETTINGS, data=replace(SETTINGS.data, num_scenes=(3, 2, 1)), optimization=optimization)
-    for rank, process in enumerate(start_pair(tmp_path / "run", few)):
+    # the last to hold the group could wait for its thread, and that for the interpreter's lock, for ever
+    for rank, process in enumerate(start_pair(tmp_path / "run", few, check_what_outlives_the_group)):
         process.join()
         assert process.exitcode == 0, printed(tmp_path / "run", rank)
+        assert "the group ends" in printed(tmp_path / "run", rank)
     assert len((tmp_path / "run" / "losses.jsonl").read_text().splitlines()) == 1
 
 

@@ -208,6 +208,10 @@ def main() -> None:
                 write_text(output / "history.json", json.dumps(progress.history, indent=1))
             checkpoints.save(progress)
     logger.info(f"best val mIoU {progress.best_miou:.4f}; the model is in {output / 'model'}")
+    # what averages gradients must not be the last to hold the group of processes: it then waits, with the interpreter's lock,
+    # for a thread of gloo that may wait for that lock
+    del model
+    accelerator.free_memory()
     accelerator.end_training()
 
 
