@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT := outputs/demo
-CHECKPOINT := checkpoints/sera-scenes-128
+CHECKPOINT := checkpoints/sera-scenes
 
 .PHONY: demo test lint clean
 

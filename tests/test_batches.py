@@ -241,39 +241,6 @@ def test_examples_hold_what_their_sources_say():
     assert asked == {row: min(2, len(sentences)) for row, sentences in enumerate(rows["sentences"])}
 
 
-def with_three_kinds(rows: datasets.Dataset) -> datasets.Dataset:
-    """The rows with three sentences each, of one kind each."""
-    said = [[f"{row} {kind}" for kind in ("place", "look", "beside")] for row in range(len(rows))]
-    kinds = [["place, far", "look, far", "beside, far"]] * len(rows)
-    for name, values in (("sentences", said), ("sentence_kinds", kinds)):
-        feature = rows.features[name]
-        rows = rows.remove_columns(name).add_column(name, values, feature=feature)
-    return rows
-
-
-@pytest.mark.parametrize(("sentences_per_object", "share"), [(1, 3 / 5), (2, 1 - 2 / 5 * 1 / 4)])
-def test_kinds_are_drawn_by_their_weights(sentences_per_object, share):
-    rows = with_three_kinds(random_rows(0, 40))
-    # what all sentences of an object have in common changes nothing
-    weights = {"beside": 3.0, "far": 7.0}
-    examples = examples_of(rows, sentences_per_object=sentences_per_object, kind_weights=weights)
-    asked, drawn = Counter(), 0
-    for epoch in range(10):
-        examples.set_epoch(epoch)
-        for sources in (examples[i].sources for i in range(len(examples))):
-            assert len(set(sources)) == len(sources)
-            asked.update(i for _, i in sources)
-            drawn += len({row for row, _ in sources})
-    error = 4 * (0.25 / drawn) ** 0.5
-    assert asked[2] / drawn == pytest.approx(share, abs=error)
-    assert asked[0] / drawn == pytest.approx((sentences_per_object - share) / 2, abs=error)
-
-
-def test_a_weight_of_no_kind_is_refused():
-    with pytest.raises(ValueError, match=r"kind_weights has 'besides'.* beside, far, look, place"):
-        examples_of(with_three_kinds(random_rows(0)), kind_weights={"beside": 2.0, "besides": 2.0})
-
-
 def test_what_is_drawn_depends_on_seed_epoch_and_picture_alone():
     rows = random_rows(0)
     settings = AugmentationSettings(flip=0.5, min_crop=0.7, color_jitter=0.2, word_dropout=0.2)
@@ -384,24 +351,6 @@ def test_labels_lie_on_the_objects_that_the_sentences_name(processor, augmentati
     assert distance.min(axis=1).max() < 60  # edges are blurred by resampling
     tokens = processor(text=asked, return_tensors="pt")
     assert np.array_equal(tokens["input_ids"], inputs["input_ids"])
-
-
-@pytest.mark.parametrize("augmentation", [PLAIN, STRONG])
-def test_what_is_left_out_moves_with_the_picture(processor, augmentation):
-    rows = make_rows([{color: [f"{color} one"] for color in COLORS}] * 6)
-    whole = [
-        np.any([decode_mask(row["mask"]) for row in rows.select(range(i, i + 4))], axis=0) for i in range(0, 24, 4)
-    ]
-    others = [encode_mask(whole[i // 4] & ~decode_mask(row["mask"])) for i, row in enumerate(rows)]
-    leaving_out = rows.add_column("left_out", others, feature=REFER_FEATURES["mask"])
-    inputs, _ = Collator(processor, with_labels=True)(list(examples_of(leaving_out, augmentation)))
-    plain, _ = Collator(processor, with_labels=True)(list(examples_of(rows, augmentation)))
-    assert np.array_equal(inputs["pixel_values"], plain["pixel_values"])
-    left_out = inputs["labels"].numpy() == -1
-    assert np.array_equal(inputs["labels"].numpy()[~left_out], plain["labels"].numpy()[~left_out])
-    by_picture = plain["labels"].numpy().reshape(6, 4, 56, 70)
-    elsewhere = by_picture.sum(axis=1, keepdims=True) - by_picture  # a share of each pixel that is another square's
-    assert np.array_equal(left_out.reshape(elsewhere.shape), elsewhere > 0.5)
 
 
 def test_no_labels_where_none_are_wanted(processor):

@@ -12,7 +12,7 @@ from training.configuration import DataSettings, load_settings
 from training.evaluation import score_sentences
 from training.scenes import generate_scenes
 
-RECIPES = {"sera-scenes": "scenes-64.yaml", "sera-scenes-128": "scenes-128.yaml"}
+RECIPES = {"sera-scenes": "scenes.yaml"}
 FOLDERS = [REPOSITORY / "checkpoints" / name for name in RECIPES]
 SCENES = 8  # of the hundreds that were scored
 

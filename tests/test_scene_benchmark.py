@@ -23,7 +23,6 @@ from training.scene_benchmark import (
     describe_benchmark_scene,
     describe_nothing,
     draw_benchmark_scene,
-    held_out_for,
 )
 from training.scene_demo import draw_scene
 from training.scene_drawing import COLORS
@@ -396,38 +395,12 @@ def test_what_is_drawn_depends_on_seed_split_number_and_size_alone(mixed):
     assert not any(a & b for a, b in itertools.combinations(pictures, 2))
 
 
-def test_what_is_left_out_are_the_objects_whose_color_or_texture_rules_the_targets_shape_out(mixed):
-    data = DataSettings(source="scenes", scene_set="mixed", num_scenes=(102, 3, 3), scene_seed=2, scene_leave_out=True)
-    train, val = load_splits(data, ["train", "val"])
-    assert "left_out" not in val.column_names
-    shorter = mixed["train"].filter(lambda row: not row["no_target"])
-    assert train.remove_columns("left_out")[: len(shorter)] == shorter[:]
-    possible, count = set(compositions("train")), 0
-    for row in train:
-        scene = draw_benchmark_scene(2, "train", row["image_id"], 96)
-        left_out = decode_mask(row["left_out"])
-        for item in scene.objects:
-            ruled_out = (row["category"], item.color, item.texture) not in possible
-            # a thin shape has no dots, held out or not: that such an object is not meant teaches nothing wrong
-            if (
-                not ruled_out
-                or held_out_for(row["category"], item.color)
-                or held_out_for(row["category"], item.texture)
-            ):
-                assert left_out[item.mask].all() == left_out[item.mask].any() == ruled_out
-                count += ruled_out
-    assert count > 300 and not any(
-        (decode_mask(row["left_out"]) & decode_mask(row["mask"])).any() for row in train.take(50)
-    )
-
-
 @pytest.mark.parametrize(
     ("settings", "split", "named"),
     [
         ({"scene_set": "mixed"}, "testA", "mixed scenes have no split 'testA'; they have train, val, test, test_seen"),
         ({}, "test_seen", "demo scenes have no split 'test_seen'; they have train, val, test"),
         ({"scene_no_target": True}, "val", "demo scenes have no expressions without a target"),
-        ({"scene_leave_out": True}, "train", "scene_leave_out .* the demo scenes have none"),
         ({"scene_set": "location", "scene_size": 16}, "val", "16"),
         ({"scene_set": "location", "num_scenes": (4, 0, 4)}, "val", "val split .* 0"),
     ],

@@ -151,7 +151,6 @@ def test_the_configurations_of_the_project_can_be_read(name):
         (["--optimization.learning_rate", "-1"], "learning_rate.*-1"),
         (["--evaluate_every", "0"], "evaluate_every.*0"),
         (["--data.sentences_per_object", "0"], "sentences_per_object.*0"),
-        (["--data.kind_weights", "{relation: 0}"], "kind_weights.*0"),
         (["--data.objects_per_picture", "0"], "objects_per_picture.*0"),
         (["--augmentation.flip", "2"], "flip.*2"),
         (["--augmentation.min_crop", "-0.1"], "min_crop.*-0.1"),

@@ -185,7 +185,6 @@ def test_whole_channels_are_silenced(store_of, tmp_path):
     [
         ({"vision_tuning": "norm_bias"}, "frozen.*norm_bias"),
         ({"streaming": True}, "streaming exclude each other"),
-        ({"scene_leave_out": True}, "scene_leave_out exclude each other"),
     ],
 )
 def test_what_does_not_go_together_is_refused(changed, message, store_of, tmp_path):
@@ -202,14 +201,6 @@ def test_what_does_not_go_together_is_refused(changed, message, store_of, tmp_pa
 def test_what_acts_on_kept_views_wants_some(option, tmp_path):
     with pytest.raises(ValueError, match=f"{option.partition('=')[0]} acts on kept views"):
         start_accelerator(read_settings([f"--{option}", "--output_dir", str(tmp_path)]))
-
-
-@pytest.mark.parametrize("option", ["data.views=2", "data.streaming=true"])
-def test_kinds_are_weighed_where_sentences_are_drawn_from_rows_alone(option, tmp_path):
-    with pytest.raises(ValueError, match="kind_weights is for sentences drawn anew"):
-        start_accelerator(
-            read_settings(["--data.kind_weights", "{relation: 2}", f"--{option}", "--output_dir", str(tmp_path)])
-        )
 
 
 def test_a_run_reads_views_and_another_finds_them(tmp_path):

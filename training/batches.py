@@ -1,8 +1,6 @@
 """From rows (one referred object each) to batches that the model takes: grouping by picture, drawing sentences, collating."""
 
-import math
 from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import datasets
@@ -57,21 +55,12 @@ def picture_as_annotated(row: dict) -> Image.Image:
     return Image.fromarray(np.asarray(to_rgb_image(image)))  # a fresh picture carries no tag at all
 
 
-def training_mask(row: dict) -> np.ndarray:
-    """A row's mask (H, W): boolean or, where the row says what the loss is to leave out, int8 with -1 there."""
-    mask = decode_mask(row["mask"])
-    if "left_out" not in row:
-        return mask
-    return np.where(decode_mask(row["left_out"]), np.int8(-1), mask.astype(np.int8))
-
-
 def draw_example(
     rows: list[dict],
     numbers: list[int],
     sentences_per_object: int,
     augmentation: AugmentationSettings,
     rng: np.random.Generator,
-    kind_weights: Mapping[str, float] | None = None,
 ) -> PictureExample:
     """One picture's objects with sentences and variations drawn from `rng`.
 
@@ -81,12 +70,11 @@ def draw_example(
         sentences_per_object: Sentences drawn for each row, without repetition.
         augmentation: How picture, masks and sentences are varied.
         rng: Source of all randomness.
-        kind_weights: Weights above zero of words of `sentence_kinds` in the draw; `None` or absent there: 1.
     """
-    drawn = [_draw_order(row, kind_weights, rng)[:sentences_per_object] for row in rows]
+    drawn = [rng.permutation(len(row["sentences"]))[:sentences_per_object].tolist() for row in rows]
     image, masks, sentences = augment(
         picture_as_annotated(rows[0]),
-        [training_mask(row) for row in rows],
+        [decode_mask(row["mask"]) for row in rows],
         [[row["sentences"][i] for i in chosen] for row, chosen in zip(rows, drawn, strict=True)],
         augmentation,
         rng,
@@ -97,20 +85,6 @@ def draw_example(
         text=[sentence for group in sentences for sentence in group],
         sources=[(number, i) for number, chosen in zip(numbers, drawn, strict=True) for i in chosen],
     )
-
-
-def _words(kind: str) -> list[str]:
-    """What weights are given to, such as "relation" and "hard"."""
-    return kind.split(", ")
-
-
-def _draw_order(row: dict, kind_weights: Mapping[str, float] | None, rng: np.random.Generator) -> list[int]:
-    """Numbers of a row's sentences, each drawn from what is left with a probability in proportion to its weight."""
-    if not kind_weights:
-        return rng.permutation(len(row["sentences"])).tolist()
-    weights = [math.prod(kind_weights.get(word, 1.0) for word in _words(kind)) for kind in row["sentence_kinds"]]
-    # the soonest of exponential waiting times is each one with a probability in proportion to its rate
-    return np.argsort(rng.exponential(size=len(weights)) / np.array(weights)).tolist()
 
 
 class TrainingExamples(Dataset):
@@ -127,7 +101,6 @@ class TrainingExamples(Dataset):
         sentences_per_object: int,
         augmentation: AugmentationSettings,
         seed: int,
-        kind_weights: Mapping[str, float] | None = None,
     ):
         """
         Args:
@@ -136,22 +109,10 @@ class TrainingExamples(Dataset):
             sentences_per_object: Sentences drawn for each in an epoch.
             augmentation: How pictures, masks and sentences are varied.
             seed: Of all that is drawn.
-            kind_weights: As [`draw_example`] takes them.
-
-        Raises:
-            ValueError: For a weight of a word that no sentence's kind has.
         """
-        if kind_weights:
-            known = {word for kinds in rows["sentence_kinds"] for kind in kinds for word in _words(kind)}
-            for word in kind_weights:
-                if word not in known:
-                    raise ValueError(
-                        f"data.kind_weights has {word!r}; the kinds of the training sentences are {', '.join(sorted(known))}."
-                    )
         self.rows = rows
         self.groups = group_by_picture(rows, objects_per_picture)
         self.sentences_per_object = sentences_per_object
-        self.kind_weights = kind_weights
         self.augmentation = augmentation
         self.seed = seed
         self.epoch = 0
@@ -167,7 +128,7 @@ class TrainingExamples(Dataset):
         rng = np.random.default_rng((self.seed, self.epoch, index))
         numbers = self.groups[index]
         rows = [self.rows[row] for row in numbers]
-        return draw_example(rows, numbers, self.sentences_per_object, self.augmentation, rng, self.kind_weights)
+        return draw_example(rows, numbers, self.sentences_per_object, self.augmentation, rng)
 
 
 class EvaluationExamples(Dataset):
@@ -246,5 +207,4 @@ __all__ = [
     "draw_example",
     "group_by_picture",
     "shuffled_sentences",
-    "training_mask",
 ]

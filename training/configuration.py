@@ -62,9 +62,6 @@ class DataSettings:
         scene_set: Which embedded scenes: "demo" for easy ones, or the benchmark's (`docs/scenes.md`): "location" (location words
             allowed), "appearance" (excluded), "relation" (long), "mixed" (all three about the same scenes).
         scene_no_target: Add to every scene of the benchmark expressions about something that is not in it.
-        scene_leave_out: Leave out of the loss, for every target of the benchmark's training scenes, the objects whose color or
-            texture training never shows with the target's shape: they cannot be meant, whatever their shape is, so that they are
-            not would teach the model to tell shapes by colors.
         num_scenes: Number of embedded scenes for training, validation and test.
         scene_size: Side in pixels of the embedded scenes.
         scene_seed: Seed of the embedded scenes.
@@ -72,8 +69,6 @@ class DataSettings:
             own.
         objects_per_picture: Objects of one picture that share a forward pass of it; 1 is the field's one object, one picture.
         sentences_per_object: Sentences drawn for an object in each epoch.
-        kind_weights: How often sentences of a kind are drawn beside the object's others, which count 1: {relation: 3} of the mixed
-            scenes makes three fifths of them relations, where one is drawn of each object's three.
         views: Views of every training picture that are drawn once, for all epochs and runs, and kept with what the frozen vision
             tower makes of them below the first adapter: the picture, its mirror image (where `augmentation.flip` is above zero),
             then variations of both in turns. It wants `model.vision_tuning` "frozen". 0: every epoch draws anew, nothing is kept.
@@ -93,14 +88,12 @@ class DataSettings:
     hide_sentences: bool = False
     scene_set: Literal["demo", "location", "appearance", "relation", "mixed"] = "demo"
     scene_no_target: bool = False
-    scene_leave_out: bool = False
     num_scenes: tuple[int, int, int] = (4000, 200, 200)
     scene_size: PositiveInt = 96
     scene_seed: NonNegativeInt = 0
     image_size: tuple[int, int] | None = None
     objects_per_picture: PositiveInt = 1
     sentences_per_object: PositiveInt = 1
-    kind_weights: dict[str, PositiveFloat] = field(default_factory=dict)
     views: NonNegativeInt = 0
     composites: NonNegativeInt = 0
 

@@ -7,15 +7,12 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
-import datasets
 import numpy as np
 from PIL import Image
 
 from training import scene_benchmark
-from training.data import REFER_FEATURES, encode_mask
+from training.data import encode_mask
 from training.scene_benchmark import (
-    BenchmarkScene,
-    composition_split,
     describe_benchmark_scene,
     describe_nothing,
     draw_benchmark_scene,
@@ -24,8 +21,6 @@ from training.scene_demo import draw_scene
 from training.scene_semantics import KINDS
 
 MAX_SCENES = 10_000_000  # the ids of a split leave room for as many
-# with what the loss is to leave out, in the code of "mask"
-LEAVING_OUT_FEATURES = datasets.Features({**REFER_FEATURES, "left_out": REFER_FEATURES["mask"]})
 SPLITS = {"demo": ("train", "val", "test")} | dict.fromkeys((*KINDS, "mixed"), scene_benchmark.SPLITS)
 
 
@@ -36,14 +31,12 @@ def draw_rows(
     image_size: int,
     no_target: bool,
     indices: Iterable[int],
-    leave_out: bool = False,
 ) -> list[dict[str, Any]]:
-    """The rows of the given scenes of a split, as `generate_scenes` describes them; with `leave_out` those of
-    LEAVING_OUT_FEATURES."""
+    """The rows of the given scenes of a split, as `generate_scenes` describes them."""
     if scene_set == "demo":
         return [row for index in indices for row in _demo_rows(seed, split, image_size, index)]
     kinds = KINDS if scene_set == "mixed" else (scene_set,)
-    drawn = partial(_benchmark_rows, kinds, seed, split, image_size, no_target, leave_out)
+    drawn = partial(_benchmark_rows, kinds, seed, split, image_size, no_target)
     return [row for index in indices for row in drawn(index)]
 
 
@@ -61,7 +54,7 @@ def _demo_rows(seed: int, split: str, image_size: int, index: int) -> list[dict[
 
 
 def _benchmark_rows(
-    kinds: tuple[str, ...], seed: int, split: str, image_size: int, no_target: bool, leave_out: bool, index: int
+    kinds: tuple[str, ...], seed: int, split: str, image_size: int, no_target: bool, index: int
 ) -> list[dict[str, Any]]:
     scene = draw_benchmark_scene(seed, split, index, image_size)
     # whole colors: at these sizes JPEG's coarser ones would wash a thin object out
@@ -74,29 +67,13 @@ def _benchmark_rows(
         sentences = [(e.text, e.kind, labels[e.kind]) for e in said if e.target == number]
         if sentences:
             rows.append(_row(image, image_id, 20 * image_id + number, item.shape, item.mask, sentences))
-            if leave_out:
-                rows[-1]["left_out"] = encode_mask(never_shown_as(scene, item.shape))
     if no_target:
         absent = [(describe_nothing(scene, kind, seed, split, index), kind, labels[kind]) for kind in kinds]
         sentences = [(text, kind, label) for text, kind, label in absent if text is not None]
         if sentences:
             nothing = np.zeros(scene.image.shape[:2], bool)
             rows.append(_row(image, image_id, 20 * image_id + 19, "", nothing, sentences))
-            if leave_out:
-                rows[-1]["left_out"] = encode_mask(nothing)
     return rows
-
-
-def never_shown_as(scene: BenchmarkScene, shape: str) -> np.ndarray:
-    """Pixels (H, W) bool of the objects whose color or texture no object of the shape has in training.
-
-    Were they to count as not meant, "the cross" would come to mean "nothing purple" where training has no purple cross.
-    """
-    pixels = np.zeros(scene.image.shape[:2], bool)
-    for item in scene.objects:
-        if composition_split(shape, item.color, item.texture) != "train":
-            pixels |= item.mask
-    return pixels
 
 
 def _file_of(picture: np.ndarray, file_format: str, **options: Any) -> dict[str, Any]:

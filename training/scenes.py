@@ -25,7 +25,7 @@ from transformers import CLIPTokenizer
 from training.data import REFER_FEATURES
 from training.scene_benchmark import VERSION
 from training.scene_drawing import MAX_SIZE, MIN_SIZE
-from training.scene_rows import LEAVING_OUT_FEATURES, MAX_SCENES, SPLITS, draw_rows
+from training.scene_rows import MAX_SCENES, SPLITS, draw_rows
 
 SCENES_PER_CHUNK = 100
 VOCABULARY = 1000  # entries of the tokenizer at most
@@ -89,13 +89,9 @@ def load_scenes(
     split: str,
     scene_set: str,
     no_target: bool = False,
-    leave_out: bool = False,
     num_workers: int = 1,
 ) -> datasets.Dataset:
     """The rows of `generate_scenes`, of the benchmark, drawn once into the cache of `datasets`.
-
-    With `leave_out` they have a column more, "left_out": the pixels, in the code of "mask", of objects whose color or texture
-    training never shows with the target's shape.
 
     Rows are read from the disk as they are needed. Other processes and later runs find them there; processes that ask for the same
     rows at the same time wait for the one that draws them.
@@ -107,12 +103,11 @@ def load_scenes(
     _check_numbers(seed, image_size, {split: num_scenes})
     chunks = _chunks(num_scenes)
     named = [scene_set, VERSION, split, num_scenes, image_size, seed, "absent" if no_target else "present"]
-    named += ["left-out"] if leave_out else []
-    draw = partial(draw_rows, scene_set, seed, split, image_size, no_target, leave_out=leave_out)
+    draw = partial(draw_rows, scene_set, seed, split, image_size, no_target)
     try:
         return datasets.Dataset.from_generator(
             _generate_rows,
-            features=LEAVING_OUT_FEATURES if leave_out else REFER_FEATURES,
+            features=REFER_FEATURES,
             gen_kwargs={"draw": draw, "chunks": chunks},
             num_proc=min(num_workers, len(chunks)) if num_workers > 1 else None,
             split=datasets.NamedSplit(split),
@@ -131,9 +126,9 @@ def _chunks(num_scenes: int) -> list[range]:
     return [range(i, min(i + SCENES_PER_CHUNK, num_scenes)) for i in range(0, num_scenes, SCENES_PER_CHUNK)]
 
 
-def check_scenes(scene_set: str, split: str, no_target: bool = False, leave_out: bool = False) -> None:
-    """ValueError where there is no such set of scenes, where it has no such split, no expressions without a target, or no
-    compositions held out of training."""
+def check_scenes(scene_set: str, split: str, no_target: bool = False) -> None:
+    """ValueError where there is no such set of scenes, where it has no such split, or no expressions without a
+    target."""
     if scene_set not in SPLITS:
         raise ValueError(f"The set of scenes must be one of {', '.join(SPLITS)}, got {scene_set!r}.")
     if split not in SPLITS[scene_set]:
@@ -141,8 +136,6 @@ def check_scenes(scene_set: str, split: str, no_target: bool = False, leave_out:
     if no_target and scene_set == "demo":
         others = ", ".join(name for name in SPLITS if name != "demo")
         raise ValueError(f"The demo scenes have no expressions without a target; {others} have.")
-    if leave_out and scene_set == "demo":
-        raise ValueError("scene_leave_out is about compositions held out of training; the demo scenes have none.")
 
 
 def _check_numbers(seed: int, image_size: int, counts: dict[str, int]) -> None:

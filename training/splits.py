@@ -48,7 +48,7 @@ def load_splits(data: DataSettings, splits: list[str]) -> list[datasets.Dataset]
 def check_split(data: DataSettings, split: str) -> None:
     """What [`load_splits`] would raise for the name of a split, without the cost of reading it."""
     if data.source == "scenes":
-        check_scenes(data.scene_set, split, data.scene_no_target, data.scene_leave_out)
+        check_scenes(data.scene_set, split, data.scene_no_target)
     elif data.source == "folder":
         RowFolder(_root(data), data.image_dir).check_split(split)
     else:
@@ -73,7 +73,6 @@ def _scenes(data: DataSettings, split: str, number: int) -> datasets.Dataset:
         split=split,
         scene_set=data.scene_set,
         no_target=data.scene_no_target,
-        leave_out=data.scene_leave_out and split == "train",
         num_workers=cores,
     )
 

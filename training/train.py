@@ -80,7 +80,7 @@ def main() -> None:
             examples = ViewExamples(store, settings)
             collator = ViewCollator(processor)
         else:
-            examples = TrainingExamples(train_rows, kind_weights=settings.data.kind_weights, **drawing)
+            examples = TrainingExamples(train_rows, **drawing)
         loader = accelerator.prepare(
             DataLoader(
                 examples,
@@ -230,10 +230,6 @@ def start_accelerator(settings: TrainingSettings) -> Accelerator:
     for name, value in wanting.items():
         if value and not settings.data.views:
             raise ValueError(f"{name} acts on kept views; set data.views to 1 or more.")
-    if settings.data.kind_weights and (settings.data.views or settings.data.streaming):
-        raise ValueError(
-            "data.kind_weights is for sentences drawn anew from rows; leave out data.views and data.streaming."
-        )
     if settings.model.pretrained:
         for name in ("vision_model", "text_model", "tokenizer", "whitened_start"):
             if getattr(settings.model, name):

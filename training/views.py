@@ -127,10 +127,6 @@ class ViewStore:
             )
         if settings.data.streaming:
             raise ValueError("data.views and data.streaming exclude each other: views are drawn of all rows at once.")
-        if settings.data.scene_leave_out:
-            raise ValueError(
-                "data.views and data.scene_leave_out exclude each other: kept masks cannot leave a pixel out."
-            )
         if settings.data.hide_sentences:
             rows, _ = load_training_splits(replace(settings.data, hide_sentences=False))
         key = _key(rows, model, processor, settings)
