@@ -1,4 +1,4 @@
-"""How fast SERA is beside its bare vision tower and a peer, where the time goes, and what growing pictures and lists cost.
+"""How fast SERA is beside its bare vision tower and a peer, where the time goes, and what growing images and lists cost.
 
 `python benchmarks/inference_speed.py [--repeats N] [--device cpu|cuda] [--only WORD …] [--curves] [--output FILE.json]` prints
 Markdown tables and writes a JSON file; with `--curves` also a plot beside it. Random weights: nothing is downloaded.
@@ -47,7 +47,7 @@ ENTRIES = [
     Entry("sera", expressions=16),
     Entry("sera", expressions=16, at_once=4),
     Entry("late", expressions=16, at_once=4),
-    Entry("sera", pictures=4, expressions=4),
+    Entry("sera", images=4, expressions=4),
     Entry("sera", "bf16 weights", expressions=16, at_once=4),
     Entry("late", "bf16 weights", expressions=16, at_once=4),
     *(
@@ -108,16 +108,16 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
 
     entries = {}
     for entry in calls:
-        flops = count_flops(entry.kind, entry.pictures, entry.expressions, tiny)
+        flops = count_flops(entry.kind, entry.images, entry.expressions, tiny)
         figures = seconds[entry.name]
         rate = rates[used[entry]]
         entries[entry.name] = figures | {
             "flops": flops,
             "parameters": sum(p.numel() for p in models.get(entry).parameters()),
-            "images_per_second": entry.pictures / figures["median"],
+            "images_per_second": entry.images / figures["median"],
             "expressions_per_second": entry.expressions / figures["median"],
             "share_of_matrix_rate": flops / figures["median"] / rate,
-            "pictures": entry.pictures,
+            "images": entry.images,
             "expressions": entry.expressions,
         }
     training = {
@@ -176,7 +176,7 @@ def _add_memory(entries: dict, training: dict, steps: dict, calls: dict, tiny: b
 
 
 def measure_parts(models: Models, precision: str, repeats: int) -> dict[str, float]:
-    """Median seconds that each part of SERA-B takes in a forward pass of one picture and one expression."""
+    """Median seconds that each part of SERA-B takes in a forward pass of one image and one expression."""
     entry, device = Entry("sera", precision), models.device
     model = models.get(entry)
     total: dict[str, float] = {}
@@ -185,7 +185,7 @@ def measure_parts(models: Models, precision: str, repeats: int) -> dict[str, flo
     parts: list[tuple[str, Any, str]] = [
         ("text", model.model, "encode_text"),
         *(("adapters", adapter, name) for adapter in adapters for name in ("look", "attend")),
-        ("backbone and adapters", vision, "encode_pictures"),
+        ("backbone and adapters", vision, "encode_images"),
         ("backbone and adapters", vision, "forward"),
         *(("fusion", fusion, "forward") for fusion in model.model.fusions),
         ("projector", model.decoder.projector, "forward"),
@@ -268,7 +268,7 @@ def measure_processing(repeats: int) -> dict[str, dict[str, float]]:
 
 
 def largest_batch(precision: str, tiny: bool, device: torch.device, limit: int = 4096) -> int:
-    """The largest power of two of pictures whose training step fits the GPU; 0 if not even one does."""
+    """The largest power of two of images whose training step fits the GPU; 0 if not even one does."""
     model, size, fitting = build_model("sera", tiny).to(device), 1, 0
     while size <= limit:
         try:

@@ -1,4 +1,4 @@
-"""Cost of an inference against the picture's side and against the number of expressions, measured and drawn."""
+"""Cost of an inference against the image's side and against the number of expressions, measured and drawn."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def measure_curves(models: Models, with_memory: bool) -> dict[str, Any]:
     With memory, on the CPU, also the peak resident memory, of a process of its own, of several numbers of expressions, all at
     once and in parts.
     """
-    scale = 8 if models.tiny else 1  # the tiny model's pictures are as much smaller
+    scale = 8 if models.tiny else 1  # the tiny model's images are as much smaller
     sides = {}
     for side in SIDES:
         entry = Entry("sera")
@@ -57,14 +57,14 @@ def draw_curves(record: dict[str, Any], path: Path) -> None:
     left, right = figure.subplots(1, 2)
     curves = record["curves"]
     left.plot([int(side) for side in curves["side"]], list(curves["side"].values()), marker="o", color=COLORS[1])
-    left.set(title="One picture, one expression", xlabel="side, pixels", ylabel="seconds")
+    left.set(title="One image, one expression", xlabel="side, pixels", ylabel="seconds")
     for color, (kind, seconds) in zip(COLORS[1:], curves["expressions"].items(), strict=False):
         numbers = [int(number) for number in seconds]
         each = [1000 * value / number for number, value in zip(numbers, seconds.values(), strict=True)]
         right.plot(numbers, each, marker="o", color=color, label=KINDS[kind])
     right.set_xscale("log", base=2)
     right.set_xticks(numbers, [str(number) for number in numbers])
-    right.set(title=f"One picture, {curves['expressions_at_once']} expressions at once", xlabel="expressions")
+    right.set(title=f"One image, {curves['expressions_at_once']} expressions at once", xlabel="expressions")
     right.set(ylabel="milliseconds per expression", ylim=(0, None))
     right.legend()
     for axis in (left, right):

@@ -34,7 +34,7 @@ class Entry:
 
     kind: str
     precision: str = "float32"
-    pictures: int = 1
+    images: int = 1
     expressions: int = 1
     at_once: int | None = None
     compiled: bool = False
@@ -42,8 +42,8 @@ class Entry:
     @property
     def name(self) -> str:
         """For people."""
-        amount = "" if self.pictures == 1 else f", {self.pictures} pictures"
-        amount += "" if self.expressions == self.pictures else f", {self.expressions} expressions"
+        amount = "" if self.images == 1 else f", {self.images} images"
+        amount += "" if self.expressions == self.images else f", {self.expressions} expressions"
         amount += "" if self.at_once is None else f", {self.at_once} at once"
         return f"{KINDS[self.kind]}{amount} ({self.precision}{', compiled' if self.compiled else ''})"
 
@@ -67,10 +67,10 @@ def build_model(kind: str, tiny: bool) -> nn.Module:
 
 
 def build_inputs(entry: Entry, tiny: bool, device: torch.device, side: int | None = None) -> dict[str, Tensor]:
-    """Random pictures of `side` pixels (`None`: what the kind is meant for) and expressions, spread evenly over them."""
+    """Random images of `side` pixels (`None`: what the kind is meant for) and expressions, spread evenly over them."""
     side = side or (64 if tiny else 352) if entry.kind == "clipseg" else side or (56 if tiny else 448)
     dtype = torch.bfloat16 if entry.precision == "bf16 weights" else torch.float32
-    pixels = torch.randn(entry.pictures, 3, side, side, device=device, dtype=dtype)
+    pixels = torch.randn(entry.images, 3, side, side, device=device, dtype=dtype)
     if entry.kind == "backbone":
         return {"pixel_values": pixels}
     config = sera_config("sera", tiny).text_config
@@ -79,7 +79,7 @@ def build_inputs(entry: Entry, tiny: bool, device: torch.device, side: int | Non
     inputs = {"pixel_values": pixels, "input_ids": ids}
     if entry.kind == "clipseg":
         return inputs | {"attention_mask": torch.ones_like(ids)}
-    index = torch.arange(entry.expressions, device=device) * entry.pictures // entry.expressions
+    index = torch.arange(entry.expressions, device=device) * entry.images // entry.expressions
     return inputs | {"image_index": index}
 
 
@@ -128,11 +128,11 @@ def autocast(precision: str, device: torch.device):
 def training_step(
     model: SeraForReferringSegmentation, precision: str, batch_size: int, tiny: bool, device: torch.device
 ) -> Callable[[], object]:
-    """A step of the recipe (norm-and-bias tuning, AdamW) on a batch of pictures with one expression each."""
+    """A step of the recipe (norm-and-bias tuning, AdamW) on a batch of images with one expression each."""
     model.train()
     apply_tuning(model, vision="norm_bias", text="norm_bias")
     optimizer = build_optimizer(model, OptimizationSettings())
-    inputs = build_inputs(Entry("sera", pictures=batch_size, expressions=batch_size), tiny, device)
+    inputs = build_inputs(Entry("sera", images=batch_size, expressions=batch_size), tiny, device)
     labels = (torch.rand(batch_size, *inputs["pixel_values"].shape[-2:], device=device) > 0.5).float()
 
     def step() -> None:
@@ -159,7 +159,7 @@ def train_once(precision: str, batch_size: int, tiny: bool) -> None:
 
 
 @cache
-def count_flops(kind: str, pictures: int, expressions: int, tiny: bool) -> int:
+def count_flops(kind: str, images: int, expressions: int, tiny: bool) -> int:
     """Floating-point operations of a forward pass (a multiplication and an addition are two), counted without computing them.
 
     The counter does not see the CPU's fused attention, nor fused transformer layers: both are taken apart for it.
@@ -167,7 +167,7 @@ def count_flops(kind: str, pictures: int, expressions: int, tiny: bool) -> int:
     device = torch.device("meta")
     with device:
         model = build_model("sera" if kind == "fused" else kind, tiny)
-    inputs = build_inputs(Entry(kind, pictures=pictures, expressions=expressions), tiny, device)
+    inputs = build_inputs(Entry(kind, images=images, expressions=expressions), tiny, device)
     inputs.pop("attention_mask", None)  # all ones; whether they are cannot be asked there
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

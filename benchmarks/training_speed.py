@@ -45,7 +45,7 @@ def benchmark(settings: TrainingSettings, repeats: int) -> dict[str, Any]:
     processor = build_processor(settings, rows)
     examples = TrainingExamples(
         rows,
-        objects_per_picture=settings.data.objects_per_picture,
+        objects_per_image=settings.data.objects_per_image,
         sentences_per_object=settings.data.sentences_per_object,
         augmentation=settings.augmentation,
         seed=settings.seed,
@@ -101,7 +101,7 @@ def benchmark(settings: TrainingSettings, repeats: int) -> dict[str, Any]:
         "step_per_tower_forward": figures["training_step"]["median"] / figures["tower_forward"]["median"],
         "workers_needed": figures["training_step"]["images_per_second"] / figures["pipeline"]["images_per_second"],
         "batch": {
-            "pictures": size,
+            "images": size,
             "expressions": len(inputs["input_ids"]),
             "input": list(inputs["pixel_values"].shape),
         },
@@ -137,7 +137,7 @@ def format_figures(record: dict[str, Any]) -> str:
     lines += [
         "",
         f"{where}, {record['threads']} thread(s), {record['mixed_precision']} mixed precision, {record['repeats']} repeats. "
-        f"A batch: {batch['pictures']} pictures of {batch['input'][2]}×{batch['input'][3]} with {batch['expressions']} expressions "
+        f"A batch: {batch['images']} images of {batch['input'][2]}×{batch['input'][3]} with {batch['expressions']} expressions "
         f"(samples). Memory: the highest {where_used} so far.",
         f"A step takes {record['step_per_tower_forward']:.1f} times the tower's forward; {record['workers_needed']:.2f} cores of "
         "input pipeline keep it fed.",
@@ -145,9 +145,9 @@ def format_figures(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _rates(seconds: dict[str, float], pictures: float, samples: float) -> dict[str, float]:
+def _rates(seconds: dict[str, float], images: float, samples: float) -> dict[str, float]:
     return {
-        "images_per_second": pictures / seconds["median"],
+        "images_per_second": images / seconds["median"],
         "samples_per_second": samples / seconds["median"],
     }
 

@@ -1,4 +1,4 @@
-"""What an inference endpoint runs: pictures and expressions in a request, masks in the answer.
+"""What an inference endpoint runs: images and expressions in a request, masks in the answer.
 
 This file lies beside the weights. The inference toolkit imports it as a module of its own, calls `EndpointHandler(folder)` once
 and then the handler with each request. Whatever it raises becomes the answer `{"error": message}` with status 400, so every
@@ -19,7 +19,7 @@ from transformers import AutoModel, AutoProcessor
 logger = logging.getLogger(__name__)
 
 MAX_IMAGE_BYTES = 20 * 2**20  # of the file, after base64
-MAX_PIXELS = 25_000_000  # of the picture; a mask and its probabilities are as large
+MAX_PIXELS = 25_000_000  # of the image; a mask and its probabilities are as large
 MAX_EXPRESSIONS = 100  # more are refused: their answer would outlast the connection
 MAX_CHARACTERS = 1000  # of one expression; the model reads fewer tokens still
 EXPRESSIONS_AT_ONCE = 16  # memory grows with them
@@ -32,7 +32,7 @@ TEXT_NAMES = ("text", "expressions")
 
 
 class EndpointHandler:
-    """Answers requests about one picture each."""
+    """Answers requests about one image each."""
 
     def __init__(self, path: str = ""):
         """
@@ -56,30 +56,28 @@ class EndpointHandler:
         """Answer one request.
 
         Args:
-            data: `{"inputs": …, "parameters": …}`. `inputs` is `{"image": picture, "text": expressions}` or the picture alone,
-                with `"text"` among the parameters. A picture is the base64 of a file (`data:` URLs too), the file's bytes or a
+            data: `{"inputs": …, "parameters": …}`. `inputs` is `{"image": image, "text": expressions}` or the image alone,
+                with `"text"` among the parameters. An image is the base64 of a file (`data:` URLs too), the file's bytes or a
                 PIL image; expressions are a string or a list of strings, also under the name `"expressions"`. The other
                 parameter is `"threshold"`, the probability within (0, 1) at the mask's edge, by default the processor's.
 
         Returns:
             Per expression, in order, `{"label": str, "score": float, "mask": str}`: the expression as given, a number in [0, 1],
-            and the base64 of a PNG of the upright picture's size, 255 on the object and 0 elsewhere.
+            and the base64 of a PNG of the upright image's size, 255 on the object and 0 elsewhere.
 
         Raises:
             ValueError: Where the request cannot be answered, with what to change.
             RuntimeError: Where the model failed; the reason is in the log alone.
         """
-        picture, expressions, threshold = read_request(data)
-        image = open_picture(picture)
+        image, expressions, threshold = read_request(data)
+        image = open_image(image)
         try:
-            picture_inputs = self.processor(images=[image], return_tensors="pt")
+            image_inputs = self.processor(images=[image], return_tensors="pt")
         except ValueError:
-            raise ValueError(
-                "The picture's values are no colours; send an ordinary picture of 8 bits a channel."
-            ) from None
+            raise ValueError("The image's values are no colours; send an ordinary image of 8 bits a channel.") from None
         self._check_expressions(expressions)
         try:
-            return self._segment(picture_inputs, expressions, threshold)
+            return self._segment(image_inputs, expressions, threshold)
         except Exception:
             logger.exception("a request failed")
             # the toolkit answers with the text of any exception, and this one's could name what lies on the machine
@@ -96,16 +94,16 @@ class EndpointHandler:
                 raise ValueError(f"text[{i}] has more tokens than the model reads; shorten it.")
 
     def _segment(
-        self, picture_inputs: dict[str, torch.Tensor], expressions: list[str], threshold: float | None
+        self, image_inputs: dict[str, torch.Tensor], expressions: list[str], threshold: float | None
     ) -> list[dict[str, Any]]:
-        inputs = {**picture_inputs, **self.processor(text=[expressions], return_tensors="pt")}
+        inputs = {**image_inputs, **self.processor(text=[expressions], return_tensors="pt")}
         inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
         inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         with torch.inference_mode():
             outputs = self.model(**inputs, max_expressions=EXPRESSIONS_AT_ONCE)
         about_it = {name: inputs[name] for name in ("pixel_values", "original_sizes")}
         answers = []
-        for n, label in enumerate(expressions):  # masks of a picture's own size are large: one at a time
+        for n, label in enumerate(expressions):  # masks of an image's own size are large: one at a time
             alone = {name: outputs[name][n : n + 1] for name in ("logits", "presence_logits") if name in outputs}
             (result,) = self.processor.post_process_referring_segmentation(alone, about_it, threshold=threshold)
             answers.append({"label": label, "score": result["score"], "mask": encode_mask(result["mask"])})
@@ -113,7 +111,7 @@ class EndpointHandler:
 
 
 def read_request(data: Any) -> tuple[Any, list[str], float | None]:
-    """A request's picture (as sent), expressions and threshold (`None`: not given), all but the picture checked.
+    """A request's image (as sent), expressions and threshold (`None`: not given), all but the image checked.
 
     Raises:
         ValueError: See [`EndpointHandler.__call__`].
@@ -138,35 +136,35 @@ def read_request(data: Any) -> tuple[Any, list[str], float | None]:
     return inputs["image"], _read_expressions(texts[0]), _read_threshold(parameters.get("threshold"))
 
 
-def open_picture(picture: Any) -> Image.Image:
-    """A picture as sent, decoded; its size is checked before that, from its header.
+def open_image(image: Any) -> Image.Image:
+    """An image as sent, decoded; its size is checked before that, from its header.
 
     Raises:
-        ValueError: Where it is no picture, too large, cut off, or of a format that is not accepted.
+        ValueError: Where it is no image, too large, cut off, or of a format that is not accepted.
     """
-    if isinstance(picture, str):
-        picture = _decode_base64(picture)
-    if isinstance(picture, (bytes, bytearray)):
-        if len(picture) > MAX_IMAGE_BYTES:
-            raise ValueError(f"The picture has {len(picture)} bytes; send at most {MAX_IMAGE_BYTES}.")
+    if isinstance(image, str):
+        image = _decode_base64(image)
+    if isinstance(image, (bytes, bytearray)):
+        if len(image) > MAX_IMAGE_BYTES:
+            raise ValueError(f"The image has {len(image)} bytes; send at most {MAX_IMAGE_BYTES}.")
         try:
-            picture = Image.open(io.BytesIO(picture), formats=FORMATS)
+            image = Image.open(io.BytesIO(image), formats=FORMATS)
         except Image.DecompressionBombError:
-            raise ValueError(f"The picture has too many pixels; send at most {MAX_PIXELS}.") from None
+            raise ValueError(f"The image has too many pixels; send at most {MAX_PIXELS}.") from None
         except Exception:  # what Pillow raises on a broken header is not one kind
-            raise ValueError(f"image is not a picture; send one of these formats: {', '.join(FORMATS)}.") from None
-    if not isinstance(picture, Image.Image):
-        raise ValueError(f"image must be the base64 of a file, got {_type_name(picture)}; send {FORM}.")
-    if picture.format not in (*FORMATS, "MPO", None):  # phones' JPEGs of several pictures; made in memory
-        raise ValueError(f"A {picture.format} picture is not accepted; send one of {', '.join(FORMATS)}.")
-    width, height = picture.size
+            raise ValueError(f"image is not an image; send one of these formats: {', '.join(FORMATS)}.") from None
+    if not isinstance(image, Image.Image):
+        raise ValueError(f"image must be the base64 of a file, got {_type_name(image)}; send {FORM}.")
+    if image.format not in (*FORMATS, "MPO", None):  # phones' JPEGs of several images; made in memory
+        raise ValueError(f"A {image.format} image is not accepted; send one of {', '.join(FORMATS)}.")
+    width, height = image.size
     if width * height > MAX_PIXELS:
-        raise ValueError(f"The picture has {width} x {height} pixels; send at most {MAX_PIXELS} in all.")
+        raise ValueError(f"The image has {width} x {height} pixels; send at most {MAX_PIXELS} in all.")
     try:
-        picture.load()
+        image.load()
     except Exception:
-        raise ValueError("The picture cannot be decoded to its end; was it cut off or damaged on the way?") from None
-    return picture
+        raise ValueError("The image cannot be decoded to its end; was it cut off or damaged on the way?") from None
+    return image
 
 
 def encode_mask(mask: torch.Tensor) -> str:
@@ -182,11 +180,9 @@ def _decode_base64(text: str) -> bytes:
         if not comma or not head.endswith(";base64"):
             raise ValueError("image is a data URL without base64; send data:image/png;base64, and the base64 after it.")
     elif "://" in text[:16]:
-        raise ValueError("image is a URL, and the endpoint fetches none; send the picture itself as base64.")
+        raise ValueError("image is a URL, and the endpoint fetches none; send the image itself as base64.")
     if len(text) > MAX_IMAGE_BYTES * 3 // 2:  # 4 characters stand for 3 bytes, and line breaks come on top
-        raise ValueError(
-            f"image has {len(text)} characters of base64; send at most {MAX_IMAGE_BYTES} bytes of picture."
-        )
+        raise ValueError(f"image has {len(text)} characters of base64; send at most {MAX_IMAGE_BYTES} bytes of image.")
     try:
         return base64.b64decode("".join(text.split()), validate=True)
     except ValueError:

@@ -138,7 +138,7 @@ class SeraAdapter(nn.Module):
         if self.router is not None:
             spatial, boundary = experts
             if self.router.score_sentence is not None and image_index is not None:
-                # the weights differ between expressions of one picture, so only the experts themselves can be shared
+                # the weights differ between expressions of one image, so only the experts themselves can be shared
                 grid, spatial, boundary = grid[image_index], spatial[image_index], boundary[image_index]
                 image_index = None
             weights = self.router(grid, sentence)

@@ -24,7 +24,7 @@ NUM_FUSION_EXPERTS = 4  # spatial, context, boundary, shape: the set is the arch
 class SeraConfig(PreTrainedConfig):
     r"""
     Configuration of [`SeraModel`] and [`SeraForReferringSegmentation`]. `SeraConfig()` is SERA-B: DINOv2-B/14 with four
-    register tokens, the CLIP-B text tower, 448×448 pictures. Values come from the paper where it states them; the rest are
+    register tokens, the CLIP-B text tower, 448×448 images. Values come from the paper where it states them; the rest are
     ours.
 
     Args:
@@ -33,7 +33,7 @@ class SeraConfig(PreTrainedConfig):
         text_config (`dict` or `PreTrainedConfig`, *optional*):
             A `clip_text_model` configuration. Default: CLIP-B.
         image_size (`int`, *optional*, defaults to 448):
-            Side in pixels that the model is meant for; the processor that training builds letterboxes to it. Any picture
+            Side in pixels that the model is meant for; the processor that training builds letterboxes to it. Any image
             whose sides are multiples of the patch works.
         projection_dim (`int`, *optional*, defaults to 512):
             Length of the sentence feature, the projected end-of-text feature.
@@ -52,7 +52,7 @@ class SeraConfig(PreTrainedConfig):
         router_hidden_dim (`int`, *optional*, defaults to 128): Hidden width of the fusion routers.
         router_noise_std (`float`, *optional*, defaults to 0.1): Standard deviation of the noise on routing logits in training.
         expression_aware_routing (`bool`, *optional*, defaults to `False`):
-            Whether both kinds of router see the sentence feature beside the pooled picture.
+            Whether both kinds of router see the sentence feature beside the pooled image.
         routing (`str`, *optional*, defaults to `"learned"`):
             `"uniform"` gives every expert the same fixed weight for every sample and has no routers: the control of an ablation
             that says whether routing itself helps.
@@ -75,7 +75,7 @@ class SeraConfig(PreTrainedConfig):
         bce_loss_weight (`float`, *optional*, defaults to 1.0): Weight of the binary cross-entropy.
         dice_loss_weight (`float`, *optional*, defaults to 1.0): Weight of the Dice loss.
         predict_presence (`bool`, *optional*, defaults to `False`):
-            Whether a head also says if the thing meant is in the picture at all, for data that holds expressions without a
+            Whether a head also says if the thing meant is in the image at all, for data that holds expressions without a
             target. Its binary cross-entropy is added to the loss with weight one.
     """
 

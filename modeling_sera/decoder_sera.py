@@ -105,7 +105,7 @@ class SeraProjector(nn.Module):
 
 
 class SeraPresenceHead(nn.Module):
-    """Is the thing meant in the picture at all: the decoded map, gated by the sentence, pooled to one logit.
+    """Is the thing meant in the image at all: the decoded map, gated by the sentence, pooled to one logit.
 
     The mean over positions alone would drown a small object, so the maximum stands beside it.
     """

@@ -30,7 +30,7 @@ def coordinate_grid(height: int, width: int, like: Tensor) -> Tensor:
 def sine_positions(height: int, width: int, like: Tensor, *, dim: int) -> Tensor:
     """Sine-cosine position encoding of a grid, (H·W, dim): half of the channels for y, half for x (ours).
 
-    Positions are counted in cells, so that neighbouring cells are equally far apart at every picture size.
+    Positions are counted in cells, so that neighbouring cells are equally far apart at every image size.
     """
     frequencies = 10_000.0 ** (-torch.arange(dim // 4, device=like.device, dtype=torch.float32) / (dim // 4))
     angle_y = torch.arange(height, device=like.device, dtype=torch.float32)[:, None] * frequencies
@@ -46,7 +46,7 @@ class SeraGridCache(nn.Module):
     It holds no buffer: what is kept can always be made again, so nothing of it is saved or has to be loaded.
     """
 
-    MAX_SIZES = 8  # pictures of many sizes must not fill the memory
+    MAX_SIZES = 8  # images of many sizes must not fill the memory
 
     def __init__(self, make: Callable[[int, int, Tensor], Tensor]):
         super().__init__()

@@ -1,4 +1,4 @@
-"""SERA: from pictures and expressions to mask logits (arXiv 2603.12538)."""
+"""SERA: from images and expressions to mask logits (arXiv 2603.12538)."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from .decoder_sera import SeraMaskDecoder, SeraSentenceGate
 from .fusion_sera import SeraFixedFilters, SeraFusion, SeraSpatialExpert
 from .layers_sera import SeraConvUnit
 from .routing_sera import SeraRouterScore, SeraRouting, router_auxiliary_loss
-from .vision_sera import SeraAdaptedBlock, SeraPictures, SeraVisionEncoder
+from .vision_sera import SeraAdaptedBlock, SeraImages, SeraVisionEncoder
 
 logger = logging.get_logger(__name__)
 
@@ -54,7 +54,7 @@ class SeraReferringSegmentationOutput(ModelOutput):
     Attributes:
         loss: Scalar, `mask_loss` plus `presence_loss`, if any, plus, in training, `router_aux_loss`. With labels only.
         logits: (N, h, w) mask logits over the (letterboxed) input; h and w are four times the grid of patches.
-        presence_logits: (N,), positive where the thing meant is in the picture. With `config.predict_presence` only.
+        presence_logits: (N,), positive where the thing meant is in the image. With `config.predict_presence` only.
         mask_loss: Scalar, weighted binary cross-entropy plus Dice. With labels only.
         presence_loss: Scalar, binary cross-entropy of the presence. With labels and `config.predict_presence` only.
         router_aux_loss: Scalar, auxiliary losses of the fusion routers, averaged over the taps. In training only.
@@ -119,7 +119,7 @@ class SeraPreTrainedModel(PreTrainedModel):
 
 
 class SeraModel(SeraPreTrainedModel):
-    """Pictures and expressions to fused, expression-conditioned feature maps: all of SERA but the mask decoder."""
+    """Images and expressions to fused, expression-conditioned feature maps: all of SERA but the mask decoder."""
 
     def __init__(self, config: SeraConfig):
         super().__init__(config)
@@ -147,7 +147,7 @@ class SeraModel(SeraPreTrainedModel):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         image_index: Tensor | None = None,
-        picture_states: Tensor | None = None,
+        image_states: Tensor | None = None,
         **kwargs,
     ) -> SeraModelOutput:
         """
@@ -157,45 +157,45 @@ class SeraModel(SeraPreTrainedModel):
             input_ids: (N, L) CLIP token ids.
             attention_mask: (N, L), 1 for tokens and 0 for padding, which is on the right. `None` means no padding.
             image_index: (N,) row of `pixel_values` that each expression is about. `None` means N = B, one each.
-            picture_states: (B, states, num_prefix + H·W, hidden_size) that `SeraVisionEncoder.encode_states` gave for the
-                pictures before. `pixel_values` then says their size alone. `None`: the pictures are encoded.
+            image_states: (B, states, num_prefix + H·W, hidden_size) that `SeraVisionEncoder.encode_states` gave for the
+                images before. `pixel_values` then says their size alone. `None`: the images are encoded.
             **kwargs: Ignored, so that everything the processor returns can be handed on.
 
         Raises:
             ValueError: Where sizes do not fit each other or the patch.
         """
-        _check_batch(pixel_values, input_ids, image_index, picture_states)
-        pictures = self.encode_pictures(pixel_values, picture_states)
-        return self.condition(*pictures, input_ids, attention_mask, image_index)
+        _check_batch(pixel_values, input_ids, image_index, image_states)
+        images = self.encode_images(pixel_values, image_states)
+        return self.condition(*images, input_ids, attention_mask, image_index)
 
-    def encode_pictures(
-        self, pixel_values: Tensor, picture_states: Tensor | None = None
-    ) -> tuple[SeraPictures, list[tuple[Tensor, SeraRouting | None]] | None]:
-        """All that does not depend on the text, of (B, 3, H, W) pictures: what their expressions share.
+    def encode_images(
+        self, pixel_values: Tensor, image_states: Tensor | None = None
+    ) -> tuple[SeraImages, list[tuple[Tensor, SeraRouting | None]] | None]:
+        """All that does not depend on the text, of (B, 3, H, W) images: what their expressions share.
 
         Returns:
             What the vision tower makes of them, and the fused map and the routing of every tap that no text has reached; `None`
             for the latter where routers see the sentence.
         """
-        pictures = self.vision.encode_pictures(pixel_values, picture_states)
+        images = self.vision.encode_images(pixel_values, image_states)
         if self.config.expression_aware_routing:
-            return pictures, None
+            return images, None
         fused = [
-            fusion(tokens, grid_size=pictures.grid_size, sentence=None)
-            for fusion, tokens in zip(self.fusions, pictures.taps, strict=False)
+            fusion(tokens, grid_size=images.grid_size, sentence=None)
+            for fusion, tokens in zip(self.fusions, images.taps, strict=False)
         ]
-        return pictures, fused
+        return images, fused
 
     def condition(
         self,
-        pictures: SeraPictures,
-        fused_pictures: list[tuple[Tensor, SeraRouting | None]] | None,
+        images: SeraImages,
+        fused_images: list[tuple[Tensor, SeraRouting | None]] | None,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         image_index: Tensor | None = None,
     ) -> SeraModelOutput:
-        """The rest of [`forward`], from what [`encode_pictures`] returned; for all of the expressions or for a part of them."""
-        grid_size = pictures.grid_size
+        """The rest of [`forward`], from what [`encode_images`] returned; for all of the expressions or for a part of them."""
+        grid_size = images.grid_size
         text_states, sentence = self.encode_text(input_ids, attention_mask)
         text_mask = create_bidirectional_mask(
             config=self.config,
@@ -209,9 +209,9 @@ class SeraModel(SeraPreTrainedModel):
             "text_mask": text_mask,
             "sentence": sentence,
         }
-        taps, adapter_weights = self.vision(pictures, image_index=image_index, condition=condition)
+        taps, adapter_weights = self.vision(images, image_index=image_index, condition=condition)
         fused = []
-        for grid, routing in fused_pictures or ():
+        for grid, routing in fused_images or ():
             if image_index is not None:
                 grid, routing = grid[image_index], None if routing is None else routing.take(image_index)
             fused.append((grid, routing))
@@ -385,7 +385,7 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
         labels: Tensor | None = None,
         output_router_weights: bool = False,
         max_expressions: int | None = None,
-        picture_states: Tensor | None = None,
+        image_states: Tensor | None = None,
         **kwargs,
     ) -> SeraReferringSegmentationOutput:
         """
@@ -394,14 +394,14 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
             input_ids: (N, L) CLIP token ids.
             attention_mask: (N, L), 1 for tokens and 0 for padding, which is on the right. `None` means no padding.
             image_index: (N,) row of `pixel_values` that each expression is about. `None` means N = B, one each.
-            labels: (N, H, W) masks over the input in [0, 1], of any dtype; all zero where nothing in the picture is meant. Where
+            labels: (N, H, W) masks over the input in [0, 1], of any dtype; all zero where nothing in the image is meant. Where
                 they are negative, the mask's loss leaves the pixel out.
             output_router_weights: Whether to return what the routers decided.
-            max_expressions: How many expressions are worked on at once, to bound the memory; the pictures' part still runs once.
+            max_expressions: How many expressions are worked on at once, to bound the memory; the images' part still runs once.
                 `None` means all. In inference only. Memory beside the weights is about 90 MiB per expression at once
                 (SERA-B, 448×448, float32) and grows with the number of patches.
-            picture_states: (B, states, num_prefix + H·W, hidden_size) that `SeraVisionEncoder.encode_states` gave for the
-                pictures before, so that training need not run frozen blocks again. `pixel_values` then says their size alone.
+            image_states: (B, states, num_prefix + H·W, hidden_size) that `SeraVisionEncoder.encode_states` gave for the
+                images before, so that training need not run frozen blocks again. `pixel_values` then says their size alone.
             **kwargs: Ignored, so that everything the processor returns (such as `original_sizes`) can be handed on.
 
         Raises:
@@ -410,7 +410,7 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
         if labels is not None and labels.shape != (len(input_ids), *pixel_values.shape[-2:]):
             raise ValueError(
                 f"labels have shape {tuple(labels.shape)}; expected {(len(input_ids), *pixel_values.shape[-2:])}, one mask per "
-                "expression over the input picture."
+                "expression over the input image."
             )
         if max_expressions is not None:
             if max_expressions < 1:
@@ -420,11 +420,11 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
                     "max_expressions is for inference, but the model is in training mode; call model.eval()."
                 )
             logits, presence_logits, adapter_weights, fusion_weights = self._in_parts(
-                pixel_values, input_ids, attention_mask, image_index, picture_states, max_expressions
+                pixel_values, input_ids, attention_mask, image_index, image_states, max_expressions
             )
             router_aux_loss = None
         else:
-            encoded = self.model(pixel_values, input_ids, attention_mask, image_index, picture_states)
+            encoded = self.model(pixel_values, input_ids, attention_mask, image_index, image_states)
             logits, presence_logits = self._decode(encoded)
             adapter_weights = encoded.adapter_router_weights
             fusion_weights = tuple(routing.weights for routing in encoded.fusion_routings)
@@ -456,12 +456,12 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
         input_ids: Tensor,
         attention_mask: Tensor | None,
         image_index: Tensor | None,
-        picture_states: Tensor | None,
+        image_states: Tensor | None,
         max_expressions: int,
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Logits, presence logits and the adapters' and the fusions' router weights, of so many expressions at once."""
         _check_batch(pixel_values, input_ids, image_index)
-        shared = self.model.encode_pictures(pixel_values, picture_states)
+        shared = self.model.encode_images(pixel_values, image_states)
         if image_index is None:
             image_index = torch.arange(len(input_ids), device=input_ids.device)
         parts = []
@@ -558,20 +558,20 @@ def _refuse_missing(keys: set[str], checkpoint: str | PathLike, tower: str) -> N
 
 
 def _check_batch(
-    pixel_values: Tensor, input_ids: Tensor, image_index: Tensor | None, picture_states: Tensor | None = None
+    pixel_values: Tensor, input_ids: Tensor, image_index: Tensor | None, image_states: Tensor | None = None
 ) -> None:
     if pixel_values.ndim != 4:
-        raise ValueError(f"pixel_values have shape {tuple(pixel_values.shape)}; expected (pictures, 3, height, width).")
+        raise ValueError(f"pixel_values have shape {tuple(pixel_values.shape)}; expected (images, 3, height, width).")
     if input_ids.ndim != 2:
         raise ValueError(f"input_ids have shape {tuple(input_ids.shape)}; expected (expressions, tokens).")
     if not torch.compiler.is_compiling() and 0 in input_ids.shape:
         raise ValueError(f"input_ids have shape {tuple(input_ids.shape)}; there must be an expression.")
-    if picture_states is not None and picture_states.shape[0] != pixel_values.shape[0]:
-        raise ValueError(f"picture_states are of {len(picture_states)} pictures, pixel_values of {len(pixel_values)}.")
+    if image_states is not None and image_states.shape[0] != pixel_values.shape[0]:
+        raise ValueError(f"image_states are of {len(image_states)} images, pixel_values of {len(pixel_values)}.")
     if image_index is None:
         if input_ids.shape[0] != pixel_values.shape[0]:  # len() would make a constant of it in a traced graph
             raise ValueError(
-                f"{len(input_ids)} expressions for {len(pixel_values)} pictures need image_index, which says the picture that "
+                f"{len(input_ids)} expressions for {len(pixel_values)} images need image_index, which says the image that "
                 "each expression is about."
             )
     elif image_index.dtype not in (torch.int64, torch.int32):
@@ -583,7 +583,7 @@ def _check_batch(
     ):  # elsewhere reading it would stall the device
         low, high = int(image_index.min()), int(image_index.max())
         if low < 0 or high >= len(pixel_values):
-            raise ValueError(f"image_index holds {low if low < 0 else high}; there are {len(pixel_values)} pictures.")
+            raise ValueError(f"image_index holds {low if low < 0 else high}; there are {len(pixel_values)} images.")
 
 
 __all__ = ["SeraForReferringSegmentation", "SeraModel", "SeraPreTrainedModel"]

@@ -22,7 +22,7 @@ class SeraTap(NamedTuple):
 
     Attributes:
         tokens: (B or N, H·W, hidden_size).
-        shared: Whether rows are pictures (B), because no text-conditioned block came before; else rows are expressions (N).
+        shared: Whether rows are images (B), because no text-conditioned block came before; else rows are expressions (N).
     """
 
     tokens: Tensor
@@ -30,7 +30,7 @@ class SeraTap(NamedTuple):
 
 
 class SeraBlockView(NamedTuple):
-    """What an adapted block makes of pictures before it sees the text.
+    """What an adapted block makes of images before it sees the text.
 
     Attributes:
         hidden_states: (B, num_prefix + H·W, hidden_size) after the block's attention.
@@ -43,8 +43,8 @@ class SeraBlockView(NamedTuple):
     maps: tuple[Tensor, ...]
 
 
-class SeraPictures(NamedTuple):
-    """Pictures as far as the tower takes them without text; rows are pictures (B).
+class SeraImages(NamedTuple):
+    """Images as far as the tower takes them without text; rows are images (B).
 
     Attributes:
         hidden_states: (B, num_prefix + H·W, hidden_size) before the first adapted block, or after the last that is run.
@@ -137,7 +137,7 @@ class SeraAdaptedBlock(GradientCheckpointingLayer):
 
 
 class SeraVisionEncoder(nn.Module):
-    """DINOv2 with SERA-Adapters. What comes before the text runs once per picture, the rest once per expression."""
+    """DINOv2 with SERA-Adapters. What comes before the text runs once per image, the rest once per expression."""
 
     def __init__(self, config: SeraConfig):
         super().__init__()
@@ -151,7 +151,7 @@ class SeraVisionEncoder(nn.Module):
         self.num_prefix = 1 + (config.vision_config.num_register_tokens if self.has_registers else 0)
 
     def grid_size(self, pixel_values: Tensor) -> tuple[int, int]:
-        """Rows and columns of patches of (B, 3, H, W) pictures; `ValueError` where a side is no multiple of the patch."""
+        """Rows and columns of patches of (B, 3, H, W) images; `ValueError` where a side is no multiple of the patch."""
         height, width = pixel_values.shape[-2:]
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(
@@ -160,7 +160,7 @@ class SeraVisionEncoder(nn.Module):
         return height // self.patch_size, width // self.patch_size
 
     def encode_states(self, pixel_values: Tensor) -> Tensor:
-        """All that the tower makes of (B, 3, H, W) pictures before the first adapter; where it is frozen, a constant of them.
+        """All that the tower makes of (B, 3, H, W) images before the first adapter; where it is frozen, a constant of them.
 
         Returns:
             (B, states, num_prefix + H·W, hidden_size), the states being those tapped up to the first adapted block and, of this
@@ -174,10 +174,10 @@ class SeraVisionEncoder(nn.Module):
             kept += [attended, update]
         return torch.stack(kept, dim=1)
 
-    def encode_pictures(self, pixel_values: Tensor, states: Tensor | None = None) -> SeraPictures:
-        """All that does not depend on the text, of (B, 3, H, W) pictures, normalised; sides are multiples of the patch.
+    def encode_images(self, pixel_values: Tensor, states: Tensor | None = None) -> SeraImages:
+        """All that does not depend on the text, of (B, 3, H, W) images, normalised; sides are multiples of the patch.
 
-        With `states`, which [`encode_states`] gave before, of the pictures nothing but the size is looked at.
+        With `states`, which [`encode_states`] gave before, of the images nothing but the size is looked at.
         """
         grid_size = self.grid_size(pixel_values)
         if states is not None:
@@ -188,28 +188,28 @@ class SeraVisionEncoder(nn.Module):
                 normed = self.tower.encoder.layer[self.first_adapted].norm2(attended)
                 adapter = self.adapted_blocks[str(self.first_adapted)].adapter
                 view = SeraBlockView(attended, update, adapter.look(normed[:, self.num_prefix :], grid_size))
-            return SeraPictures(hidden_states, view, self._shared_taps(kept), grid_size)
+            return SeraImages(hidden_states, view, self._shared_taps(kept), grid_size)
         hidden_states, kept = self._run_shared(pixel_values)
         view = None
         if self.adapted_blocks and not self.training:  # in training the whole block's activations can be checkpointed
             first = str(self.first_adapted)
             block = self.tower.encoder.layer[self.first_adapted]
             view = self.adapted_blocks[first].look(hidden_states, block, self.num_prefix, grid_size)
-        return SeraPictures(hidden_states, view, self._shared_taps(kept), grid_size)
+        return SeraImages(hidden_states, view, self._shared_taps(kept), grid_size)
 
     def forward(
-        self, pictures: SeraPictures, *, image_index: Tensor | None, condition: dict
+        self, images: SeraImages, *, image_index: Tensor | None, condition: dict
     ) -> tuple[list[SeraTap], tuple[Tensor, ...]]:
         """
         Args:
-            pictures: From [`encode_pictures`].
-            image_index: (N,) row of `pictures` each expression is about; `None` means one each.
+            images: From [`encode_images`].
+            image_index: (N,) row of `images` each expression is about; `None` means one each.
             condition: What conditions the adapters; see [`SeraAdaptedBlock`].
 
         Returns:
             One tap per configured depth, and per adapter with experts its router weights (N, 2).
         """
-        hidden_states, router_weights, tokens = pictures.hidden_states, [], []
+        hidden_states, router_weights, tokens = images.hidden_states, [], []
         for i in range(self.first_adapted, self.depth):
             block = self.tower.encoder.layer[i]
             if str(i) not in self.adapted_blocks:
@@ -217,15 +217,15 @@ class SeraVisionEncoder(nn.Module):
             else:
                 adapted, is_first = self.adapted_blocks[str(i)], i == self.first_adapted
                 context = (block, self.num_prefix, image_index if is_first else None, condition)
-                if is_first and pictures.view is not None:
-                    hidden_states, weights = adapted.attend(pictures.view, *context)
+                if is_first and images.view is not None:
+                    hidden_states, weights = adapted.attend(images.view, *context)
                 else:
                     hidden_states, weights = adapted(hidden_states, *context)
                 if weights is not None:
                     router_weights.append(weights)
             self._tap(hidden_states, i + 1, tokens)
-        shared = image_index is not None  # rows are pictures until a block has seen the text
-        taps = [SeraTap(tap, shared) for tap in pictures.taps] + [SeraTap(tap, False) for tap in tokens]
+        shared = image_index is not None  # rows are images until a block has seen the text
+        taps = [SeraTap(tap, shared) for tap in images.taps] + [SeraTap(tap, False) for tap in tokens]
         return taps, tuple(router_weights)
 
     def _run_shared(self, pixel_values: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -252,7 +252,7 @@ class SeraVisionEncoder(nn.Module):
             taps.append(tapped[:, self.num_prefix :])
 
     def _embed(self, pixel_values: Tensor) -> Tensor:
-        """(B, 3, H, W) pictures to the first hidden states (B, num_prefix + H·W, hidden_size)."""
+        """(B, 3, H, W) images to the first hidden states (B, num_prefix + H·W, hidden_size)."""
         embeddings = self.tower.embeddings
         if not torch.compiler.is_compiling():
             return embeddings(pixel_values)
@@ -273,4 +273,4 @@ class SeraVisionEncoder(nn.Module):
         return embeddings.dropout(torch.cat([prefix.expand(patches.shape[0], -1, -1), patches], dim=1))
 
 
-__all__ = ["SeraAdaptedBlock", "SeraPictures", "SeraVisionEncoder"]
+__all__ = ["SeraAdaptedBlock", "SeraImages", "SeraVisionEncoder"]

@@ -1,4 +1,4 @@
-"""Processing for SERA: pictures and expressions to tensors, logits to masks, and the pipeline over both."""
+"""Processing for SERA: images and expressions to tensors, logits to masks, and the pipeline over both."""
 
 from transformers import AutoProcessor
 from transformers.models.auto.image_processing_auto import AutoImageProcessor

@@ -1,6 +1,6 @@
-"""Pictures to letterboxed, normalised pixel values, and masks into the same frame.
+"""Images to letterboxed, normalised pixel values, and masks into the same frame.
 
-Everything here is Pillow, numpy and torch: torchvision is not needed. One function, `letterbox_box`, says where a picture
+Everything here is Pillow, numpy and torch: torchvision is not needed. One function, `letterbox_box`, says where an image
 lies in its frame; the forward direction, the training labels and the post-processing all ask it.
 """
 
@@ -31,7 +31,7 @@ ACCEPTED = "a PIL image, a path or URL, or an array or tensor of shape (H,W), (H
 
 
 class LetterboxBox(NamedTuple):
-    """Where a picture lies inside its letterboxed frame, in whole pixels of the frame."""
+    """Where an image lies inside its letterboxed frame, in whole pixels of the frame."""
 
     top: int
     left: int
@@ -40,14 +40,14 @@ class LetterboxBox(NamedTuple):
 
 
 def letterbox_box(original_size: tuple[int, int], size: tuple[int, int]) -> LetterboxBox:
-    """Place a picture in a frame: scaled until it just fits, its aspect kept, and centred.
+    """Place an image in a frame: scaled until it just fits, its aspect kept, and centred.
 
-    Centred, so that mirroring the picture mirrors the frame (up to one pixel where the padding is odd).
-    Rounding to whole pixels may scale the axes by slightly different factors: the box counts, for pictures
+    Centred, so that mirroring the image mirrors the frame (up to one pixel where the padding is odd).
+    Rounding to whole pixels may scale the axes by slightly different factors: the box counts, for images
     and masks alike.
 
     Args:
-        original_size: (height, width) of the picture, pixels.
+        original_size: (height, width) of the image, pixels.
         size: (height, width) of the frame, pixels.
 
     Returns:
@@ -68,7 +68,7 @@ def letterbox_masks(masks: Sequence[Any], size: tuple[int, int]) -> np.ndarray:
     Pillow's box filter takes whole source pixels only. (Ours: the loss is defined on area-averaged targets.)
 
     Args:
-        masks: N boolean or integer arrays (H0, W0), each of its own picture's size; positive is the object, negative are
+        masks: N boolean or integer arrays (H0, W0), each of its own image's size; positive is the object, negative are
             pixels that the loss is to leave out.
         size: (height, width) of the frame, pixels.
 
@@ -113,23 +113,23 @@ def _area_average(values: np.ndarray, length: int) -> np.ndarray:
     return averages
 
 
-class _PictureError(ValueError):
-    """A message that already names the picture."""
+class _ImageError(ValueError):
+    """A message that already names the image."""
 
 
 @contextmanager
 def _naming(name: str) -> Iterator[None]:
-    """Turn whatever Pillow raises on a broken picture into one ValueError that names the picture."""
+    """Turn whatever Pillow raises on a broken image into one ValueError that names the image."""
     try:
         yield
-    except (_PictureError, MemoryError):
+    except (_ImageError, MemoryError):
         raise
     except Exception as error:  # its decoders raise OSError, SyntaxError, struct.error and others
-        raise ValueError(f"{name} is not a readable picture: {error}") from error
+        raise ValueError(f"{name} is not a readable image: {error}") from error
 
 
 def to_rgb_image(image: ImageLike, name: str = "image") -> Image.Image:
-    """Bring whatever stands for a picture to an upright 8-bit RGB image.
+    """Bring whatever stands for an image to an upright 8-bit RGB image.
 
     EXIF rotation is applied. Transparency is composited on white, as viewers show it (a URL's is dropped by
     transformers' `load_image`). 16-bit values are scaled to 8 bits. 32-bit integers are read as 8-bit where
@@ -143,7 +143,7 @@ def to_rgb_image(image: ImageLike, name: str = "image") -> Image.Image:
     Raises:
         FileNotFoundError: no file at the path.
         TypeError: not an image at all.
-        ValueError: a corrupt file, an empty picture, a wrong shape, NaN or values out of range.
+        ValueError: a corrupt file, an empty image, a wrong shape, NaN or values out of range.
     """
     if isinstance(image, str) and image.startswith("data:"):
         name = "the data URL"
@@ -154,7 +154,7 @@ def to_rgb_image(image: ImageLike, name: str = "image") -> Image.Image:
             image = load_image(image)
     if isinstance(image, (str, os.PathLike)):
         if not os.path.isfile(image):
-            raise FileNotFoundError(f"No picture at {os.fspath(image)[:1000]!r}.")
+            raise FileNotFoundError(f"No image at {os.fspath(image)[:1000]!r}.")
         with _naming(os.fspath(image)), Image.open(image) as opened:
             return _pil_to_rgb(opened, os.fspath(image))
     if isinstance(image, Image.Image):
@@ -169,7 +169,7 @@ def to_rgb_image(image: ImageLike, name: str = "image") -> Image.Image:
 def _pil_to_rgb(image: Image.Image, name: str) -> Image.Image:
     image.load()
     if 0 in image.size:
-        raise _PictureError(f"{name} is empty: its size is {image.size}.")
+        raise _ImageError(f"{name} is empty: its size is {image.size}.")
     if image.getexif().get(ORIENTATION_TAG, 1) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
@@ -213,7 +213,7 @@ def _to_8_bit(values: np.ndarray, name: str, white: int | None = None) -> np.nda
     if not (lowest >= -slack and highest <= white + slack):  # NaN fails too
         wanted = f"[0, {white}]" + (" (or be uint8)" if kind == "f" else "")
         found = f"from {lowest} to {highest}"
-        raise _PictureError(f"{name} has {values.dtype} values {found}; they must lie in {wanted}.")
+        raise _ImageError(f"{name} has {values.dtype} values {found}; they must lie in {wanted}.")
     return np.rint(values * (255 / white)).clip(0, 255).astype(np.uint8)
 
 
@@ -226,15 +226,15 @@ def to_numpy(value: Any) -> np.ndarray:
 
 
 class SeraImageProcessor(BaseImageProcessor):
-    """Letterbox pictures to one size and normalise them with the vision tower's mean and deviation.
+    """Letterbox images to one size and normalise them with the vision tower's mean and deviation.
 
-    A picture keeps its aspect: it is scaled until it fits and centred (`letterbox_box`). The padding is the mean
+    An image keeps its aspect: it is scaled until it fits and centred (`letterbox_box`). The padding is the mean
     colour, so it is 0 after normalisation. Downscaling is anti-aliased.
 
     Args:
         size: {"height", "width"} of the frame in pixels, or one integer for a square. Positive; that they are
             multiples of the patch is the model's concern.
-        resample: Pillow's resampling filter for pictures.
+        resample: Pillow's resampling filter for images.
         image_mean, image_std: per channel, of values in [0, 1]; ImageNet's, which DINOv2 was trained with.
 
     Raises:
@@ -273,16 +273,16 @@ class SeraImageProcessor(BaseImageProcessor):
         return self.size["height"], self.size["width"]
 
     def preprocess(self, images: ImageLike | Sequence[ImageLike], return_tensors: str | None = None) -> BatchFeature:
-        """Letterbox and normalise pictures.
+        """Letterbox and normalise images.
 
         Args:
-            images: one picture or a list of B (see `to_rgb_image`); a 4-dimensional array or tensor is a
+            images: one image or a list of B (see `to_rgb_image`); a 4-dimensional array or tensor is a
                 list.
             return_tensors: "pt" for tensors, otherwise numpy arrays.
 
         Returns:
             `pixel_values` float32 (B, 3, H, W), normalised, and `original_sizes` int64 (B, 2): height and
-            width of each picture in its own pixels, after EXIF rotation.
+            width of each image in its own pixels, after EXIF rotation.
 
         Raises:
             FileNotFoundError, TypeError, ValueError: see `to_rgb_image`; ValueError for an empty list.
@@ -304,7 +304,7 @@ class SeraImageProcessor(BaseImageProcessor):
         return BatchFeature(data, tensor_type=return_tensors)
 
     def preprocess_masks(self, masks: Sequence[Any], original_sizes: Sequence[Any] | None = None) -> np.ndarray:
-        """Training labels, aligned with `preprocess`'s pictures: see `letterbox_masks`.
+        """Training labels, aligned with `preprocess`'s images: see `letterbox_masks`.
 
         Args:
             masks: N boolean or integer arrays (H0, W0); negative pixels are those that the loss is to leave out.
@@ -314,21 +314,21 @@ class SeraImageProcessor(BaseImageProcessor):
             float32 (N, H, W) in [0, 1], and -1 where pixels are to be left out.
 
         Raises:
-            ValueError: a mask that is not of its picture's size, and what `letterbox_masks` raises.
+            ValueError: a mask that is not of its image's size, and what `letterbox_masks` raises.
         """
         masks = [to_numpy(mask) for mask in masks]
         for i, size in enumerate(() if original_sizes is None else original_sizes):
             if masks[i].shape != tuple(size):
                 expected = f"{tuple(size)} (height, width, upright)"
-                raise ValueError(f"masks[{i}] has shape {masks[i].shape}, its picture is {expected}.")
+                raise ValueError(f"masks[{i}] has shape {masks[i].shape}, its image is {expected}.")
         return letterbox_masks(masks, self.frame_size)
 
 
 def _resized(image: Image.Image, height: int, width: int, resample: int) -> np.ndarray:
-    """An RGB picture at another size: uint8 (3, height, width). Downscaling is anti-aliased.
+    """An RGB image at another size: uint8 (3, height, width). Downscaling is anti-aliased.
 
     torch has Pillow's bilinear and bicubic filters in code that is four times as fast. From rounding, few values
-    differ by a level, in enlarged pictures by two at most. Pillow does the other filters, and reductions to a
+    differ by a level, in enlarged images by two at most. Pillow does the other filters, and reductions to a
     sixth or less, where it may average blocks first (a gap of 3): that halves their time, and the result cannot
     be told from the full one.
     """
@@ -344,11 +344,11 @@ def _resized(image: Image.Image, height: int, width: int, resample: int) -> np.n
 
 
 def as_image_list(images: Any) -> list[Any]:
-    """One picture, a list of them, or a batched array, as a list; ValueError where there is none."""
+    """One image, a list of them, or a batched array, as a list; ValueError where there is none."""
     is_batch = isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4
     images = list(images) if is_batch or isinstance(images, (list, tuple)) else [images]
     if not images:
-        raise ValueError("images is empty: give at least one picture.")
+        raise ValueError("images is empty: give at least one image.")
     return images
 
 

@@ -1,4 +1,4 @@
-"""The one-call form: picture and expressions in, masks out."""
+"""The one-call form: image and expressions in, masks out."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ class ReferringImageSegmentationPipeline(Pipeline):
     """Segment what expressions refer to.
 
     `pipe(image, "left zebra")`, `pipe(image, ["left zebra", "zebra drinking"])`, `pipe({"image": image, "text": ...})`, or
-    a list, generator or dataset of such dictionaries. A list of pictures with one `text` asks the same of each.
+    a list, generator or dataset of such dictionaries. A list of images with one `text` asks the same of each.
 
     Args:
         model: a `SeraForReferringSegmentation`.
@@ -42,25 +42,25 @@ class ReferringImageSegmentationPipeline(Pipeline):
         self.model.eval()  # one that comes from training would ask for no `max_expressions`
 
     def __call__(self, inputs: Any, text: str | Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """Masks for the expressions about one picture or many.
+        """Masks for the expressions about one image or many.
 
         Args:
-            inputs: a picture (PIL image, path, URL, array or tensor), a dictionary {"image": picture, "text": expressions},
+            inputs: an image (PIL image, path, URL, array or tensor), a dictionary {"image": image, "text": expressions},
                 or a list, generator or dataset of either.
-            text: one expression or a list of them, about every picture that comes without its own.
-            kwargs: `threshold` and `max_expressions` as at construction; `batch_size`, how many pictures are processed at
+            text: one expression or a list of them, about every image that comes without its own.
+            kwargs: `threshold` and `max_expressions` as at construction; `batch_size`, how many images are processed at
                 once, all their expressions with them; `num_workers`, as in every pipeline.
 
         Returns:
-            For one picture a list with one dictionary per expression: "label", the expression as given; "score" in [0, 1],
-            see `SeraProcessor.post_process_referring_segmentation`; "mask", a PIL image of mode "L" and the picture's own
+            For one image a list with one dictionary per expression: "label", the expression as given; "score" in [0, 1],
+            see `SeraProcessor.post_process_referring_segmentation`; "mask", a PIL image of mode "L" and the image's own
             size, 255 on the object. From a model that predicts presence also "no_target", the probability that nothing
-            in the picture is meant; where that is likely the mask is empty. For a list of inputs a list of those, for a
+            in the image is meant; where that is likely the mask is empty. For a list of inputs a list of those, for a
             generator or dataset an iterator.
 
         Raises:
-            ValueError: no or an empty expression, no picture, one that cannot be read.
-            TypeError: an expression that is no string, a picture that is none.
+            ValueError: no or an empty expression, no image, one that cannot be read.
+            TypeError: an expression that is no string, an image that is none.
             FileNotFoundError: no file at a path.
         """
         if isinstance(inputs, (list, tuple)) and not inputs:
@@ -100,7 +100,7 @@ class ReferringImageSegmentationPipeline(Pipeline):
         missing = "image" if image is None else "text" if text is None else None
         if missing:
             usage = 'pipe(image, text="left zebra") or pipe({"image": image, "text": ["left zebra", "zebra drinking"]})'
-            purpose = " (what to look for in the picture)" if missing == "text" else ""
+            purpose = " (what to look for in the image)" if missing == "text" else ""
             raise ValueError(f"The argument {missing} is missing{purpose}: call {usage}.")
         if not isinstance(text, (str, list, tuple)):
             raise TypeError(f"text must be a string or a list of strings, got {type(text).__name__}.")
@@ -120,7 +120,7 @@ class ReferringImageSegmentationPipeline(Pipeline):
         return {"text": model_inputs["text"], "features": items if is_batch else items[0]}
 
     def _join(self, items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """The processor's outputs for single pictures, as it would have given them for all at once."""
+        """The processor's outputs for single images, as it would have given them for all at once."""
         longest = max(item["input_ids"].shape[1] for item in items)
 
         def pad(rows: torch.Tensor, value: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Pictures and expressions to what the model reads; its logits to masks of the pictures' own sizes."""
+"""Images and expressions to what the model reads; its logits to masks of the images' own sizes."""
 
 import html
 import re
@@ -77,7 +77,7 @@ def _read_again(match: re.Match) -> str:
 
 
 class SeraProcessor(ProcessorMixin):
-    """Pictures and referring expressions to model inputs; logits to masks.
+    """Images and referring expressions to model inputs; logits to masks.
 
     Args:
         image_processor: a `SeraImageProcessor`.
@@ -105,26 +105,26 @@ class SeraProcessor(ProcessorMixin):
         masks: Any = None,
         return_tensors: str | None = None,
     ) -> BatchFeature:
-        """Prepare B pictures and N expressions about them; either may be left out.
+        """Prepare B images and N expressions about them; either may be left out.
 
         Args:
-            images: one picture or a list of them (see `to_rgb_image`).
-            text: a string for one picture; a list as long as `images`, one each; a nested list, several each.
-                One picture with several takes a nested list too: `text=[["left zebra", "zebra drinking"]]`.
-            masks: for training: one boolean (H0, W0) array per expression, in its picture's own upright
+            images: one image or a list of them (see `to_rgb_image`).
+            text: a string for one image; a list as long as `images`, one each; a nested list, several each.
+                One image with several takes a nested list too: `text=[["left zebra", "zebra drinking"]]`.
+            masks: for training: one boolean (H0, W0) array per expression, in its image's own upright
                 pixels, nested like `text`. Integers say more: negative pixels are left out of the loss.
             return_tensors: "pt" for tensors, otherwise numpy arrays.
 
         Returns:
-            Where pictures are given, `pixel_values` float32 (B, 3, H, W) and `original_sizes` int64 (B, 2).
+            Where images are given, `pixel_values` float32 (B, 3, H, W) and `original_sizes` int64 (B, 2).
             Where text is, `input_ids` and `attention_mask` int64 (N, L), padded on the right to the longest;
-            and, with pictures or with several expressions in one list, `image_index` int64 (N,), the row of
+            and, with images or with several expressions in one list, `image_index` int64 (N,), the row of
             `pixel_values` that each expression is about. Where masks are, `labels` float32 (N, H, W) in
             [0, 1] and -1 where pixels are left out, see `letterbox_masks`.
 
         Raises:
-            ValueError: an empty expression, more or fewer texts than pictures, masks that do not match, a
-                picture that cannot be read.
+            ValueError: an empty expression, more or fewer texts than images, masks that do not match, a
+                image that cannot be read.
             TypeError: an expression that is not a string, an image that is none.
             FileNotFoundError: no file at a path.
         """
@@ -212,17 +212,17 @@ class SeraProcessor(ProcessorMixin):
         return_probabilities: bool = False,
         no_target_threshold: float = NO_TARGET_THRESHOLD,
     ) -> list[dict[str, Any]]:
-        """Masks of the pictures' own sizes from logits that cover the letterboxed frame.
+        """Masks of the images' own sizes from logits that cover the letterboxed frame.
 
-        Logits are interpolated once, bilinearly, straight to the picture's pixels, one expression at a time.
-        Pixels at the picture's border take the nearest logit that lies wholly inside it: the next is partly
+        Logits are interpolated once, bilinearly, straight to the image's pixels, one expression at a time.
+        Pixels at the image's border take the nearest logit that lies wholly inside it: the next is partly
         about padding.
 
         Args:
             outputs: what the model returned, with `logits` (N, h, w); h x w need not be H x W; and, from a model
                 that predicts presence, `presence_logits` (N,).
             inputs: what this processor returned: `original_sizes`, `pixel_values` and, unless there is one
-                expression per picture, `image_index`.
+                expression per image, `image_index`.
             threshold: probability above which a pixel is in the mask; None for the processor's
                 `mask_threshold`.
             return_probabilities: also return the probabilities, as "probabilities": float32 (H0, W0).
@@ -232,7 +232,7 @@ class SeraProcessor(ProcessorMixin):
         Returns:
             Per expression {"mask": bool (H0, W0), "score": float}. The score is the mean probability inside
             the mask; for an empty mask the highest anywhere. With `presence_logits` also {"no_target": float},
-            the probability in [0, 1] that nothing in the picture is meant.
+            the probability in [0, 1] that nothing in the image is meant.
 
         Raises:
             ValueError: no `original_sizes`, or logits, index and sizes that do not fit each other; a threshold
@@ -275,7 +275,7 @@ class SeraProcessor(ProcessorMixin):
 
 
 def _resample(values: Tensor, original_size: tuple[int, int], frame_size: tuple[int, int]) -> Tensor:
-    """Interpolate values (h, w) that cover the frame to the pixels (H0, W0) of the picture in it."""
+    """Interpolate values (h, w) that cover the frame to the pixels (H0, W0) of the image in it."""
     top, left, height, width = letterbox_box(original_size, frame_size)
     values = _resample_axis(values, 0, original_size[0], top / frame_size[0], height / frame_size[0])
     return _resample_axis(values, 1, original_size[1], left / frame_size[1], width / frame_size[1])
@@ -284,7 +284,7 @@ def _resample(values: Tensor, original_size: tuple[int, int], frame_size: tuple[
 def _resample_axis(values: Tensor, axis: int, length: int, start: float, extent: float) -> Tensor:
     """Interpolate one axis linearly to `length` pixels over a stretch of it, given as shares of the axis."""
     n = values.shape[axis]
-    # a picture smaller than its share of the logits takes averages of several samples per pixel
+    # an image smaller than its share of the logits takes averages of several samples per pixel
     samples = max(1, round(n * extent / length))
     position = (start + (np.arange(length * samples) + 0.5) / (length * samples) * extent) * n - 0.5
     first, last = np.ceil(start * n - 1e-6), np.floor((start + extent) * n + 1e-6) - 1
@@ -301,7 +301,7 @@ def _resample_axis(values: Tensor, axis: int, length: int, start: float, extent:
 
 
 def _grouped_expressions(text: Any, image_count: int | None) -> list[list[str]]:
-    """Check the expressions and clean them: one list per picture."""
+    """Check the expressions and clean them: one list per image."""
     if not isinstance(text, (str, list, tuple)):
         raise TypeError(f"text must be a string, a list of strings or of such lists, got {type(text).__name__}.")
     if not text and not isinstance(text, str):

@@ -1,4 +1,4 @@
-"""What several tests build: a tokenizer, pictures and masks to measure, REFER datasets on disk and the Hub's copies of them."""
+"""What several tests build: a tokenizer, images and masks to measure, REFER datasets on disk and the Hub's copies of them."""
 
 import io
 import json
@@ -14,7 +14,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from training.data import load_refer, segmentation_to_rle
 
 WORDS = ["left", "right", "zebra", "cup", "the"]
-# (picture, frame), heights first: down and up, both orientations, odd paddings, frames that are not square
+# (image, frame), heights first: down and up, both orientations, odd paddings, frames that are not square
 GEOMETRIES = [
     ((480, 640), (448, 448)),
     ((640, 480), (448, 448)),
@@ -64,22 +64,24 @@ def iou(a: np.ndarray, b: np.ndarray) -> float:
     return (a & b).sum() / (a | b).sum()
 
 
-def picture_bytes(format_name: str, mode: str = "RGB", **options) -> bytes:
+def image_bytes(format_name: str, mode: str = "RGB", **options) -> bytes:
     """A file of noise, 40 high and 60 wide."""
     pixels = np.random.default_rng(3).integers(0, 256, (40, 60, 3), dtype=np.uint8)
-    picture = PIL.Image.fromarray(pixels)
+    image = PIL.Image.fromarray(pixels)
     if mode == "I;16":
-        picture = PIL.Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
+        image = PIL.Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
     buffer = io.BytesIO()
-    picture.convert(mode).save(buffer, format_name, **options)
+    image.convert(mode).save(buffer, format_name, **options)
     return buffer.getvalue()
 
 
 class Folder:
     """A small REFER dataset whose records a test may spoil before it is written and loaded."""
 
-    def __init__(self, root: Path, images: str = "images/train2014", dataset: str = "refcoco", split_by: str = "unc"):
-        self.root, self.images, self.dataset, self.split_by = root, images, dataset, split_by
+    def __init__(
+        self, root: Path, image_dir: str = "images/train2014", dataset: str = "refcoco", split_by: str = "unc"
+    ):
+        self.root, self.image_dir, self.dataset, self.split_by = root, image_dir, dataset, split_by
         splits = ("train", "val", "testA", "testB", "train")
         self.refs = [
             {
@@ -109,16 +111,16 @@ class Folder:
             }
             for i in range(5)
         ]
-        self.pictures = [{"id": 10 + i, "file_name": f"COCO_{i}.png", "height": 40, "width": 60} for i in range(2)]
+        self.images = [{"id": 10 + i, "file_name": f"COCO_{i}.png", "height": 40, "width": 60} for i in range(2)]
         self.categories = [{"id": 3, "name": "zebra"}]
-        self.folder, self.picture_folder = root / dataset, root / images
-        self.picture_folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.image_folder = root / dataset, root / image_dir
+        self.image_folder.mkdir(parents=True, exist_ok=True)
         self.folder.mkdir(parents=True, exist_ok=True)
-        for picture in self.pictures:
-            (self.picture_folder / picture["file_name"]).write_bytes(picture_bytes("PNG"))
+        for image in self.images:
+            (self.image_folder / image["file_name"]).write_bytes(image_bytes("PNG"))
 
     def write(self) -> None:
-        instances = {"images": self.pictures, "annotations": self.annotations, "categories": self.categories}
+        instances = {"images": self.images, "annotations": self.annotations, "categories": self.categories}
         if self.dataset == "grefcoco":
             (self.folder / f"grefs({self.split_by}).json").write_text(json.dumps(self.refs))
         else:
@@ -129,24 +131,24 @@ class Folder:
         self.write()
         return load_refer(self.root, dataset=self.dataset, split_by=self.split_by, **options)
 
-    def fill(self, pictures: dict[str, list[int]]) -> "Folder":
-        """One to three refs, each to a polygon of its own, in every picture of the splits, by COCO id."""
-        self.refs, self.annotations, self.pictures = [], [], []
+    def fill(self, images: dict[str, list[int]]) -> "Folder":
+        """One to three refs, each to a polygon of its own, in every image of the splits, by COCO id."""
+        self.refs, self.annotations, self.images = [], [], []
         self.categories = [{"id": 3, "name": "zebra"}, {"id": 4, "name": "cup"}]
-        for split, image_ids in pictures.items():
+        for split, image_ids in images.items():
             for image_id in image_ids:
-                self._fill_picture(split, image_id)
-        self.refs.sort(key=lambda ref: ref["ref_id"] % 10)  # in real files, too, a picture's refs stand apart
+                self._fill_image(split, image_id)
+        self.refs.sort(key=lambda ref: ref["ref_id"] % 10)  # in real files, too, an image's refs stand apart
         self.write()
         return self
 
-    def _fill_picture(self, split: str, image_id: int) -> None:
-        rng = np.random.default_rng(image_id)  # the same picture in every dataset
+    def _fill_image(self, split: str, image_id: int) -> None:
+        rng = np.random.default_rng(image_id)  # the same image in every dataset
         height, width = int(rng.integers(30, 50)), int(rng.integers(30, 50))
         name = f"COCO_train2014_{image_id:012d}.png"
         pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        PIL.Image.fromarray(pixels).save(self.picture_folder / name)
-        self.pictures.append({"id": image_id, "file_name": name, "height": height, "width": width})
+        PIL.Image.fromarray(pixels).save(self.image_folder / name)
+        self.images.append({"id": image_id, "file_name": name, "height": height, "width": width})
         for i in range(1 + image_id % 3):
             ref_id, (left, top) = 10 * image_id + i, rng.integers(1, 15, 2).tolist()
             right, bottom = left + 6 + i, top + 9
@@ -164,11 +166,11 @@ class Folder:
 def write_hub_copy(folder: Folder, layout: str, target: Path, splits: dict[str, str], shards: int = 1) -> Path:
     """A filled folder's splits in the layout of one of the Hub's copies, under the names that `splits` gives them."""
     (target / "data").mkdir(parents=True)
-    pictures = {picture["id"]: picture for picture in folder.pictures}
+    images = {image["id"]: image for image in folder.images}
     annotations = {annotation["id"]: annotation for annotation in folder.annotations}
     for split, name in splits.items():
         joined = [
-            (ref, annotations[ref["ann_id"]], pictures[ref["image_id"]], [s["sent"] for s in ref["sentences"]])
+            (ref, annotations[ref["ann_id"]], images[ref["image_id"]], [s["sent"] for s in ref["sentences"]])
             for ref in folder.refs
             if ref["split"] == split
         ]
@@ -180,36 +182,36 @@ def write_hub_copy(folder: Folder, layout: str, target: Path, splits: dict[str, 
     return target
 
 
-def _picture_file(folder: Folder, picture: dict) -> dict:
-    return {"path": None, "bytes": (folder.picture_folder / picture["file_name"]).read_bytes()}
+def _image_file(folder: Folder, image: dict) -> dict:
+    return {"path": None, "bytes": (folder.image_folder / image["file_name"]).read_bytes()}
 
 
 def _lmms_lab_rows(folder: Folder, joined: list[tuple]) -> list[dict]:
     return [
         {
             "question_id": str(ref["ref_id"]),
-            "image": _picture_file(folder, picture),
+            "image": _image_file(folder, image),
             "question": "Please carefully observe the area.",
             "answer": sentences,
             "segmentation": [float(number) for number in annotation["segmentation"][0]],
             "bbox": [float(number) for number in annotation["bbox"]],
             "iscrowd": 0,
-            "file_name": picture["file_name"].replace(".png", "_3.jpg"),
+            "file_name": image["file_name"].replace(".png", "_3.jpg"),
         }
-        for ref, annotation, picture, sentences in joined
+        for ref, annotation, image, sentences in joined
     ]
 
 
 def _jxu124_rows(folder: Folder, joined: list[tuple]) -> list[dict]:
     rows = []
-    for ref, annotation, picture, _ in joined:
+    for ref, annotation, image, _ in joined:
         left, top, width, height = annotation["bbox"]
         rows.append(
             {key: ref[key] for key in ("ref_id", "image_id", "split")}
             | {
                 "sentences": json.dumps(ref["sentences"]),
                 "raw_anns": json.dumps(annotation),
-                "image_path": f"coco/{folder.picture_folder.name}/{picture['file_name']}",
+                "image_path": f"coco/{folder.image_folder.name}/{image['file_name']}",
                 "bbox": [float(left), float(top), float(left + width), float(top + height)],
             }
         )
@@ -217,12 +219,12 @@ def _jxu124_rows(folder: Folder, joined: list[tuple]) -> list[dict]:
 
 
 def _moondream_rows(folder: Folder, joined: list[tuple]) -> list[dict]:
-    by_picture: dict[int, dict] = {}
-    for _, annotation, picture, sentences in joined:
-        row = by_picture.setdefault(picture["id"], {"image": _picture_file(folder, picture), "samples": []})
-        mask = segmentation_to_rle(annotation["segmentation"], picture["height"], picture["width"])
+    by_image: dict[int, dict] = {}
+    for _, annotation, image, sentences in joined:
+        row = by_image.setdefault(image["id"], {"image": _image_file(folder, image), "samples": []})
+        mask = segmentation_to_rle(annotation["segmentation"], image["height"], image["width"])
         row["samples"].append({"sentences": sentences, "bbox": [0.25, 0.25, 0.5, 0.5], "mask": mask})
-    return list(by_picture.values())
+    return list(by_image.values())
 
 
 HUB_LAYOUTS = {"lmms_lab": _lmms_lab_rows, "jxu124": _jxu124_rows, "moondream": _moondream_rows}

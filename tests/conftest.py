@@ -1,4 +1,4 @@
-"""What several tests need: a small model with inputs for it, a small processor, and a picture."""
+"""What several tests need: a small model with inputs for it, a small processor, and an image."""
 
 from pathlib import Path
 
@@ -50,7 +50,7 @@ def make_model(seed: int = 0, **overrides) -> SeraForReferringSegmentation:
 
 
 def save_tiny_model(folder: Path, mask_threshold: float = 0.5, **overrides) -> Path:
-    """A model of `make_model` with its processor, for 56×56 pictures, in a folder as training saves them."""
+    """A model of `make_model` with its processor, for 56×56 images, in a folder as training saves them."""
     tokenizer = tiny_tokenizer()
     model = make_model(text_config={"vocab_size": len(tokenizer), **special_ids(tokenizer)}, **overrides)
     image_processor = SeraImageProcessor(size={"height": 56, "width": 56})
@@ -59,11 +59,11 @@ def save_tiny_model(folder: Path, mask_threshold: float = 0.5, **overrides) -> P
 
 
 def make_inputs(
-    num_pictures: int = 2, image_index: list[int] | None = None, size: tuple[int, int] = (56, 56), length: int = 7
+    num_images: int = 2, image_index: list[int] | None = None, size: tuple[int, int] = (56, 56), length: int = 7
 ) -> dict[str, torch.Tensor]:
-    """Random pictures and expressions of different lengths, padded as the processor pads them."""
+    """Random images and expressions of different lengths, padded as the processor pads them."""
     generator = torch.Generator().manual_seed(1)
-    index = list(range(num_pictures)) if image_index is None else image_index
+    index = list(range(num_images)) if image_index is None else image_index
     ids = torch.randint(0, 998, (len(index), length), generator=generator)
     mask = torch.ones_like(ids)
     for i in range(len(index)):
@@ -72,7 +72,7 @@ def make_inputs(
         mask[i, end + 1 :] = 0
     ids[:, 0] = 998
     return {
-        "pixel_values": torch.randn(num_pictures, 3, *size, generator=generator),
+        "pixel_values": torch.randn(num_images, 3, *size, generator=generator),
         "input_ids": ids,
         "attention_mask": mask,
         "image_index": torch.tensor(index),
@@ -98,7 +98,7 @@ def processor() -> SeraProcessor:
 
 
 @pytest.fixture
-def picture() -> Image.Image:
+def image() -> Image.Image:
     """Smooth colours, so that lossy formats stay near; 40 high and 30 wide."""
     rows, columns = np.mgrid[0:40, 0:30]
     channels = [6 * rows, 255 - 8 * columns, 3 * (rows + columns)]

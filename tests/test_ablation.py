@@ -160,7 +160,7 @@ from pathlib import Path
 metrics = {"mIoU": 0.5, "oIoU": 0.4, "Pr@0.5": 0.5, "Pr@0.7": 0.1, "boundary_F": 0.3, "num_expressions": 4}
 score = {"kind": "any", "intersection": 2, "predicted": 4, "truth": 4, "boundary_f": 0.3}
 record = {"split": sys.argv[sys.argv.index("--split") + 1], "intervals": {}, "slices": {}}
-record |= {"counts": {"pictures": 2, "objects": 4, "expressions": 4}}
+record |= {"counts": {"images": 2, "objects": 4, "expressions": 4}}
 record |= {"threshold": {"value": 0.5, "source": "given"}, "image_ids": [0, 0, 1, 1], "mirrored": "--mirror" in sys.argv}
 record |= {"connected": "--connected" in sys.argv, "expected_iou": "--expected_iou" in sys.argv}
 if "--mixed_precision" in sys.argv:
@@ -227,8 +227,8 @@ def test_validation_is_drawn_as_a_curve_where_there_is_one(tmp_path, scripts):
         output = tmp_path / str(epochs)
         grid = write_grid(tmp_path, options={"optimization.epochs": epochs}, seeds=[0])
         assert main([str(grid), "--only", "k2", "--output", str(output)]) == OK
-        with Image.open(output / "figures" / "curves.png") as picture:
-            widths.append(picture.width)
+        with Image.open(output / "figures" / "curves.png") as image:
+            widths.append(image.width)
     assert widths[0] < 0.6 * widths[1]  # a single point is no curve
 
 
@@ -356,17 +356,17 @@ def test_a_fresh_seed_lands_in_the_interval_in_95_of_100_cases(seeds):
     assert inside.mean() == pytest.approx(0.95, abs=0.005)
 
 
-def test_paired_intervals_equal_a_numpy_computation_and_ignore_what_pictures_share():
+def test_paired_intervals_equal_a_numpy_computation_and_ignore_what_images_share():
     rng = np.random.default_rng(0)
-    pictures = np.repeat(np.arange(30), 4)
-    difficulty = np.repeat(rng.normal(0.5, 0.2, size=30), 4)  # of the pictures, the same for both models
+    images = np.repeat(np.arange(30), 4)
+    difficulty = np.repeat(rng.normal(0.5, 0.2, size=30), 4)  # of the images, the same for both models
     first, second = (difficulty + shift + rng.normal(0, 0.02, size=120) for shift in (0.03, 0.0))
     ones = np.ones(120)
-    got = paired_intervals({"mIoU": (first, ones)}, {"mIoU": (second, ones)}, pictures, resamples=500)["mIoU"]
+    got = paired_intervals({"mIoU": (first, ones)}, {"mIoU": (second, ones)}, images, resamples=500)["mIoU"]
 
     draws = np.random.default_rng(0).integers(30, size=(500, 30))
     each = (first - second).reshape(30, 4).mean(axis=1)
     assert got == pytest.approx(np.quantile(each[draws].mean(axis=1), [0.025, 0.975]))
-    alone = bootstrap_intervals({"mIoU": (first, ones)}, pictures, resamples=500)["mIoU"]
+    alone = bootstrap_intervals({"mIoU": (first, ones)}, images, resamples=500)["mIoU"]
     assert 0 < got[0] < 0.03 < got[1] and got[1] - got[0] < (alone[1] - alone[0]) / 5
-    assert paired_intervals({"mIoU": (first, ones)}, {"mIoU": (first, ones)}, pictures)["mIoU"] == (0, 0)
+    assert paired_intervals({"mIoU": (first, ones)}, {"mIoU": (first, ones)}, images)["mIoU"] == (0, 0)

@@ -89,7 +89,7 @@ def test_fusion_without_experts_projects_and_normalises():
 
 
 @pytest.mark.parametrize("switches", SWITCHES)
-def test_expressions_that_share_a_picture_get_what_they_get_alone(switches):
+def test_expressions_that_share_a_image_get_what_they_get_alone(switches):
     model = make_model(**switches)
     shared = make_inputs(2, [0, 0, 1])
     alone = shared | {"pixel_values": shared["pixel_values"][shared["image_index"]], "image_index": None}

@@ -15,10 +15,10 @@ from training.augmentation import augment, drop_words, swap_left_right
 from training.batches import (
     Collator,
     EvaluationExamples,
-    PictureExample,
+    ImageExample,
     TrainingExamples,
-    group_by_picture,
-    picture_as_annotated,
+    group_by_image,
+    image_as_annotated,
     shuffled_sentences,
 )
 from training.configuration import AugmentationSettings
@@ -29,17 +29,17 @@ PLAIN = AugmentationSettings()
 STRONG = AugmentationSettings(flip=0.5, min_crop=0.6, color_jitter=0.0, word_dropout=0.0)
 
 
-def png(picture: Image.Image, **options) -> bytes:
+def png(image: Image.Image, **options) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", **options)
+    image.save(buffer, "PNG", **options)
     return buffer.getvalue()
 
 
-def make_rows(pictures: list[dict[str, list[str]]], seed: int = 0) -> datasets.Dataset:
-    """Pictures of coloured squares on grey, one row per square: per picture, {colour: sentences}, from left to right."""
+def make_rows(images: list[dict[str, list[str]]], seed: int = 0) -> datasets.Dataset:
+    """Images of coloured squares on grey, one row per square: per image, {colour: sentences}, from left to right."""
     rng = np.random.default_rng(seed)
     rows = []
-    for number, objects in enumerate(pictures):
+    for number, objects in enumerate(images):
         height, step = int(rng.integers(40, 90)), int(rng.integers(24, 40))
         pixels = np.full((height, step * len(objects), 3), 128, np.uint8)
         masks = []
@@ -70,21 +70,21 @@ def make_rows(pictures: list[dict[str, list[str]]], seed: int = 0) -> datasets.D
 
 
 def random_rows(seed: int, number: int = 12) -> datasets.Dataset:
-    """Pictures with one to four objects of one to five sentences, each sentence found nowhere else."""
+    """Images with one to four objects of one to five sentences, each sentence found nowhere else."""
     rng = np.random.default_rng(seed)
-    pictures = []
+    images = []
     for p in range(number):
         colors = rng.permutation(list(COLORS))[: rng.integers(1, 5)].tolist()
-        pictures.append({color: [f"{color} {p} {i}" for i in range(rng.integers(1, 6))] for color in colors})
-    return make_rows(pictures, seed)
+        images.append({color: [f"{color} {p} {i}" for i in range(rng.integers(1, 6))] for color in colors})
+    return make_rows(images, seed)
 
 
 def examples_of(rows: datasets.Dataset, augmentation: AugmentationSettings = PLAIN, **options) -> TrainingExamples:
-    options = {"objects_per_picture": 4, "sentences_per_object": 1, "seed": 0} | options
+    options = {"objects_per_image": 4, "sentences_per_object": 1, "seed": 0} | options
     return TrainingExamples(rows, augmentation=augmentation, **options)
 
 
-def content(example: PictureExample) -> tuple:
+def content(example: ImageExample) -> tuple:
     masks = [(mask.shape, mask.tobytes()) for mask in example.masks]
     return example.image.size, example.image.tobytes(), masks, example.text, example.sources
 
@@ -94,7 +94,7 @@ def processor() -> SeraProcessor:
     return SeraProcessor(SeraImageProcessor(size={"height": 56, "width": 70}), tiny_tokenizer())
 
 
-# Words of a mirrored picture
+# Words of a mirrored image
 
 
 @pytest.mark.parametrize(
@@ -122,18 +122,18 @@ def test_upper_case_sides_change_too():  # the tokenizer lower-cases, so case it
     assert swap_left_right("Right zebra, LEFT cup, Leftmost").lower() == "left zebra, right cup, rightmost"
 
 
-def test_mirrored_pictures_carry_mirrored_words():
+def test_mirrored_images_carry_mirrored_words():
     rng = np.random.default_rng(0)
-    picture = Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8))
+    image = Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8))
     masks = [rng.random((20, 30)) < 0.3 for _ in range(2)]
     sentences = [["left one"], ["the right", "blue"]]
     always = AugmentationSettings(flip=1.0)
-    once = augment(picture, masks, sentences, always, rng)
+    once = augment(image, masks, sentences, always, rng)
     assert once[2] == [["right one"], ["the left", "blue"]]
-    assert np.array_equal(np.asarray(once[0]), np.asarray(picture)[:, ::-1])
+    assert np.array_equal(np.asarray(once[0]), np.asarray(image)[:, ::-1])
     assert all(np.array_equal(got, mask[:, ::-1]) for got, mask in zip(once[1], masks, strict=True))
     twice = augment(*once, always, rng)
-    assert np.array_equal(np.asarray(twice[0]), np.asarray(picture)) and twice[2] == sentences
+    assert np.array_equal(np.asarray(twice[0]), np.asarray(image)) and twice[2] == sentences
     assert all(np.array_equal(got, mask) for got, mask in zip(twice[1], masks, strict=True))
 
 
@@ -156,10 +156,10 @@ def test_a_mirrored_object_is_where_its_sentence_says():
 
 def test_without_variations_everything_stays():
     rng = np.random.default_rng(0)
-    picture = Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8))
+    image = Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8))
     masks, sentences = [rng.random((20, 30)) < 0.3], [["the left  one"]]
-    got = augment(picture, masks, sentences, PLAIN, rng)
-    assert got[0].tobytes() == picture.tobytes() and np.array_equal(got[1][0], masks[0]) and got[2] == sentences
+    got = augment(image, masks, sentences, PLAIN, rng)
+    assert got[0].tobytes() == image.tobytes() and np.array_equal(got[1][0], masks[0]) and got[2] == sentences
 
 
 @pytest.mark.parametrize("min_crop", [0.3, 0.75, 1.0])
@@ -168,7 +168,7 @@ def test_crops_keep_every_pixel_of_every_object_and_stay_aligned(min_crop):
     sizes = set()
     for trial in range(60):
         height, width = rng.integers(1, 40, 2)
-        # the picture numbers its pixels, so that a crop says where it came from
+        # the image numbers its pixels, so that a crop says where it came from
         place = np.arange(height * width).reshape(height, width)
         pixels = np.stack([place // 256, place % 256, place * 0], axis=-1).astype(np.uint8)
         masks = [rng.random((height, width)) < rng.choice([0.0, 0.01, 0.5]) for _ in range(rng.integers(1, 4))]
@@ -191,11 +191,11 @@ def test_crops_keep_every_pixel_of_every_object_and_stay_aligned(min_crop):
 
 def test_color_jitter_changes_colors_alone():
     rng = np.random.default_rng(0)
-    picture = Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8))
+    image = Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8))
     masks = [rng.random((20, 30)) < 0.3]
-    image, after, text = augment(picture, masks, [["a b"]], AugmentationSettings(color_jitter=0.4), rng)
-    assert image.size == picture.size and np.array_equal(after[0], masks[0]) and text == [["a b"]]
-    old, new = (np.asarray(p, dtype=float).ravel() for p in (picture, image))
+    jittered, after, text = augment(image, masks, [["a b"]], AugmentationSettings(color_jitter=0.4), rng)
+    assert jittered.size == image.size and np.array_equal(after[0], masks[0]) and text == [["a b"]]
+    old, new = (np.asarray(p, dtype=float).ravel() for p in (image, jittered))
     assert (old != new).any() and np.corrcoef(old, new)[0, 1] > 0.8
 
 
@@ -215,25 +215,25 @@ def test_dropped_words_leave_the_others_in_order():
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, None])
-def test_grouping_keeps_every_row_once_and_pictures_together(size):
-    rows = random_rows(3).shuffle(seed=1)  # rows of a picture need not be neighbours
-    groups = group_by_picture(rows, size)
+def test_grouping_keeps_every_row_once_and_images_together(size):
+    rows = random_rows(3).shuffle(seed=1)  # rows of an image need not be neighbours
+    groups = group_by_image(rows, size)
     assert sorted(row for group in groups for row in group) == list(range(len(rows)))
     image_ids = rows["image_id"]
     for group in groups:
         assert len({image_ids[row] for row in group}) == 1 and group == sorted(group)
         assert size is None or len(group) <= size
-    per_picture = Counter(image_ids[group[0]] for group in groups)
+    per_image = Counter(image_ids[group[0]] for group in groups)
     needed = {i: -(-count // (size or count)) for i, count in Counter(image_ids).items()}
-    assert per_picture == needed  # as few groups as the size allows
+    assert per_image == needed  # as few groups as the size allows
 
 
 def test_examples_hold_what_their_sources_say():
     rows = random_rows(0)
-    examples = examples_of(rows, sentences_per_object=2, objects_per_picture=3)
+    examples = examples_of(rows, sentences_per_object=2, objects_per_image=3)
     for example in (examples[i] for i in range(len(examples))):
         assert len(example.text) == len(example.masks) == len(example.sources) == len(set(example.sources))
-        assert example.image.tobytes() == picture_as_annotated(rows[example.sources[0][0]]).tobytes()
+        assert example.image.tobytes() == image_as_annotated(rows[example.sources[0][0]]).tobytes()
         for text, mask, (row, i) in zip(example.text, example.masks, example.sources, strict=True):
             assert text == rows[row]["sentences"][i]
             assert np.array_equal(mask, decode_mask(rows[row]["mask"]))
@@ -241,7 +241,7 @@ def test_examples_hold_what_their_sources_say():
     assert asked == {row: min(2, len(sentences)) for row, sentences in enumerate(rows["sentences"])}
 
 
-def test_what_is_drawn_depends_on_seed_epoch_and_picture_alone():
+def test_what_is_drawn_depends_on_seed_epoch_and_image_alone():
     rows = random_rows(0)
     settings = AugmentationSettings(flip=0.5, min_crop=0.7, color_jitter=0.2, word_dropout=0.2)
     drawn = {}
@@ -293,7 +293,7 @@ def test_evaluation_asks_every_sentence_once_and_varies_nothing():
         for text, mask, (row, i) in zip(example.text, example.masks, example.sources, strict=True):
             assert text == rows[row]["sentences"][i]
             assert np.array_equal(mask, decode_mask(rows[row]["mask"]))
-            assert example.image.tobytes() == picture_as_annotated(rows[row]).tobytes()
+            assert example.image.tobytes() == image_as_annotated(rows[row]).tobytes()
     expected = [(row, i) for row, group in enumerate(rows["sentences"]) for i in range(len(group))]
     assert sorted(sources) == expected
 
@@ -302,16 +302,16 @@ def test_evaluation_asks_every_sentence_once_and_varies_nothing():
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_shuffled_sentences_come_from_other_pictures_each_once(seed):
+def test_shuffled_sentences_come_from_other_images_each_once(seed):
     rows = random_rows(seed)
-    sentences, picture = rows["sentences"], rows["image_id"]
-    home = {text: picture[row] for row, group in enumerate(sentences) for text in group}
+    sentences, image = rows["sentences"], rows["image_id"]
+    home = {text: image[row] for row, group in enumerate(sentences) for text in group}
     sizes = Counter(home.values())
     assert 2 * max(sizes.values()) <= len(home)  # else it is impossible
     shuffled = shuffled_sentences(rows, seed=seed)
     assert [len(group) for group in shuffled] == [len(group) for group in sentences]
     assert sorted(t for group in shuffled for t in group) == sorted(home)
-    assert all(home[text] != picture[row] for row, group in enumerate(shuffled) for text in group)
+    assert all(home[text] != image[row] for row, group in enumerate(shuffled) for text in group)
     assert shuffled == shuffled_sentences(rows, seed=seed) != shuffled_sentences(rows, seed=seed + 1)
 
 
@@ -331,9 +331,9 @@ def test_shuffling_works_at_the_limit_and_beyond_it():
 def under_label(inputs: dict, processor: SeraProcessor) -> np.ndarray:
     """Mean colour (N, 3), 0-255, of the input under each expression's label."""
     mean, std = (np.array(getattr(processor.image_processor, name)) for name in ("image_mean", "image_std"))
-    pictures = inputs["pixel_values"].numpy() * std[:, None, None] + mean[:, None, None]
+    images = inputs["pixel_values"].numpy() * std[:, None, None] + mean[:, None, None]
     labels, index = inputs["labels"].numpy(), inputs["image_index"].numpy()
-    sums = np.einsum("nchw,nhw->nc", pictures[index], labels)
+    sums = np.einsum("nchw,nhw->nc", images[index], labels)
     return 255 * sums / labels.sum(axis=(1, 2))[:, None]
 
 
@@ -358,7 +358,7 @@ def test_no_labels_where_none_are_wanted(processor):
     assert "labels" not in inputs
 
 
-# Pictures as their annotations see them
+# Images as their annotations see them
 
 
 def ramp() -> np.ndarray:
@@ -367,40 +367,40 @@ def ramp() -> np.ndarray:
 
 def test_an_orientation_tag_does_not_turn_what_was_annotated(processor):
     rows = make_rows([{"red": ["red"], "blue": ["blue"]}])
-    plain = picture_as_annotated(rows[0])
+    plain = image_as_annotated(rows[0])
     exif = Image.Exif()
     exif[0x0112] = 6
     turned = rows[0] | {"image": {"path": None, "bytes": png(plain, exif=exif)}}
     assert Image.open(io.BytesIO(turned["image"]["bytes"])).getexif()[0x0112] == 6
-    assert picture_as_annotated(turned).tobytes() == plain.tobytes()
+    assert image_as_annotated(turned).tobytes() == plain.tobytes()
     rows = datasets.Dataset.from_list([turned], features=REFER_FEATURES)
     inputs, _ = Collator(processor, with_labels=True)([examples_of(rows)[0]])
     assert np.abs(under_label(inputs, processor)[0] - COLORS["red"]).max() < 60
 
 
 @pytest.mark.parametrize("mode", ["L", "I;16", "1", "P", "CMYK", "RGBA", "LA"])
-def test_a_picture_of_any_mode_looks_the_same_as_to_the_processor(mode):
+def test_a_image_of_any_mode_looks_the_same_as_to_the_processor(mode):
     grey = Image.fromarray(ramp())
     if mode == "I;16":
-        picture = Image.fromarray(ramp().astype(np.uint16) * 257)
+        image = Image.fromarray(ramp().astype(np.uint16) * 257)
     elif mode in ("RGBA", "LA"):
-        picture = grey.convert(mode)
-        picture.putalpha(Image.fromarray(ramp()[:, ::-1].copy()))
+        image = grey.convert(mode)
+        image.putalpha(Image.fromarray(ramp()[:, ::-1].copy()))
     else:
-        picture = grey.convert("RGB" if mode == "CMYK" else "L").convert(mode)
+        image = grey.convert("RGB" if mode == "CMYK" else "L").convert(mode)
     buffer = io.BytesIO()
-    picture.save(buffer, "TIFF" if mode == "CMYK" else "PNG")
+    image.save(buffer, "TIFF" if mode == "CMYK" else "PNG")
     row = make_rows([{"red": ["red"]}])[0] | {"image": {"path": None, "bytes": buffer.getvalue()}}
-    seen = picture_as_annotated(row | {"mask": encode_mask(np.ones((20, 32), bool))})
+    seen = image_as_annotated(row | {"mask": encode_mask(np.ones((20, 32), bool))})
     image_processor = SeraImageProcessor(size={"height": 20, "width": 32})
-    expected = image_processor(picture)["pixel_values"]
+    expected = image_processor(image)["pixel_values"]
     assert np.abs(image_processor(seen)["pixel_values"] - expected).max() < 0.02
 
 
 @pytest.mark.parametrize("augmentation", [PLAIN, AugmentationSettings(flip=1.0), AugmentationSettings(min_crop=0.9)])
-def test_a_picture_of_another_size_than_its_mask_is_refused(processor, augmentation):
+def test_a_image_of_another_size_than_its_mask_is_refused(processor, augmentation):
     row = make_rows([{"red": ["red"], "blue": ["blue"]}])[0]
-    smaller = picture_as_annotated(row).reduce(2)
+    smaller = image_as_annotated(row).reduce(2)
     row = row | {"image": {"path": None, "bytes": png(smaller)}}
     examples = examples_of(datasets.Dataset.from_list([row], features=REFER_FEATURES), augmentation)
     with pytest.raises(ValueError, match=f"{smaller.height}.*{smaller.width}|{smaller.width}.*{smaller.height}"):

@@ -28,10 +28,10 @@ def test_training_speed(tmp_path):
     assert set(figures) == {"pipeline", "tower_forward", "training_step"}
     for figure in figures.values():
         assert 0 < figure["low"] <= figure["median"] <= figure["high"]
-        assert figure["images_per_second"] == pytest.approx(batch["pictures"] / figure["median"])
+        assert figure["images_per_second"] == pytest.approx(batch["images"] / figure["median"])
     tower, step = figures["tower_forward"], figures["training_step"]
     assert record["step_per_tower_forward"] == pytest.approx(step["median"] / tower["median"]) and record["hardware"]
-    assert batch["expressions"] > batch["pictures"] == 6  # the demo asks about every object of a picture
+    assert batch["expressions"] > batch["images"] == 6  # the demo asks about every object of an image
     assert "training step" in done.stdout + done.stderr
 
 
@@ -48,8 +48,8 @@ def test_inference_speed(tmp_path):
         assert "float32)" in name and name in done.stdout + done.stderr
     flops = {name: figures["flops"] for name, figures in record["entries"].items()}
     assert flops["SERA-B (float32)"] == flops["SERA-B, fused for inference (float32)"]
-    assert flops["SERA-B, 4 pictures (float32)"] == pytest.approx(4 * flops["SERA-B (float32)"], rel=0.01)
-    assert flops["SERA-B, 4 expressions (float32)"] < 0.99 * flops["SERA-B, 4 pictures (float32)"]
+    assert flops["SERA-B, 4 images (float32)"] == pytest.approx(4 * flops["SERA-B (float32)"], rel=0.01)
+    assert flops["SERA-B, 4 expressions (float32)"] < 0.99 * flops["SERA-B, 4 images (float32)"]
     assert flops["bare DINOv2-B/14, 4 registers (float32)"] < flops["SERA-B, late adapters (float32)"]
     assert len(record["training"]) == 2 and all(figures["batch"] == 2 for figures in record["training"].values())
     (operators,) = record["operators"].values()

@@ -16,7 +16,7 @@ from training.files import save_model
 from training.scenes import generate_scenes
 
 
-def test_a_model_goes_on_at_another_picture_size(tmp_path):
+def test_a_model_goes_on_at_another_image_size(tmp_path):
     rows = generate_scenes(2, 0, 64)
     settings = replace(
         TINY, data=replace(TINY.data, image_size=(48, 48)), model=ModelSettings(config=TINY.model.config)

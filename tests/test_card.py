@@ -243,11 +243,10 @@ def test_examples_stand_in_the_gallery_whatever_their_words(tmp_path):
     assert shown == examples and "<Gallery />" in card and "<Gallery />" not in make_card()
     call = (
         ast.parse(card.split(CODE)[1].split("```")[0]).body[-1].value
-    )  # the picture and what is asked are the first example's
-    picture, asked = map(ast.literal_eval, call.args)
+    )  # the image and what is asked are the first example's
+    image, asked = map(ast.literal_eval, call.args)
     assert (
-        picture == "https://huggingface.co/someone/zebra-finder/resolve/main/examples/0-picture.png"
-        and asked == texts[:1]
+        image == "https://huggingface.co/someone/zebra-finder/resolve/main/examples/0-image.png" and asked == texts[:1]
     )
     assert "not chosen by how" in card and "were chosen by whoever" in make_card(examples=examples, chosen=True)
     with pytest.raises(ValueError, match=r"examples/0\.png, which does not go up"):

@@ -1,4 +1,4 @@
-"""Made-up pictures: what is seen of each object, and that every sentence is true of its object alone."""
+"""Made-up images: what is seen of each object, and that every sentence is true of its object alone."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def cut_out(category: str, sentences: list[str] | None = None) -> CutOut:
 def described(
     categories: list[str], centres: list[tuple[int, int]], radii: list[int], draws: int = 40
 ) -> list[set[str]]:
-    """All sentences of discs in a picture of 100×200 pixels, over many draws."""
+    """All sentences of discs in an image of 100×200 pixels, over many draws."""
     masks = [disc((100, 200), centre, radius) for centre, radius in zip(centres, radii, strict=True)]
     found = [set() for _ in categories]
     for seed in range(draws):
@@ -87,7 +87,7 @@ def test_own_sentences_that_name_a_place_are_left_out():
     assert composites._cut_out(0).sentences == ["a red one"]
 
 
-def test_the_same_numbers_draw_the_same_picture():
+def test_the_same_numbers_draw_the_same_image():
     composites = Composites(make_rows(ROWS))
     one, same, another = (composites.draw(np.random.default_rng(seed)) for seed in (3, 3, 4))
     assert np.array_equal(np.asarray(one.image), np.asarray(same.image)) and one.text == same.text

@@ -19,7 +19,7 @@ from pycocotools import mask as coco_mask
 from modeling_sera import SeraForReferringSegmentation
 from modeling_sera.modeling_sera import SeraReferringSegmentationOutput
 from processing_sera import SeraImageProcessor, SeraProcessor
-from training.batches import picture_as_annotated, shuffled_sentences
+from training.batches import image_as_annotated, shuffled_sentences
 from training.configuration import DataSettings, TrainingSettings, dump_settings
 from training.data import decode_mask, load_refer
 from training.evaluation import best_threshold, score_sentences, threshold_curve
@@ -37,7 +37,7 @@ ENVIRONMENT = os.environ | {
 
 
 class StandIn(torch.nn.Module):
-    """In the model's place: logits from the picture and the expression, the same to the last bit in whatever batch."""
+    """In the model's place: logits from the image and the expression, the same to the last bit in whatever batch."""
 
     def forward(self, pixel_values, input_ids, attention_mask, image_index, **kwargs):
         brightness = pixel_values.double().mean(dim=1)[:, 3::7, 3::7]
@@ -63,7 +63,7 @@ def score_alone(
     processor: SeraProcessor, row: dict, sentence: str, threshold: float | None = None
 ) -> tuple[int, int, int]:
     """Intersection, predicted and true area of one sentence, asked alone, counted through sets of pixels."""
-    inputs = processor(images=[picture_as_annotated(row)], text=[[sentence]], return_tensors="pt")
+    inputs = processor(images=[image_as_annotated(row)], text=[[sentence]], return_tensors="pt")
     result = processor.post_process_referring_segmentation(StandIn()(**inputs), inputs, threshold=threshold)[0]
     masks = result["mask"].numpy(), decode_mask(row["mask"])
     predicted, truth = (set(zip(*np.nonzero(mask), strict=True)) for mask in masks)
@@ -98,7 +98,7 @@ def places(rows: datasets.Dataset) -> list[tuple[int, int, str]]:
 
 @pytest.mark.parametrize("threshold", [None, 0.45])
 def test_scores_equal_those_of_sentences_asked_alone(rows, processor, accelerator, threshold):
-    rows = rows.shuffle(seed=0)  # rows of a picture need not be neighbours
+    rows = rows.shuffle(seed=0)  # rows of an image need not be neighbours
     scores = score_sentences(StandIn(), processor, rows, accelerator, Reading(threshold))
     assert [(score.row, score.sentence, score.kind) for score in scores] == places(rows)
     for score in scores:
@@ -171,7 +171,7 @@ def boundary_of(predicted: np.ndarray, truth: np.ndarray) -> float:
 
 
 def evaluate_masks(pairs: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
-    """Every metric from (predicted, true) masks of the pictures' own size, in the words of its definition."""
+    """Every metric from (predicted, true) masks of the images' own size, in the words of its definition."""
     inter = np.array([(p & t).sum() for p, t in pairs], dtype=np.float64)
     union = np.array([(p | t).sum() for p, t in pairs], dtype=np.float64)
     nothing_predicted = np.array([not p.any() for p, _ in pairs])
@@ -193,10 +193,10 @@ def ask_and_evaluate(model: torch.nn.Module, processor: SeraProcessor, rows: dat
     pairs = []
     for row in rows:
         stored = row["image"]
-        picture = Image.open(stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"]))
+        image = Image.open(stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"]))
         truth = coco_mask.decode(row["mask"]) == 1
         for sentence in row["sentences"]:
-            inputs = processor(images=[picture], text=[[sentence]], return_tensors="pt")
+            inputs = processor(images=[image], text=[[sentence]], return_tensors="pt")
             with torch.no_grad():
                 result = processor.post_process_referring_segmentation(model(**inputs), inputs)[0]
             pairs.append((result["mask"].numpy(), truth))

@@ -62,9 +62,9 @@ def test_the_record_holds_the_scores_and_what_is_made_of_them(evaluated):
     assert record["summary"]["as written"] == summarize(scores)
     assert record["summary"]["shuffled"].keys() == record["summary"]["as written"].keys()
     assert {"all", "location", "appearance", "relation"} == set(record["summary"]["as written"])
-    assert record["counts"] == {"pictures": 3, "objects": len(rows), "expressions": len(scores), "without_target": 0}
+    assert record["counts"] == {"images": 3, "objects": len(rows), "expressions": len(scores), "without_target": 0}
     assert record["threshold"] == {"value": 0.5, "source": "the processor's", "candidates": None}
-    assert record["data"]["num_scenes"] == [1, 2, 3] and record["bootstrap"]["unit"] == "picture"
+    assert record["data"]["num_scenes"] == [1, 2, 3] and record["bootstrap"]["unit"] == "image"
     for group, ends in record["intervals"].items():
         for name, (low, high) in ends.items():
             assert 0 <= low <= high <= 1 and name in record["summary"]["as written"][group]
@@ -100,7 +100,7 @@ def test_the_model_index_is_that_of_a_model_card(evaluated):
         assert metric["args"]["threshold"] == 0.5 and metric["args"]["threshold_source"] == "the processor's"
 
 
-def test_the_pictures_are_pictures(evaluated):
+def test_the_images_are_images(evaluated):
     for path in (evaluated.with_suffix(".png"), evaluated.with_name("sheet.png")):
         assert Image.open(path).size > (500, 500)
 
@@ -143,7 +143,7 @@ def evaluate(*arguments: object) -> dict:
 
 def test_single_fields_of_the_runs_data_can_be_overridden(run_folder, tmp_path):
     record = evaluate(run_folder / "model", "--data.num_scenes", "[1, 1, 2]", tmp_path / "a.json")
-    assert record["counts"]["pictures"] == 2 and record["data"]["scene_size"] == 64
+    assert record["counts"]["images"] == 2 and record["data"]["scene_size"] == 64
 
 
 def test_a_model_without_a_run_is_scored_on_a_refer_folder(run_folder, tmp_path):
@@ -153,7 +153,7 @@ def test_a_model_without_a_run_is_scored_on_a_refer_folder(run_folder, tmp_path)
     (tmp_path / "elsewhere" / "weights").symlink_to(run_folder / "model")
     data = ["--data.source", "refer", "--data.root", tmp_path / "data", "--data.dataset", "refcoco"]
     record = evaluate(tmp_path / "elsewhere" / "weights", *data, "--split", "testA", tmp_path / "a.json")
-    assert record["counts"] == {"pictures": 1, "objects": 1, "expressions": 2, "without_target": 0}
+    assert record["counts"] == {"images": 1, "objects": 1, "expressions": 2, "without_target": 0}
     assert record["model"] == "weights" and record["data"]["root"] == "data"
     (entry,) = yaml.safe_load((tmp_path / "a.yaml").read_text())["model-index"]
     dataset = entry["results"][0]["dataset"]
@@ -164,7 +164,7 @@ def test_a_model_without_a_run_is_scored_on_a_refer_folder(run_folder, tmp_path)
         "split": "testA",
         "args": record["counts"],
     }
-    assert record["intervals"] == {"all": {}}  # of a single picture there is none
+    assert record["intervals"] == {"all": {}}  # of a single image there is none
 
 
 # Threshold

@@ -13,7 +13,7 @@ from test_evaluation import make_processor, make_rows, tiny_model
 from test_prediction_command import check_files, photo, photograph, refusal, segment  # noqa: F401 (two fixtures)
 
 from modeling_sera.fusion_sera import EXPERT_NAMES
-from training.batches import picture_as_annotated
+from training.batches import image_as_annotated
 from training.configuration import DataSettings, TrainingSettings, dump_settings
 from training.expert_maps import draw_expert_maps, expert_maps, without_expert
 from training.experts import main, routing_by_kind
@@ -76,12 +76,12 @@ def test_an_expert_that_is_not_there_is_refused(model, name, message):
         pass
 
 
-def test_maps_are_differences_of_two_answers(picture):
+def test_maps_are_differences_of_two_answers(image):
     model, processor, texts = tiny_model(), make_processor(), ["left zebra", "the cup"]
-    maps = list(expert_maps(model, processor, picture, texts, threshold=0.4))
+    maps = list(expert_maps(model, processor, image, texts, threshold=0.4))
     assert [found.text for found in maps] == texts
     for found in maps:
-        inputs = processor(images=[picture], text=[[found.text]], return_tensors="pt")
+        inputs = processor(images=[image], text=[[found.text]], return_tensors="pt")
 
         def probabilities(inputs=inputs):
             with torch.inference_mode():
@@ -95,7 +95,7 @@ def test_maps_are_differences_of_two_answers(picture):
             with without_expert(model, name):
                 assert np.allclose(found.changes[name], whole - probabilities(), atol=1e-6)
             assert found.changes[name].shape == (40, 30) and np.abs(found.changes[name]).max() > 0
-    sheets = [draw_expert_maps(picture, maps[:count]) for count in (1, 2)]
+    sheets = [draw_expert_maps(image, maps[:count]) for count in (1, 2)]
     assert sheets[0].width == sheets[1].width and sheets[0].height < sheets[1].height < 2 * sheets[0].height
     assert np.array_equal(np.asarray(sheets[0]), np.asarray(sheets[1])[: sheets[0].height])
 
@@ -118,7 +118,7 @@ def test_weights_are_averaged_over_each_kind():
     means, health = routing_by_kind(model, processor, rows, batch_size=2)
     kinds, expected = [], []
     for row in rows:
-        image = picture_as_annotated(row)
+        image = image_as_annotated(row)
         inputs = processor(images=[image], text=[row["sentences"]], return_tensors="pt")
         with torch.inference_mode():
             outputs = model(**inputs, output_router_weights=True)

@@ -248,7 +248,7 @@ def test_balance_loss_is_least_when_experts_are_used_alike():
     assert float(router_auxiliary_loss(random_routing(1), **arguments)) > 0
 
 
-def test_projector_convolves_each_picture_with_its_own_kernel(model):
+def test_projector_convolves_each_image_with_its_own_kernel(model):
     rng = np.random.default_rng(0)
     grid, kernel = rng.normal(size=(2, 3, 5, 6)), rng.normal(size=(2, 9, 3))
     got = model.decoder.projector._convolve(torch.tensor(grid), torch.tensor(kernel)).numpy()

@@ -28,7 +28,7 @@ needs_onnx = pytest.mark.skipif(
     reason="the export extra (onnx, onnxscript, onnxruntime) is not installed",
 )
 
-# pictures, rows of them that the expressions are about, size in pixels, tokens
+# images, rows of them that the expressions are about, size in pixels, tokens
 SIZES = [
     (1, [0], (56, 56), 5),  # one of everything, at the position embedding's own size
     (2, [0, 1], (56, 56), 7),
@@ -37,7 +37,7 @@ SIZES = [
     (4, [3, 1], (112, 98), 4),
     (3, [0, 1, 2, 2, 1, 0, 0], (28, 28), 20),
 ]
-LEARNT = (2, [0, 0, 1, 1])  # pictures and expressions that the exported model knows by heart
+LEARNT = (2, [0, 0, 1, 1])  # images and expressions that the exported model knows by heart
 
 
 def text_config() -> dict[str, int]:
@@ -109,11 +109,11 @@ def test_the_graph_computes_what_the_model_does_at_every_size(trained, exported)
 
 
 @needs_onnx
-def test_the_graph_needs_onnx_runtime_and_the_processor_alone(trained, exported, picture):
+def test_the_graph_needs_onnx_runtime_and_the_processor_alone(trained, exported, image):
     import onnxruntime
 
     processor = SeraProcessor.from_pretrained(exported)
-    inputs = processor(images=[picture, picture], text=[["red cup", "left"], ["girl"]], return_tensors="np")
+    inputs = processor(images=[image, image], text=[["red cup", "left"], ["girl"]], return_tensors="np")
     session = onnxruntime.InferenceSession(exported / "model.onnx")
     (logits,) = session.run(["logits"], {node.name: inputs[node.name] for node in session.get_inputs()})
     with torch.inference_mode():

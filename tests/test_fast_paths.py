@@ -1,4 +1,4 @@
-"""Every faster way against the plain one: folded batch norms, expressions in parts, the picture's share, quick resizing."""
+"""Every faster way against the plain one: folded batch norms, expressions in parts, the image's share, quick resizing."""
 
 import io
 from pathlib import Path
@@ -85,7 +85,7 @@ def test_parts_without_index_and_mask():
 
 @pytest.mark.parametrize("layers, shared_taps", [([1, 3], 1), ([3], 2), ([0], 0)])
 @pytest.mark.parametrize("max_expressions", [None, 1, 2])
-def test_what_does_not_see_the_text_runs_once_per_picture(layers, shared_taps, max_expressions):
+def test_what_does_not_see_the_text_runs_once_per_image(layers, shared_taps, max_expressions):
     model = make_model(adapter_layers=layers, tap_layers=[1, 3, 4])
     rows = {}
 
@@ -144,12 +144,12 @@ def test_resizing_differs_from_pillow_by_rounding_at_most(original, frame, resam
     assert difference.max() < (2.001 if is_enlarged else 1.001) and difference.mean() < 0.05
 
 
-def test_a_photograph_file_is_prepared_as_its_pixels_are(tmp_path, picture):
-    picture.save(tmp_path / "picture.jpg", quality=90)
+def test_a_photograph_file_is_prepared_as_its_pixels_are(tmp_path, image):
+    image.save(tmp_path / "image.jpg", quality=90)
     processor = SeraImageProcessor(size=56)
-    decoded = np.array(Image.open(io.BytesIO((tmp_path / "picture.jpg").read_bytes())).convert("RGB"))
+    decoded = np.array(Image.open(io.BytesIO((tmp_path / "image.jpg").read_bytes())).convert("RGB"))
     assert np.array_equal(
-        processor(tmp_path / "picture.jpg")["pixel_values"], processor(Image.fromarray(decoded))["pixel_values"]
+        processor(tmp_path / "image.jpg")["pixel_values"], processor(Image.fromarray(decoded))["pixel_values"]
     )
 
 

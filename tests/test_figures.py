@@ -1,4 +1,4 @@
-"""Pictures of results: overlays, and sheets on which every expression stays beside its own pictures."""
+"""Images of results: overlays, and sheets on which every expression stays beside its own images."""
 
 import itertools
 import warnings
@@ -11,7 +11,7 @@ from matplotlib.transforms import Bbox
 from PIL import Image
 from test_evaluation import make_processor, make_rows, tiny_model
 
-from training.batches import picture_as_annotated
+from training.batches import image_as_annotated
 from training.figures import draw_report, draw_sheet, evenly_ranked, fit_lines, overlay, sheet_figure
 from training.metric import SentenceScore, summarize
 
@@ -39,7 +39,7 @@ def asking(rows: datasets.Dataset, texts: list[str]) -> datasets.Dataset:
 
 
 def test_an_overlay_changes_the_masks_alone(rows):
-    photograph = picture_as_annotated(rows[0]).crop((0, 0, 64, 40))
+    photograph = image_as_annotated(rows[0]).crop((0, 0, 64, 40))
     masks = [np.zeros((40, 64), bool) for _ in range(3)]
     masks[0][5:15, 5:25] = True
     masks[1][20:38, 40:60] = True  # the third is empty
@@ -74,7 +74,7 @@ EXPRESSIONS = [
 
 
 def extents(figure: Figure) -> tuple[dict[str, Bbox], list[list[Bbox]]]:
-    """Where the drawn expressions lie, and, per example, where its pictures do."""
+    """Where the drawn expressions lie, and, per example, where its images do."""
     figure.canvas.draw()
     renderer = figure.canvas.get_renderer()
     titles = {text.get_text(): text.get_window_extent(renderer) for text in figure.texts if "“" in text.get_text()}
@@ -87,12 +87,12 @@ def overlap(a: Bbox, b: Bbox) -> bool:
 
 
 @pytest.mark.filterwarnings("ignore:The expression .* is cut to 77")
-def test_every_expression_stands_beside_its_own_pictures_alone(rows, processor):
+def test_every_expression_stands_beside_its_own_images_alone(rows, processor):
     rows = asking(rows, EXPRESSIONS)
     figure = sheet_figure(tiny_model(), processor, rows, [score(row) for row in range(len(EXPRESSIONS))])
-    titles, pictures = extents(figure)
-    assert len(titles) == len(pictures) == len(EXPRESSIONS)
-    for (text, title), own, expression in zip(titles.items(), pictures, EXPRESSIONS, strict=True):
+    titles, images = extents(figure)
+    assert len(titles) == len(images) == len(EXPRESSIONS)
+    for (text, title), own, expression in zip(titles.items(), images, EXPRESSIONS, strict=True):
         shown = text.replace("\n", " ").strip("“” ")
         whole = " ".join(expression.split())
         beginning = shown.rstrip("…").replace(" ", "")
@@ -102,7 +102,7 @@ def test_every_expression_stands_beside_its_own_pictures_alone(rows, processor):
         assert 0 < title.y0 - max(box.y1 for box in own) < 60  # just above them
     boxes = list(titles.values())
     assert not any(overlap(a, b) for a, b in itertools.combinations(boxes, 2))
-    assert not any(overlap(title, box) for title in boxes for own in pictures for box in own)
+    assert not any(overlap(title, box) for title in boxes for own in images for box in own)
     renderer = figure.canvas.get_renderer()
     captions = [text.get_window_extent(renderer) for axis in figure.axes for text in axis.texts if text.get_text()]
     assert len(captions) == 2 * len(EXPRESSIONS)
@@ -113,14 +113,14 @@ def test_every_expression_stands_beside_its_own_pictures_alone(rows, processor):
     assert "“the $5_$ note”" in short and "“left zebra”" in short
 
 
-def test_no_label_of_the_experts_lies_on_a_picture(rows, processor):
+def test_no_label_of_the_experts_lies_on_a_image(rows, processor):
     figure = sheet_figure(tiny_model(), processor, rows, [score(row) for row in range(3)])
-    _, pictures = extents(figure)
+    _, images = extents(figure)
     renderer = figure.canvas.get_renderer()
     bars = [axis for axis in figure.axes if not axis.images]
     labels = [label.get_window_extent(renderer) for axis in bars for label in axis.get_yticklabels()]
     assert len(bars) == 3 and len(labels) == 18
-    assert not any(overlap(label, box) for label in labels for own in pictures for box in own)
+    assert not any(overlap(label, box) for label in labels for own in images for box in own)
 
 
 @pytest.mark.parametrize("text", [*EXPRESSIONS, "", "a", "two words", "x " * 90])
@@ -161,8 +161,8 @@ def test_the_report_takes_any_expression_and_any_number_of_cases(rows, processor
     with warnings.catch_warnings():
         warnings.filterwarnings("error", module="matplotlib")  # a text that cannot be drawn would only warn
         draw_report(tiny_model(), processor, rows, scores, scores, record, path)
-    picture = Image.open(path)
-    assert picture.width > 800 and np.asarray(picture.convert("L")).std() > 5
+    image = Image.open(path)
+    assert image.width > 800 and np.asarray(image.convert("L")).std() > 5
 
 
 def test_examples_are_taken_evenly_from_each_kind():

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders import picture_bytes
+from builders import image_bytes
 from conftest import REPOSITORY
 from PIL import Image
 from test_evaluation import make_processor, tiny_model
@@ -51,7 +51,7 @@ def handler(module, folder):
     return module.EndpointHandler(str(folder))
 
 
-PNG = picture_bytes("PNG")
+PNG = image_bytes("PNG")
 
 
 def encoded(content: bytes = PNG) -> str:
@@ -74,7 +74,7 @@ def masks(answers: list[dict]) -> list[np.ndarray]:
 
 
 def expected(image: Image.Image, expressions: list[str], threshold: float | None = None) -> list[dict]:
-    """What model and processor say about one picture, asked in one pass."""
+    """What model and processor say about one image, asked in one pass."""
     processor = make_processor()
     inputs = processor(images=[image], text=[expressions], return_tensors="pt")
     with torch.inference_mode():
@@ -140,29 +140,29 @@ def test_a_threshold_of_a_query_string_is_a_number_and_matters(handler):
     assert low.sum() > high.sum() and not (high & ~low).any()
 
 
-def test_masks_lie_on_the_picture_as_it_is_shown(handler):
+def test_masks_lie_on_the_image_as_it_is_shown(handler):
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn
-    turned = picture_bytes("JPEG", exif=exif)
+    turned = image_bytes("JPEG", exif=exif)
     (mask,) = masks(handler(request(image=encoded(turned))))
     assert mask.shape == (60, 40)  # the file holds 40 rows of 60
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"])
 def test_formats(handler, form):
-    (mask,) = masks(handler(request(image=encoded(picture_bytes(form)))))
+    (mask,) = masks(handler(request(image=encoded(image_bytes(form)))))
     assert mask.shape == (40, 60)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (5000, 1), (1, 5000)])
-def test_pictures_of_any_shape(handler, size):
+def test_images_of_any_shape(handler, size):
     buffer = io.BytesIO()
     Image.new("RGB", size, "red").save(buffer, "PNG")
     (mask,) = masks(handler(request(image=encoded(buffer.getvalue()))))
     assert mask.shape == size[::-1]
 
 
-def test_a_telephones_jpeg_of_two_pictures_is_accepted(handler):
+def test_a_telephones_jpeg_of_two_images_is_accepted(handler):
     first, second = (Image.new("RGB", (30, 20), colour) for colour in ("red", "blue"))
     buffer = io.BytesIO()
     first.save(buffer, "MPO", save_all=True, append_images=[second])
@@ -187,7 +187,7 @@ def eps() -> bytes:
 
 
 class AnOutsideFile(Image.Image):
-    """A picture of a format that the endpoint does not read, not decoded yet."""
+    """An image of a format that the endpoint does not read, not decoded yet."""
 
     format = "EPS"
 
@@ -202,7 +202,7 @@ BAD = {
     "null inputs": ({"inputs": None}, "has no inputs"),
     "no image": ({"inputs": {"text": "cup"}}, "has no image"),
     "no text": ({"inputs": {"image": encoded()}}, "has no text"),
-    "bare picture": ({"inputs": PNG}, "has no text"),
+    "bare image": ({"inputs": PNG}, "has no text"),
     "text twice": ({"inputs": {"image": encoded(), "text": "a"}, "parameters": {"text": "b"}}, "several places"),
     "misspelt input": ({"inputs": {"image": encoded(), "txt": "cup"}}, "unknown name 'txt'"),
     "misspelt parameter": (request(treshold=0.5), "unknown name 'treshold'"),
@@ -229,24 +229,24 @@ BAD = {
     "image a list": (request(image=[encoded()]), "got a list"),
     "image an object": (request(image={"url": "x"}), "got an object"),
     "image a URL": (request(image="https://example.com/cat.png"), "is a URL"),
-    "image a path": (request(image="/etc/passwd"), "not (whole base64|a picture)"),
+    "image a path": (request(image="/etc/passwd"), "not (whole base64|an image)"),
     "image in no base64": (request(image="kätzchen"), "not whole base64"),
     "data URL without base64": (request(image="data:image/svg+xml,<svg/>"), "data URL without base64"),
     "base64 cut off": (request(image=encoded()[:-3]), "not whole base64"),
-    "base64 of half a picture": (request(image=encoded(PNG[: len(PNG) // 2])), "cannot be decoded to its end"),
-    "base64 of half a JPEG": (request(image=encoded(picture_bytes("JPEG")[:900])), "cannot be decoded to its end"),
-    "base64 of a few bytes": (request(image=encoded(PNG[:20])), "not a picture"),
-    "empty image": (request(image=""), "not a picture"),
-    "base64 of text": (request(image=encoded(b"left zebra")), "not a picture"),
-    "damaged picture": (request(image=encoded(PNG[:300] + bytes(50) + PNG[350:])), "cannot be decoded to its end"),
+    "base64 of half an image": (request(image=encoded(PNG[: len(PNG) // 2])), "cannot be decoded to its end"),
+    "base64 of half a JPEG": (request(image=encoded(image_bytes("JPEG")[:900])), "cannot be decoded to its end"),
+    "base64 of a few bytes": (request(image=encoded(PNG[:20])), "not an image"),
+    "empty image": (request(image=""), "not an image"),
+    "base64 of text": (request(image=encoded(b"left zebra")), "not an image"),
+    "damaged image": (request(image=encoded(PNG[:300] + bytes(50) + PNG[350:])), "cannot be decoded to its end"),
     "format that starts a program": (request(image=encoded(eps())), "one of these formats"),
-    "opened picture of such a format": (
+    "opened image of such a format": (
         {"inputs": AnOutsideFile(), "parameters": {"text": "cup"}},
-        "EPS picture is not",
+        "EPS image is not",
     ),
     "too many pixels": (request(image=encoded(png_header(6000, 5000))), "6000 x 5000 pixels; send at most 25000000"),
     "far too many pixels": (request(image=encoded(png_header(2**30, 2**30))), "too many pixels"),
-    "opened picture of too many pixels": (
+    "opened image of too many pixels": (
         {"inputs": Image.open(io.BytesIO(png_header(6000, 5000))), "parameters": {"text": "cup"}},
         "6000 x 5000 pixels",
     ),

@@ -67,7 +67,7 @@ def test_the_coco_ids_of_a_copy_are_known_from_one_column(folder, layout):
     assert set(copy.image_ids("validation")) == set(SPLITS["val"])
 
 
-def test_pictures_without_a_coco_id_are_told_apart_by_negative_numbers(folder):
+def test_images_without_a_coco_id_are_told_apart_by_negative_numbers(folder):
     rows = copy_of(folder, "moondream").read("train")
     files = {row["image_id"]: row["image"]["bytes"] for row in rows}
     assert len(files) == len(SPLITS["train"]) and max(files) < 0
@@ -128,19 +128,19 @@ def write_rows(root: Path, **columns: list) -> Path:
 
 
 def test_an_unknown_layout_names_its_columns(tmp_path):
-    root = write_rows(tmp_path / "odd", picture=["a"], caption=["b"])
+    root = write_rows(tmp_path / "odd", image=["a"], caption=["b"])
     with pytest.raises(
-        ValueError, match=r"odd has the columns caption, picture, no layout known here.*lmms-lab \(answer"
+        ValueError, match=r"odd has the columns caption, image, no layout known here.*lmms-lab \(answer"
     ):
         RowFolder(str(root))
 
 
-def test_paths_of_pictures_need_their_folder(folder):
+def test_paths_of_images_need_their_folder(folder):
     target = write_hub_copy(folder, "jxu124", folder.root.parent / "copy", {"train": "train"})
-    with pytest.raises(ValueError, match=r"copy holds paths of pictures.*data\.image_dir"):
+    with pytest.raises(ValueError, match=r"copy holds paths of images.*data\.image_dir"):
         RowFolder(str(target))
     with pytest.raises(
-        ValueError, match=r"copy: row 0 cannot be used: the picture .*nowhere/coco/.*\.png does not exist"
+        ValueError, match=r"copy: row 0 cannot be used: the image .*nowhere/coco/.*\.png does not exist"
     ):
         RowFolder(str(target), image_dir="nowhere").read("train")
 
@@ -168,7 +168,7 @@ def test_other_folders_are_refused_with_what_they_are(folder, tmp_path):
     with pytest.raises(ValueError, match=r"is a REFER folder, with refcoco/refs\(unc\)\.p: set data\.source to refer"):
         RowFolder(str(folder.root))
     with pytest.raises(ValueError, match=r"must hold Parquet files.*imagefolder"):
-        RowFolder(str(folder.picture_folder))
+        RowFolder(str(folder.image_folder))
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="empty gives no dataset"):
         RowFolder(str(tmp_path / "empty"))
@@ -208,7 +208,7 @@ def with_a_larger_mask(row: dict) -> None:
         ("lmms_lab", lambda row: row.update(iscrowd=1), "it is a crowd"),
         ("lmms_lab", lambda row: row.update(file_name="cat.jpg"), "the file name 'cat.jpg' is none of COCO's"),
         ("lmms_lab", lambda row: row.update(segmentation=[900.0, 900.0, 950.0, 900.0, 950.0, 950.0]), "no pixel"),
-        ("lmms_lab", lambda row: row["image"].update(bytes=b"<html>"), "damaged, or not a picture"),
+        ("lmms_lab", lambda row: row["image"].update(bytes=b"<html>"), "damaged, or not an image"),
         ("jxu124", lambda row: row.update(sentences="{"), "Expecting property name"),
         ("jxu124", lambda row: row.update(sentences=None), "it has no raw_sentences or sentences"),
         ("jxu124", lambda row: row.update(raw_anns="{}"), "KeyError.*segmentation"),

@@ -1,4 +1,4 @@
-"""The image processor: a letterbox that masks share, exact pixel values, every kind of picture, and its options."""
+"""The image processor: a letterbox that masks share, exact pixel values, every kind of image, and its options."""
 
 import base64
 import math
@@ -42,7 +42,7 @@ def test_a_side_never_vanishes():
 
 
 @pytest.mark.parametrize("original, frame", GEOMETRIES)
-def test_picture_and_mask_stay_aligned(original, frame):
+def test_image_and_mask_stay_aligned(original, frame):
     height, width = original
     mask = disc(original, (height * 0.55, width * 0.45), min(original) * 0.3)
     image_processor = SeraImageProcessor(size={"height": frame[0], "width": frame[1]})
@@ -86,10 +86,10 @@ def test_negative_pixels_are_left_out_and_change_no_other():
     assert plain.max() == 1 and left_out.sum() == 8 * 16
 
 
-def test_mirroring_the_picture_mirrors_the_frame(picture):
+def test_mirroring_the_image_mirrors_the_frame(image):
     image_processor = SeraImageProcessor(size={"height": 40, "width": 56})  # even padding
-    plain = image_processor(picture)["pixel_values"]
-    mirrored = image_processor(picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT))["pixel_values"]
+    plain = image_processor(image)["pixel_values"]
+    mirrored = image_processor(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT))["pixel_values"]
     assert np.array_equal(mirrored, plain[..., ::-1])
 
 
@@ -111,10 +111,10 @@ def test_pixels_are_normalised_and_the_padding_is_zero():
     assert (values[0, :, :7] == 0).all() and (values[0, :, 21:] == 0).all()
 
 
-def test_a_picture_of_the_frames_size_is_not_resampled(picture):
+def test_a_image_of_the_frames_size_is_not_resampled(image):
     image_processor = SeraImageProcessor(size={"height": 40, "width": 30})
-    values = denormalised(image_processor(picture)["pixel_values"][0], image_processor)
-    assert np.allclose(values * 255, np.asarray(picture).transpose(2, 0, 1), atol=1e-3)
+    values = denormalised(image_processor(image)["pixel_values"][0], image_processor)
+    assert np.allclose(values * 255, np.asarray(image).transpose(2, 0, 1), atol=1e-3)
 
 
 def test_large_reductions_are_anti_aliased():
@@ -131,7 +131,7 @@ def test_extreme_shapes(processor):
     assert (batch["pixel_values"][1] > 0).all()
 
 
-# kinds of pictures
+# kinds of images
 # -----------------
 
 
@@ -140,16 +140,16 @@ def saved(path: Path, image: Image.Image, **options) -> Path:
     return path
 
 
-def test_modes_that_hold_the_same_picture_give_the_same_values(tmp_path, processor, picture):
-    reference = processor.image_processor(picture)["pixel_values"]
-    opaque = picture.copy()
+def test_modes_that_hold_the_same_image_give_the_same_values(tmp_path, processor, image):
+    reference = processor.image_processor(image)["pixel_values"]
+    opaque = image.copy()
     opaque.putalpha(255)
-    few_colours = picture.quantize(16)
+    few_colours = image.quantize(16)
     same = [
-        (saved(tmp_path / "rgb.png", picture), reference, 0),
+        (saved(tmp_path / "rgb.png", image), reference, 0),
         (saved(tmp_path / "rgba.png", opaque), reference, 0),
-        (saved(tmp_path / "cmyk.tif", picture.convert("CMYK")), reference, 0.05),
-        (saved(tmp_path / "cmyk.jpg", picture.convert("CMYK"), quality=95), reference, 0.2),
+        (saved(tmp_path / "cmyk.tif", image.convert("CMYK")), reference, 0.05),
+        (saved(tmp_path / "cmyk.jpg", image.convert("CMYK"), quality=95), reference, 0.2),
         (
             saved(tmp_path / "palette.png", few_colours),
             processor.image_processor(few_colours.convert("RGB"))["pixel_values"],
@@ -157,12 +157,12 @@ def test_modes_that_hold_the_same_picture_give_the_same_values(tmp_path, process
         ),
     ]
     for path, expected, tolerance in same:
-        for image in (path, str(path), Image.open(path)):
-            values = processor.image_processor(image)["pixel_values"]
+        for given in (path, str(path), Image.open(path)):
+            values = processor.image_processor(given)["pixel_values"]
             assert np.abs(values - expected).max() <= tolerance, path.name
 
 
-def test_grey_pictures_of_every_depth(tmp_path, processor):
+def test_grey_images_of_every_depth(tmp_path, processor):
     grey = np.linspace(0, 255, 40 * 30).astype(np.uint8).reshape(40, 30)
     expected = processor.image_processor(np.stack([grey] * 3, -1))["pixel_values"]
     deep = grey.astype(np.uint16) * 257
@@ -185,13 +185,13 @@ def test_grey_pictures_of_every_depth(tmp_path, processor):
         assert np.array_equal(processor.image_processor(image)["pixel_values"], expected), kind
 
 
-def test_a_dark_16_bit_picture_stays_dark():
+def test_a_dark_16_bit_image_stays_dark():
     dark = np.full((3, 4), 200)
     for image in (dark.astype("<u2"), dark.astype(">u2"), Image.fromarray(dark.astype("<u2"))):
         assert to_rgb_image(image).getpixel((0, 0)) == (1, 1, 1)
 
 
-def test_bilevel_pictures(processor):
+def test_bilevel_images(processor):
     bits = disc((40, 30), (20, 15), 9)
     expected = processor.image_processor(bits.astype(np.uint8) * 255)["pixel_values"]
     for image in (bits, Image.fromarray(bits), torch.from_numpy(bits)):
@@ -210,20 +210,20 @@ def test_transparency_is_composited_on_white(tmp_path):
     assert to_rgb_image(half).getpixel((0, 0)) == (127, 127, 127)
 
 
-def test_exif_rotation_is_applied(tmp_path, processor, picture):
+def test_exif_rotation_is_applied(tmp_path, processor, image):
     exif = Image.Exif()
     exif[0x0112] = 6  # turn clockwise to see it upright
-    path = saved(tmp_path / "turned.jpg", picture, exif=exif, quality=95)
+    path = saved(tmp_path / "turned.jpg", image, exif=exif, quality=95)
     upright = np.rot90(np.asarray(Image.open(path)), -1)
-    for image in (path, Image.open(path)):
-        batch = processor.image_processor(image)
+    for given in (path, Image.open(path)):
+        batch = processor.image_processor(given)
         assert batch["original_sizes"].tolist() == [[30, 40]]
         assert np.array_equal(batch["pixel_values"], processor.image_processor(upright)["pixel_values"])
 
 
-def test_arrays_and_tensors_of_every_layout(processor, picture):
-    expected = processor.image_processor(picture)["pixel_values"]
-    array = np.asarray(picture)
+def test_arrays_and_tensors_of_every_layout(processor, image):
+    expected = processor.image_processor(image)["pixel_values"]
+    array = np.asarray(image)
     opaque = np.concatenate([array, np.full((40, 30, 1), 255, np.uint8)], -1)
     layouts = [
         array,
@@ -239,8 +239,8 @@ def test_arrays_and_tensors_of_every_layout(processor, picture):
         array[None],
         torch.from_numpy(array.copy()).permute(2, 0, 1)[None],
     ]
-    for image in layouts:
-        assert np.array_equal(processor.image_processor(image)["pixel_values"], expected)
+    for given in layouts:
+        assert np.array_equal(processor.image_processor(given)["pixel_values"], expected)
     half = torch.from_numpy(array / 255).permute(2, 0, 1).bfloat16()
     assert np.abs(processor.image_processor(half)["pixel_values"] - expected).max() < 0.02
 
@@ -251,10 +251,10 @@ def test_ambiguous_layouts_follow_each_librarys_convention():
     assert np.array_equal(np.asarray(to_rgb_image(torch.from_numpy(values))), values.transpose(1, 2, 0))
 
 
-def test_the_callers_picture_is_left_alone(processor, picture):
-    before = np.array(picture)
-    processor.image_processor(picture)
-    assert np.array_equal(np.asarray(picture), before)
+def test_the_callers_image_is_left_alone(processor, image):
+    before = np.array(image)
+    processor.image_processor(image)
+    assert np.array_equal(np.asarray(image), before)
 
 
 @pytest.mark.parametrize(
@@ -269,16 +269,16 @@ def test_the_callers_picture_is_left_alone(processor, picture):
         (np.full((4, 4), 70_000), "70000"),
         (np.full((4, 4), 1j), "complex"),
         (Image.new("F", (4, 4), math.nan), "nan"),
-        ([], "at least one picture"),
+        ([], "at least one image"),
         ([Image.new("L", (2, 2)), np.zeros((0, 1))], r"images\[1\] is empty"),
     ],
 )
-def test_values_that_are_no_picture(processor, image, message):
+def test_values_that_are_no_image(processor, image, message):
     with pytest.raises(ValueError, match=message):
         processor.image_processor(image)
 
 
-def test_a_rounding_error_above_white_does_not_turn_a_picture_black():
+def test_a_rounding_error_above_white_does_not_turn_a_image_black():
     values = np.full((4, 4), 0.9, np.float32)
     expected = np.asarray(to_rgb_image(Image.fromarray(values)))
     values[0, 0] = 1.0005
@@ -286,31 +286,31 @@ def test_a_rounding_error_above_white_does_not_turn_a_picture_black():
     assert expected.mean() > 200
 
 
-def test_types_that_are_no_picture(processor):
+def test_types_that_are_no_image(processor):
     with pytest.raises(TypeError, match="got int"):
         processor.image_processor(5)
     with pytest.raises(TypeError, match=r"images\[1\] must be a PIL image.* got NoneType"):
         processor.image_processor([Image.new("L", (2, 2)), None])
 
 
-def test_a_corrupt_picture_names_its_file(tmp_path, processor, picture):
-    whole = saved(tmp_path / "whole.jpg", picture.resize((300, 400))).read_bytes()
+def test_a_corrupt_image_names_its_file(tmp_path, processor, image):
+    whole = saved(tmp_path / "whole.jpg", image.resize((300, 400))).read_bytes()
     truncated, text = tmp_path / "truncated.jpg", tmp_path / "text.png"
     truncated.write_bytes(whole[: len(whole) // 2])
-    text.write_text("not a picture")
+    text.write_text("not an image")
     for images, name in (
         (truncated, "truncated.jpg"),
         (Image.open(truncated), "truncated.jpg"),
         (text, "text.png"),
     ):
-        with pytest.raises(ValueError, match=rf"{name} is not a readable picture"):
-            processor.image_processor([picture, images])
+        with pytest.raises(ValueError, match=rf"{name} is not a readable image"):
+            processor.image_processor([image, images])
     url = "data:image/jpeg;base64," + base64.b64encode(whole).decode()
     from_url, from_file = (
         processor.image_processor(source)["pixel_values"] for source in (url, tmp_path / "whole.jpg")
     )
     assert np.array_equal(from_url, from_file)
-    with pytest.raises(ValueError, match="the data URL is not a readable picture") as error:
+    with pytest.raises(ValueError, match="the data URL is not a readable image") as error:
         processor.image_processor("data:image/png;base64," + 10_000 * "AAAA")
     assert len(str(error.value)) < 200
     with pytest.raises(FileNotFoundError, match=r"nowhere\.png"):
@@ -338,7 +338,7 @@ def test_other_impossible_options():
         SeraImageProcessor(do_center_crop=True)
 
 
-def test_image_processor_round_trip(tmp_path, picture):
+def test_image_processor_round_trip(tmp_path, image):
     options = {
         "size": {"height": 42, "width": 28},
         "resample": 2,
@@ -347,13 +347,13 @@ def test_image_processor_round_trip(tmp_path, picture):
     }
     original = SeraImageProcessor(**options)
     original.save_pretrained(tmp_path)
-    expected = original(picture)["pixel_values"]
+    expected = original(image)["pixel_values"]
     for loaded in (
         SeraImageProcessor.from_pretrained(tmp_path),
         AutoImageProcessor.from_pretrained(tmp_path),
     ):
         assert type(loaded) is SeraImageProcessor and loaded.to_dict() == original.to_dict()
-        assert np.array_equal(loaded(picture)["pixel_values"], expected)
+        assert np.array_equal(loaded(image)["pixel_values"], expected)
     assert SeraImageProcessor.from_pretrained(tmp_path, size={"height": 14, "width": 14}).frame_size == (
         14,
         14,

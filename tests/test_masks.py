@@ -1,4 +1,4 @@
-"""Masks and pictures of the training data: run-length codes, polygons, and files that open or say why not."""
+"""Masks and images of the training data: run-length codes, polygons, and files that open or say why not."""
 
 import json
 
@@ -6,7 +6,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import pytest
-from builders import picture_bytes
+from builders import image_bytes
 from reference import distance_to_outline, fill_even_odd
 
 from training.data import decode_mask, encode_mask, open_image, segmentation_to_rle
@@ -187,52 +187,52 @@ def test_a_damaged_code_is_refused_before_it_is_decoded():
             decode_mask({"size": [20, 30], "counts": code["counts"][:cut]})
 
 
-# Pictures
+# Images
 
 
 @pytest.mark.parametrize(
     ("format_name", "mode"),
     [("PNG", "RGB"), ("PNG", "L"), ("PNG", "P"), ("PNG", "RGBA"), ("PNG", "I;16"), ("JPEG", "CMYK"), ("WEBP", "RGB")],
 )
-def test_pictures_open_from_path_bytes_and_pil_alike(tmp_path, format_name, mode):
-    data = picture_bytes(format_name, mode)
-    path = tmp_path / "picture"
+def test_images_open_from_path_bytes_and_pil_alike(tmp_path, format_name, mode):
+    data = image_bytes(format_name, mode)
+    path = tmp_path / "image"
     path.write_bytes(data)
     reference = PIL.Image.open(path)
     for value in ({"path": str(path), "bytes": None}, {"path": None, "bytes": data}, PIL.Image.open(path)):
-        picture = open_image(value)
-        assert picture.size == (60, 40) and picture.mode == reference.mode
-        assert np.array_equal(np.asarray(picture), np.asarray(reference))
+        image = open_image(value)
+        assert image.size == (60, 40) and image.mode == reference.mode
+        assert np.array_equal(np.asarray(image), np.asarray(reference))
 
 
 def test_bytes_come_before_the_path_they_were_read_from():
-    assert open_image({"path": "gone.png", "bytes": picture_bytes("PNG")}).size == (60, 40)
+    assert open_image({"path": "gone.png", "bytes": image_bytes("PNG")}).size == (60, 40)
 
 
 def test_exif_orientation_is_left_to_the_image_processor():
     exif = PIL.Image.Exif()
     exif[0x0112] = 6
     for format_name in ("JPEG", "PNG", "WEBP", "TIFF"):
-        picture = open_image({"path": None, "bytes": picture_bytes(format_name, exif=exif)})
-        if format_name != "TIFF":  # there Pillow turns the picture itself, and drops the tag
-            assert picture.size == (60, 40) and picture.getexif()[0x0112] == 6
-        assert PIL.ImageOps.exif_transpose(picture).size == (40, 60)
+        image = open_image({"path": None, "bytes": image_bytes(format_name, exif=exif)})
+        if format_name != "TIFF":  # there Pillow turns the image itself, and drops the tag
+            assert image.size == (60, 40) and image.getexif()[0x0112] == 6
+        assert PIL.ImageOps.exif_transpose(image).size == (40, 60)
 
 
 @pytest.mark.parametrize(
     "content",
     [
-        picture_bytes("JPEG")[:-400],
-        picture_bytes("PNG")[:3000],
-        picture_bytes("WEBP")[:-400],
-        picture_bytes("JPEG")[:20],
-        picture_bytes("PNG")[:2000] + b"\0" * 64 + picture_bytes("PNG")[2064:],
+        image_bytes("JPEG")[:-400],
+        image_bytes("PNG")[:3000],
+        image_bytes("WEBP")[:-400],
+        image_bytes("JPEG")[:20],
+        image_bytes("PNG")[:2000] + b"\0" * 64 + image_bytes("PNG")[2064:],
         b"",
         b"this is a text, whatever its name says",
     ],
     ids=["cut jpeg", "cut png", "cut webp", "jpeg header", "damaged png", "empty", "text"],
 )
-def test_a_corrupt_picture_names_its_file(tmp_path, content):
+def test_a_corrupt_image_names_its_file(tmp_path, content):
     path = tmp_path / "COCO_corrupt.jpg"
     path.write_bytes(content)
     for value in ({"path": str(path), "bytes": None}, {"path": str(path), "bytes": content}):
@@ -241,14 +241,14 @@ def test_a_corrupt_picture_names_its_file(tmp_path, content):
         assert "BytesIO" not in str(error.value)
 
 
-def test_a_corrupt_picture_opened_elsewhere_names_its_file(tmp_path):
+def test_a_corrupt_image_opened_elsewhere_names_its_file(tmp_path):
     path = tmp_path / "COCO_lazy.jpg"
-    path.write_bytes(picture_bytes("JPEG")[:-400])
-    with PIL.Image.open(path) as picture, pytest.raises(ValueError, match=r"COCO_lazy\.jpg"):
-        open_image(picture)
+    path.write_bytes(image_bytes("JPEG")[:-400])
+    with PIL.Image.open(path) as image, pytest.raises(ValueError, match=r"COCO_lazy\.jpg"):
+        open_image(image)
 
 
-def test_a_missing_picture_a_folder_and_nothing_at_all_are_refused(tmp_path):
+def test_a_missing_image_a_folder_and_nothing_at_all_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"gone\.jpg"):
         open_image({"path": str(tmp_path / "gone.jpg"), "bytes": None})
     with pytest.raises(ValueError, match=tmp_path.name):
@@ -259,7 +259,7 @@ def test_a_missing_picture_a_folder_and_nothing_at_all_are_refused(tmp_path):
 
 def test_a_decompression_bomb_names_its_file(tmp_path, monkeypatch):
     path = tmp_path / "COCO_bomb.png"
-    path.write_bytes(picture_bytes("PNG"))
+    path.write_bytes(image_bytes("PNG"))
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(ValueError, match=r"COCO_bomb\.png.*exceeds limit"):
         open_image({"path": str(path), "bytes": None})

@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from PIL import Image
 from test_evaluation import Presence, StandIn, counts_of, make_processor, make_rows, places
 
-from training.batches import picture_as_annotated
+from training.batches import image_as_annotated
 from training.data import decode_mask
 from training.evaluation import score_sentences, threshold_curve
 from training.reading import Reading
@@ -56,7 +56,7 @@ def test_a_mask_is_that_of_the_mean_of_both_answers(rows, processor, model, thre
     assert [(score.row, score.sentence, score.kind) for score in scores] == places(rows)
     for score in scores[::2]:
         row = rows[score.row]
-        image, sentence = picture_as_annotated(row), row["sentences"][score.sentence]
+        image, sentence = image_as_annotated(row), row["sentences"][score.sentence]
         mirror_image = Image.fromarray(np.asarray(image)[:, ::-1])
         here, absent_here = probabilities_of(model, processor, image, sentence)
         there, absent_there = probabilities_of(model, processor, mirror_image, swapped(sentence))

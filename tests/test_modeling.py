@@ -56,9 +56,9 @@ def test_result_does_not_depend_on_the_rest_of_the_batch(aware, k):
     inputs = make_inputs(3, index)
     with torch.no_grad():
         together = model(**inputs, output_router_weights=True)
-        for n, picture in enumerate(index):
+        for n, image in enumerate(index):
             alone = model(
-                pixel_values=inputs["pixel_values"][picture : picture + 1],
+                pixel_values=inputs["pixel_values"][image : image + 1],
                 input_ids=inputs["input_ids"][n : n + 1],
                 attention_mask=inputs["attention_mask"][n : n + 1],
                 output_router_weights=True,
@@ -70,7 +70,7 @@ def test_result_does_not_depend_on_the_rest_of_the_batch(aware, k):
                 assert close(a[n : n + 1], b)
 
 
-def test_expressions_of_one_picture_in_any_order(model):
+def test_expressions_of_one_image_in_any_order(model):
     inputs = make_inputs(2, [0, 1, 0, 1])
     order = torch.tensor([2, 0, 3, 1])
     with torch.no_grad():
@@ -110,7 +110,7 @@ def test_late_adapters_share_the_taps_before_them():
         separate = model(
             **(inputs | {"pixel_values": inputs["pixel_values"][inputs["image_index"]], "image_index": None})
         )
-    assert rows[:3] == [2, 2, 4]  # one row per picture before the first adapter, one per expression after it
+    assert rows[:3] == [2, 2, 4]  # one row per image before the first adapter, one per expression after it
     assert close(together, separate.logits)
 
 
@@ -344,7 +344,7 @@ def test_half_precision_runs(model):
         ({"image_index": torch.tensor([0])}, "image_index has shape"),
         ({"image_index": torch.tensor([0, 1], dtype=torch.uint8)}, "image_index is of torch.uint8"),
         ({"input_ids": torch.zeros(0, 4, dtype=torch.long), "image_index": torch.zeros(0).long()}, "an expression"),
-        ({"picture_states": torch.zeros(1, 1, 21, 32)}, "picture_states are of 1 pictures"),
+        ({"image_states": torch.zeros(1, 1, 21, 32)}, "image_states are of 1 images"),
         ({"labels": torch.zeros(2, 28, 28)}, "labels have shape"),
     ],
 )
@@ -407,7 +407,7 @@ def test_fresh_weights_start_as_documented():
 
 @pytest.mark.parametrize("overrides", [{}, {"adapter_layers": [3]}, {"adapter_layers": []}, {"tap_layers": [1, 3]}])
 @pytest.mark.parametrize("training", [False, True])
-def test_states_stand_for_the_pictures(overrides, training):
+def test_states_stand_for_the_images(overrides, training):
     model = make_model(**overrides, router_noise_std=0.0, decoder_dropout=0.0)
     inputs = make_inputs(2, [0, 0, 1], size=(56, 70))
     with torch.no_grad():
@@ -415,9 +415,9 @@ def test_states_stand_for_the_pictures(overrides, training):
         model.train(training)
         expected = model(**inputs).logits
         blank = inputs | {"pixel_values": torch.zeros_like(inputs["pixel_values"])}
-        assert torch.equal(model(**blank, picture_states=states).logits, expected)
+        assert torch.equal(model(**blank, image_states=states).logits, expected)
         if not training:
-            in_parts = model(**blank, picture_states=states, max_expressions=2).logits
+            in_parts = model(**blank, image_states=states, max_expressions=2).logits
             assert torch.allclose(in_parts, expected, atol=1e-5)
         assert not torch.equal(model(**blank).logits, expected)
 

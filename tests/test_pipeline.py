@@ -18,7 +18,7 @@ class BrightnessConfig(PreTrainedConfig):
 
 
 class BrightnessModel(PreTrainedModel):
-    """An expression that begins with "d" means the dark part of its picture, any other the bright part."""
+    """An expression that begins with "d" means the dark part of its image, any other the bright part."""
 
     config: BrightnessConfig
     main_input_name = "pixel_values"
@@ -27,7 +27,7 @@ class BrightnessModel(PreTrainedModel):
         super().__init__(config)
         self.gain = torch.nn.Parameter(torch.tensor(4.0))
         self.dark = dark
-        self.calls = []  # numbers of pictures, of expressions, and of expressions at once
+        self.calls = []  # numbers of images, of expressions, and of expressions at once
         self.post_init()
 
     def forward(self, pixel_values, input_ids, attention_mask, image_index, original_sizes, max_expressions):
@@ -82,7 +82,7 @@ def test_one_expression_and_several(pipe):
             check(result, image, text)
 
 
-def test_pictures_of_every_form(pipe, tmp_path):
+def test_images_of_every_form(pipe, tmp_path):
     image = two_sided((100, 60))
     image.save(tmp_path / "image.png")
     path = tmp_path / "image.png"
@@ -120,14 +120,14 @@ def test_lists_and_generators_in_batches(pipe, batch_size):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
-def test_the_batch_size_is_that_of_pictures_whose_expressions_go_together(pipe, batch_size):
+def test_the_batch_size_is_that_of_images_whose_expressions_go_together(pipe, batch_size):
     pipe(examples(), batch_size=batch_size)
     counts = [1, 2, 1]
     groups = [counts[i : i + batch_size] for i in range(0, 3, batch_size)]
     assert pipe.model.calls == [(len(group), sum(group), 32) for group in groups]
 
 
-def test_500_expressions_about_one_picture_are_one_call_that_the_model_bounds(pipe):
+def test_500_expressions_about_one_image_are_one_call_that_the_model_bounds(pipe):
     image, texts = two_sided((40, 30)), ["dark " * (1 + i % 3) if i % 2 else f"bright {i}" for i in range(500)]
     results = pipe(image, texts)
     assert len(results) == 500 and pipe.model.calls == [(1, 500, 32)]
@@ -141,7 +141,7 @@ def test_the_caller_says_how_many_expressions_go_through_the_model_at_once(pipe,
     assert pipe.model.calls == [(3, 4, max_expressions)]
 
 
-def test_several_pictures_asked_the_same(pipe):
+def test_several_images_asked_the_same(pipe):
     images = [two_sided((100, 60)), two_sided((30, 50))]
     for image, results in zip(images, pipe(images, text=["dark", "bright"]), strict=True):
         check(results[0], image, "dark")
@@ -229,15 +229,15 @@ def test_bad_options_and_types_are_named_before_the_model_runs(pipe):
     assert pipe.model.calls == []
 
 
-def test_no_pictures_no_results(pipe):
+def test_no_images_no_results(pipe):
     assert pipe([], text="dark") == []
     assert list(pipe(example for example in [])) == []
 
 
-def test_a_picture_too_large_to_decode_is_refused(pipe, tmp_path, monkeypatch):
+def test_a_image_too_large_to_decode_is_refused(pipe, tmp_path, monkeypatch):
     two_sided((100, 60)).save(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(ValueError, match=r"bomb\.png is not a readable picture.*exceeds limit"):
+    with pytest.raises(ValueError, match=r"bomb\.png is not a readable image.*exceeds limit"):
         pipe(tmp_path / "bomb.png", text="dark")
     assert pipe.model.calls == []
 
@@ -249,7 +249,7 @@ def test_bad_expressions_are_named(pipe, tmp_path):
     with pytest.raises(ValueError, match="every image needs at least one expression"):
         pipe(image, text=[])
     (tmp_path / "broken.png").write_bytes(b"\x89PNG")
-    with pytest.raises(ValueError, match=r"broken\.png is not a readable picture"):
+    with pytest.raises(ValueError, match=r"broken\.png is not a readable image"):
         pipe(tmp_path / "broken.png", text="dark")
 
 

@@ -200,9 +200,9 @@ def test_what_it_cannot_use_is_named(model, photo, tmp_path, capsys, monkeypatch
     def said(*arguments: object) -> str:
         return refusal(capsys, *arguments, "--out", output)
 
-    assert "No picture at" in said("nowhere.png", text, "--model", model)
-    assert re.search(r"corrupt\.png is not a readable picture", said(corrupt, text, "--model", model))
-    assert re.search(r"bomb\.png is not a readable picture.*exceeds limit", said(bomb, text, "--model", model))
+    assert "No image at" in said("nowhere.png", text, "--model", model)
+    assert re.search(r"corrupt\.png is not a readable image", said(corrupt, text, "--model", model))
+    assert re.search(r"bomb\.png is not a readable image.*exceeds limit", said(bomb, text, "--model", model))
     assert re.search("expression.*'  ' is an empty expression", said(photo, text, "  ", "--model", model))
     assert "is an empty expression" in said(photo, text, "\u200b", "--model", model)  # once cleaned
     assert "required: expression" in said(photo, "--model", model)
@@ -219,7 +219,7 @@ def test_what_it_cannot_use_is_named(model, photo, tmp_path, capsys, monkeypatch
 
 
 def test_an_argument_that_is_not_utf8(model, photo, tmp_path):
-    """As bytes, on its way through the system; a picture's name may be such."""
+    """As bytes, on its way through the system; an image's name may be such."""
     name = os.fsencode(tmp_path) + b"/photo-\xe9.png"
     try:
         shutil.copy(os.fsencode(photo), name)

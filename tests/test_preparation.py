@@ -34,7 +34,7 @@ def sorted_rows(rows: datasets.Dataset) -> list[dict]:
 
 
 def assert_same_rows(prepared: datasets.Dataset, read: datasets.Dataset) -> None:
-    """Column by column, and the pictures by their files, names and pixels."""
+    """Column by column, and the images by their files, names and pixels."""
     assert prepared.features == read.features == REFER_FEATURES
     for ours, theirs in zip(sorted_rows(prepared), sorted_rows(read), strict=True):
         image, path = ours.pop("image"), Path(theirs.pop("image")["path"])
@@ -61,9 +61,9 @@ def test_a_prepared_folder_loads_by_itself_as_what_was_read(folder, tmp_path):
 
 def test_several_targets_and_none_are_prepared_like_one(tmp_path):
     folder = Folder(tmp_path / "refer", dataset="grefcoco").fill({"train": [2, 5, 8], "testB": [11]})
-    by_picture = {ref["image_id"]: ref for ref in folder.refs}
-    by_picture[8].update(ann_id=[-1], no_target=True)
-    by_picture[5].update(ann_id=[50, 51, 52])
+    by_image = {ref["image_id"]: ref for ref in folder.refs}
+    by_image[8].update(ann_id=[-1], no_target=True)
+    by_image[5].update(ann_id=[50, 51, 52])
     folder.write()
     prepare_refer(folder.root, tmp_path / "out", dataset="grefcoco")
     prepared, read = datasets.load_dataset(str(tmp_path / "out")), folder.load()
@@ -74,7 +74,7 @@ def test_several_targets_and_none_are_prepared_like_one(tmp_path):
 
 
 @pytest.mark.parametrize("shard_bytes", [1, 9000, 10**9])
-def test_shards_hold_whole_pictures_next_to_each_other(folder, tmp_path, shard_bytes):
+def test_shards_hold_whole_images_next_to_each_other(folder, tmp_path, shard_bytes):
     prepare_refer(folder.root, tmp_path / "out", shard_bytes=shard_bytes)
     shards = sorted((tmp_path / "out" / "data").glob("train-*.parquet"))
     assert [path.name for path in shards] == [f"train-{i:05d}-of-{len(shards):05d}.parquet" for i in range(len(shards))]
@@ -90,7 +90,7 @@ def test_shards_hold_whole_pictures_next_to_each_other(folder, tmp_path, shard_b
     assert_same_rows(datasets.load_dataset(str(tmp_path / "out"), split="train"), folder.load()["train"])
 
 
-def test_the_rows_of_a_picture_hold_its_file_once(folder, tmp_path):
+def test_the_rows_of_a_image_hold_its_file_once(folder, tmp_path):
     prepare_refer(folder.root, tmp_path / "out")
     names = {row["path"] for row in folder.load()["train"]["image"]}
     once = sum(os.path.getsize(name) for name in names)
@@ -168,13 +168,13 @@ def test_an_interrupted_preparation_leaves_nothing(folder, tmp_path, monkeypatch
     assert (tmp_path / "prepared" / "out" / "README.md").is_file()
 
 
-def test_damaged_pictures_are_named_before_anything_is_written(folder, tmp_path):
-    victim = folder.picture_folder / "COCO_train2014_000000000008.png"
+def test_damaged_images_are_named_before_anything_is_written(folder, tmp_path):
+    victim = folder.image_folder / "COCO_train2014_000000000008.png"
     content = victim.read_bytes()
     victim.write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=r"1 pictures cannot be used; the first: the picture .*000008\.png"):
+    with pytest.raises(ValueError, match=r"1 images cannot be used; the first: the image .*000008\.png"):
         prepare_refer(folder.root, tmp_path / "prepared" / "out")
-    victim.write_bytes((folder.picture_folder / "COCO_train2014_000000000007.png").read_bytes())
+    victim.write_bytes((folder.image_folder / "COCO_train2014_000000000007.png").read_bytes())
     with pytest.raises(ValueError, match=r"000008\.png is \d+×\d+, its annotations are of \d+×\d+ pixels"):
         prepare_refer(folder.root, tmp_path / "prepared" / "out")
     assert not (tmp_path / "prepared").exists()

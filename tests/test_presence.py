@@ -73,9 +73,9 @@ def test_it_does_not_depend_on_the_rest_of_the_batch():
     inputs = make_inputs(3, index)
     with torch.no_grad():
         together = model(**inputs).presence_logits
-        for n, picture in enumerate(index):
+        for n, image in enumerate(index):
             alone = model(
-                pixel_values=inputs["pixel_values"][picture : picture + 1],
+                pixel_values=inputs["pixel_values"][image : image + 1],
                 input_ids=inputs["input_ids"][n : n + 1],
                 attention_mask=inputs["attention_mask"][n : n + 1],
             ).presence_logits
@@ -84,15 +84,15 @@ def test_it_does_not_depend_on_the_rest_of_the_batch():
 
 
 def test_a_small_model_learns_who_is_there():
-    """Two words and two pictures: each word is true of one of them, and absent from the other."""
+    """Two words and two images: each word is true of one of them, and absent from the other."""
     torch.manual_seed(0)
     model = SeraForReferringSegmentation(SeraConfig.tiny(predict_presence=True, decoder_dropout=0.0)).train()
-    pictures = torch.zeros(2, 3, 56, 56)
+    images = torch.zeros(2, 3, 56, 56)
     objects = torch.tensor(np.stack([disc((56, 56), (20, 20), 12), disc((56, 56), (36, 32), 12)]))
-    pictures[0, 0], pictures[1, 2] = 3.0 * objects[0], 3.0 * objects[1]  # red, blue
+    images[0, 0], images[1, 2] = 3.0 * objects[0], 3.0 * objects[1]  # red, blue
     ids = torch.tensor([[998, 1, 999], [998, 2, 999]])
     inputs = {
-        "pixel_values": pictures,
+        "pixel_values": images,
         "input_ids": ids[[0, 1, 0, 1]],
         "image_index": torch.tensor([0, 0, 1, 1]),
     }
@@ -124,8 +124,8 @@ def test_the_dice_loss_of_an_empty_target_falls_with_what_is_predicted():
 
 
 @pytest.fixture
-def inputs(processor, picture):
-    return processor(images=[picture], text=[["left zebra", "the cup", "right cup"]], return_tensors="pt")
+def inputs(processor, image):
+    return processor(images=[image], text=[["left zebra", "the cup", "right cup"]], return_tensors="pt")
 
 
 def answers(presence: list[float] | None) -> SeraReferringSegmentationOutput:
@@ -167,11 +167,11 @@ def test_dictionaries_are_taken_too(processor, inputs):
     assert [result["no_target"] for result in got] == [result["no_target"] for result in expected]
 
 
-def test_the_models_own_output_is_taken(processor, picture):
+def test_the_models_own_output_is_taken(processor, image):
     tokenizer = processor.tokenizer
     special = special_ids(tokenizer)
     model = make_model(predict_presence=True, text_config={"vocab_size": len(tokenizer), **special})
-    inputs = processor(images=[picture], text=[["left zebra", "the cup"]], return_tensors="pt")
+    inputs = processor(images=[image], text=[["left zebra", "the cup"]], return_tensors="pt")
     with torch.no_grad():
         outputs = model(**inputs)
     results = processor.post_process_referring_segmentation(outputs, inputs)

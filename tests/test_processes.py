@@ -24,7 +24,7 @@ from training.evaluation import score_sentences
 from training.metric import summarize
 from training.splits import load_splits
 
-# 31 pictures are no multiple of two processes' batches of one, and three to score leave one process with less to do
+# 31 images are no multiple of two processes' batches of one, and three to score leave one process with less to do
 SETTINGS = replace(NOISY, data=replace(NOISY.data, num_scenes=(31, 3, 1)), num_workers=0)
 
 # the script itself, but the processes compare what they are about to score with: weights, batch-norm statistics, vocabulary

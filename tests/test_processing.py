@@ -1,4 +1,4 @@
-"""The processor: clean expressions, nested under their pictures; masks as labels, and logits as masks at full size."""
+"""The processor: clean expressions, nested under their images; masks as labels, and logits as masks at full size."""
 
 import copy
 import json
@@ -126,33 +126,33 @@ def test_the_limit_is_the_tokenizers(processor, recwarn):
         processor(text="zebra " * 76)
 
 
-# pictures with expressions
+# images with expressions
 # -------------------------
 
 
-def test_every_nesting(processor, picture):
+def test_every_nesting(processor, image):
     other = Image.new("RGB", (20, 10), "red")
     cases = [
-        (picture, "zebra", [0]),
-        ([picture], ["zebra"], [0]),
-        (picture, [["zebra", "left zebra"]], [0, 0]),
-        ([picture, other], ["zebra", "cup"], [0, 1]),
-        ([picture, other], [["left zebra", "zebra left"], ["cup"]], [0, 0, 1]),
-        ([picture, other], (("cup",), ("left zebra", "the cup", "cup")), [0, 1, 1, 1]),
+        (image, "zebra", [0]),
+        ([image], ["zebra"], [0]),
+        (image, [["zebra", "left zebra"]], [0, 0]),
+        ([image, other], ["zebra", "cup"], [0, 1]),
+        ([image, other], [["left zebra", "zebra left"], ["cup"]], [0, 0, 1]),
+        ([image, other], (("cup",), ("left zebra", "the cup", "cup")), [0, 1, 1, 1]),
     ]
     for images, text, index in cases:
         batch = processor(images=images, text=text, return_tensors="pt")
         assert batch["image_index"].tolist() == index and batch["image_index"].dtype == torch.int64
         assert len(batch["input_ids"]) == len(index)
         assert set(batch) == set(processor.model_input_names)
-    assert set(processor(images=picture)) == {"pixel_values", "original_sizes"}
+    assert set(processor(images=image)) == {"pixel_values", "original_sizes"}
     assert processor(text=[["cup", "zebra"], ["left"]])["image_index"].tolist() == [0, 0, 1]
 
 
-def test_a_row_does_not_depend_on_its_batch(processor, picture):
+def test_a_row_does_not_depend_on_its_batch(processor, image):
     other = Image.new("RGB", (20, 10), "red")
-    batch = processor(images=[other, picture], text=[["the left cup", "cup"], ["zebra"]])
-    alone = processor(images=picture, text="zebra")
+    batch = processor(images=[other, image], text=[["the left cup", "cup"], ["zebra"]])
+    alone = processor(images=image, text="zebra")
     length = alone["input_ids"].shape[1]
     assert np.array_equal(batch["pixel_values"][1], alone["pixel_values"][0])
     assert np.array_equal(batch["original_sizes"][1], alone["original_sizes"][0])
@@ -180,7 +180,7 @@ def test_a_row_does_not_depend_on_its_batch(processor, picture):
 )
 def test_texts_that_do_not_fit(processor, count, text, error, message):
     with pytest.raises(error, match=message):
-        processor(images=["not yet opened.png"] * count, text=text)  # told before any picture is read
+        processor(images=["not yet opened.png"] * count, text=text)  # told before any image is read
 
 
 def test_nothing_at_all(processor):
@@ -188,45 +188,45 @@ def test_nothing_at_all(processor):
         processor()
 
 
-def test_masks_become_labels(processor, picture):
+def test_masks_become_labels(processor, image):
     other = Image.new("RGB", (20, 10), "red")
     generator = np.random.default_rng(0)
     first, second = (generator.random((40, 30)) < 0.5 for _ in range(2))
     third = generator.random((10, 20)) < 0.5
     expected = letterbox_masks([first, second, third], (56, 56))
-    nested = {"images": [picture, other], "text": [["zebra", "left"], ["cup"]]}
+    nested = {"images": [image, other], "text": [["zebra", "left"], ["cup"]]}
     for masks in (
         [[first, second], [third]],
         [np.stack([first, second]) * 255, torch.from_numpy(third)[None]],
     ):
         batch = processor(**nested, masks=masks, return_tensors="pt")
         assert batch["labels"].dtype == torch.float32 and np.array_equal(batch["labels"], expected)
-    flat = processor(images=[picture, other], text=["zebra", "cup"], masks=[first, Image.fromarray(third)])
+    flat = processor(images=[image, other], text=["zebra", "cup"], masks=[first, Image.fromarray(third)])
     assert np.array_equal(flat["labels"], expected[[0, 2]])
-    assert np.array_equal(processor(images=picture, text="zebra", masks=first)["labels"], expected[:1])
+    assert np.array_equal(processor(images=image, text="zebra", masks=first)["labels"], expected[:1])
 
 
-def test_masks_that_do_not_fit(processor, picture):
+def test_masks_that_do_not_fit(processor, image):
     good, turned = np.ones((40, 30), bool), np.ones((30, 40), bool)
-    with pytest.raises(ValueError, match=r"masks\[0\] has shape \(30, 40\), its picture is \(40, 30\)"):
-        processor(images=picture, text="zebra", masks=turned)
+    with pytest.raises(ValueError, match=r"masks\[0\] has shape \(30, 40\), its image is \(40, 30\)"):
+        processor(images=image, text="zebra", masks=turned)
     with pytest.raises(ValueError, match="2 masks for 1 expressions"):
-        processor(images=picture, text=["zebra"], masks=[good, good])
+        processor(images=image, text=["zebra"], masks=[good, good])
     with pytest.raises(ValueError, match="nested like text"):
-        processor(images=picture, text=[["zebra", "cup"]], masks=[[good]])
+        processor(images=image, text=[["zebra", "cup"]], masks=[[good]])
     with pytest.raises(ValueError, match=r"masks\[0\] must be a boolean or integer array"):
-        processor(images=picture, text="zebra", masks=good / 2)
+        processor(images=image, text="zebra", masks=good / 2)
     with pytest.raises(ValueError, match="masks need"):
-        processor(images=picture, masks=[good])
+        processor(images=image, masks=[good])
 
 
 # saving
 # ------
 
 
-def test_processor_round_trip(tmp_path, processor, picture):
+def test_processor_round_trip(tmp_path, processor, image):
     processor = SeraProcessor(processor.image_processor, processor.tokenizer, mask_threshold=0.35)
-    arguments = {"images": [picture, picture], "text": [["left zebra", "cup"], ["the left zebra"]]}
+    arguments = {"images": [image, image], "text": [["left zebra", "cup"], ["the left zebra"]]}
     before = processor(**arguments)
     # what a tokenizer would otherwise write into its file
     processor.tokenizer(["cup"], padding="max_length", truncation=True, max_length=3)
@@ -285,7 +285,7 @@ def test_a_perfect_prediction_at_quarter_resolution(processor, original):
 def test_what_the_model_says_about_the_padding_does_not_matter(processor, original):
     processor.image_processor = SeraImageProcessor(size=448)
     inputs = processor(images=np.zeros(original), text="zebra", return_tensors="pt")
-    inside = perfect_logits([np.ones(original, bool)], (448, 448), (128, 128)) > 9  # cells wholly in the picture
+    inside = perfect_logits([np.ones(original, bool)], (448, 448), (128, 128)) > 9  # cells wholly in the image
     assert 0 < inside.float().mean() < 1
     logits = torch.randn(1, 128, 128, generator=torch.Generator().manual_seed(0))
     results = [
@@ -297,7 +297,7 @@ def test_what_the_model_says_about_the_padding_does_not_matter(processor, origin
     assert torch.equal(*results)
 
 
-def test_a_small_picture_takes_averages(processor):
+def test_a_small_image_takes_averages(processor):
     logits = torch.randn(1, 14, 14, generator=torch.Generator().manual_seed(0))
     inputs = processor(images=np.zeros((2, 2)), text="zebra", return_tensors="pt")
     (result,) = processor.post_process_referring_segmentation(logits, inputs, return_probabilities=True)
@@ -326,8 +326,8 @@ def test_extreme_shapes_come_back(processor):
     assert results[1]["mask"].item() and results[2]["mask"][:, 0].all() and not results[2]["mask"][:, 2].any()
 
 
-def test_each_expression_takes_its_own_pictures_size(processor, picture):
-    images = [Image.new("RGB", (20, 10)), picture]
+def test_each_expression_takes_its_own_images_size(processor, image):
+    images = [Image.new("RGB", (20, 10)), image]
     inputs = processor(images=images, text=[["zebra"], ["cup", "left"]], return_tensors="pt")
     logits = torch.stack([torch.full((14, 14), value) for value in (3.0, -3.0, 0.5)])
     results = processor.post_process_referring_segmentation({"logits": logits}, inputs)
@@ -339,8 +339,8 @@ def test_each_expression_takes_its_own_pictures_size(processor, picture):
     assert [tuple(result["mask"].shape) for result in results] == [(40, 30), (10, 20), (10, 20)]
 
 
-def test_threshold_and_score(processor, picture):
-    inputs = processor(images=[picture, picture], text=["zebra", "cup"], return_tensors="pt")
+def test_threshold_and_score(processor, image):
+    inputs = processor(images=[image, image], text=["zebra", "cup"], return_tensors="pt")
     logits = torch.randn(2, 14, 14, generator=torch.Generator().manual_seed(0))
     for threshold in (None, 0.3, 0.7):
         for result in processor.post_process_referring_segmentation(
@@ -360,23 +360,23 @@ def test_threshold_and_score(processor, picture):
     assert all(torch.equal(a["mask"], b["mask"]) for a, b in zip(by_attribute, by_argument, strict=True))
 
 
-def test_half_precision_logits_and_numpy_inputs(processor, picture):
-    inputs = processor(images=picture, text="zebra")
+def test_half_precision_logits_and_numpy_inputs(processor, image):
+    inputs = processor(images=image, text="zebra")
     logits = torch.randn(1, 14, 14, generator=torch.Generator().manual_seed(0))
     (full,) = processor.post_process_referring_segmentation(logits, inputs)
     (half,) = processor.post_process_referring_segmentation(logits.bfloat16(), inputs)
     assert iou(full["mask"].numpy(), half["mask"].numpy()) > 0.95 and "probabilities" not in full
 
 
-def test_post_processing_without_an_index_means_one_each(processor, picture):
-    inputs = processor(images=[picture, Image.new("L", (5, 6))], text=["zebra", "cup"], return_tensors="pt")
+def test_post_processing_without_an_index_means_one_each(processor, image):
+    inputs = processor(images=[image, Image.new("L", (5, 6))], text=["zebra", "cup"], return_tensors="pt")
     del inputs["image_index"]
     results = processor.post_process_referring_segmentation(torch.zeros(2, 14, 14), inputs)
     assert [tuple(result["mask"].shape) for result in results] == [(40, 30), (6, 5)]
 
 
-def test_outputs_and_inputs_that_do_not_fit(processor, picture):
-    inputs = processor(images=picture, text="zebra", return_tensors="pt")
+def test_outputs_and_inputs_that_do_not_fit(processor, image):
+    inputs = processor(images=image, text="zebra", return_tensors="pt")
     post_process = processor.post_process_referring_segmentation
     with pytest.raises(ValueError, match="2 logits do not fit"):
         post_process(torch.zeros(2, 14, 14), inputs)

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from builders import picture_bytes
+from builders import image_bytes
 from conftest import REPOSITORY
 from huggingface_hub import constants
 from PIL import Image
@@ -296,7 +296,7 @@ def test_what_goes_up_is_the_model_its_code_and_nothing_that_lay_beside(staged, 
     code = {
         path.name for name in ("modeling_sera", "processing_sera") for path in (REPOSITORY / name).glob("*_sera.py")
     }
-    shown, bare = ({f"examples/{i}{kind}.png" for i in (1, 2, 3)} for kind in ("", "-picture"))
+    shown, bare = ({f"examples/{i}{kind}.png" for i in (1, 2, 3)} for kind in ("", "-image"))
     examples = shown | bare | {"examples/examples.json"}
     model = {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json", "tokenizer_config.json"}
     assert paths == code | examples | model | {"README.md", "LICENSE", "handler.py", "requirements.txt"}
@@ -304,12 +304,12 @@ def test_what_goes_up_is_the_model_its_code_and_nothing_that_lay_beside(staged, 
     for path in paths:
         assert not any(secret in (staged / path).read_bytes() for secret in secrets), path
     for path in shown | bare:
-        with Image.open(staged / path) as picture:
-            assert picture.size == (64, 64) and not picture.info
+        with Image.open(staged / path) as image:
+            assert image.size == (64, 64) and not image.info
     widget = yaml.safe_load((staged / "README.md").read_text().split("---\n")[1])["widget"]
     assert {example["output"]["url"] for example in widget} == shown and all(example["text"] for example in widget)
     asked = json.loads((staged / "examples" / "examples.json").read_text())
-    assert {f"examples/{example['picture']}" for example in asked} == bare
+    assert {f"examples/{example['image']}" for example in asked} == bare
     assert [example["text"] for example in asked] == [[example["text"]] for example in widget]
 
 
@@ -323,13 +323,13 @@ def test_examples_are_drawn_from_pixels_alone(run_folder, tmp_path, monkeypatch)
     exif = Image.Exif()
     exif[0x010E], exif[0x0112] = "at home", 6
     photo = tmp_path / "photo.jpg"
-    photo.write_bytes(picture_bytes("JPEG", exif=exif))
+    photo.write_bytes(image_bytes("JPEG", exif=exif))
     target = tmp_path / "staged"
     push.stage(run_folder / "model", REPO, target, evaluations=[], examples=[(str(photo), "left zebra")])
-    for name in ("1.png", "1-picture.png"):
+    for name in ("1.png", "1-image.png"):
         assert b"at home" not in (target / "examples" / name).read_bytes()
-        with Image.open(target / "examples" / name) as picture:
-            assert picture.size == (40, 60)
+        with Image.open(target / "examples" / name) as image:
+            assert image.size == (40, 60)
     assert not (target / "examples" / "2.png").exists() and "chosen by whoever" in (target / "README.md").read_text()
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 from test_evaluation import counts_of, make_processor, make_rows
 from test_mirroring import Lopsided, LopsidedPresence, probabilities_of, swapped
 
-from training.batches import picture_as_annotated
+from training.batches import image_as_annotated
 from training.data import decode_mask
 from training.evaluation import score_sentences, threshold_curve
 from training.reading import Reading, likeliest_mask, most_probable_part
@@ -80,7 +80,7 @@ def test_scores_are_those_of_the_parts(rows, processor):
     for score in scores[::3]:
         row = rows[score.row]
         probabilities, _ = probabilities_of(
-            Patchy(), processor, picture_as_annotated(row), row["sentences"][score.sentence]
+            Patchy(), processor, image_as_annotated(row), row["sentences"][score.sentence]
         )
         kept, truth = expected_part(probabilities, 0.45), decode_mask(row["mask"])
         assert counts_of(score) == ((kept & truth).sum(), kept.sum(), truth.sum())
@@ -139,7 +139,7 @@ def test_scores_are_those_of_the_greatest_expected_iou(rows, processor, mirror, 
     found_absent = 0
     for score in scores:
         row = rows[score.row]
-        image, sentence = picture_as_annotated(row), row["sentences"][score.sentence]
+        image, sentence = image_as_annotated(row), row["sentences"][score.sentence]
         probabilities, absent = probabilities_of(model, processor, image, sentence)
         if mirror:
             there, absent_there = probabilities_of(

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from builders import Folder, picture_bytes, special_ids, tiny_tokenizer
+from builders import Folder, image_bytes, special_ids, tiny_tokenizer
 from conftest import REPOSITORY
 from transformers import CLIPConfig, CLIPModel, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
@@ -22,7 +22,7 @@ SETS = {
     ("refcoco", "unc"): {"train": [1, 2, 3], "val": [4], "testA": [5], "testB": [7]},
     ("refcoco+", "unc"): {"train": [1, 2, 8], "val": [4], "testA": [5], "testB": [7]},
     ("refcocog", "umd"): {"train": [1, 2, 5], "val": [9], "test": [4]},
-    ("refcocog", "google"): {"train": [1, 2, 4, 5], "val": [9]},  # of the same pictures: both share instances.json
+    ("refcocog", "google"): {"train": [1, 2, 4, 5], "val": [9]},  # of the same images: both share instances.json
     ("grefcoco", "unc"): {"train": [1, 2], "val": [4], "testA": [5], "testB": [7]},
 }
 
@@ -54,10 +54,10 @@ def run(tmp_path_factory):
         "model_card.md",
     ):
         (place / name).symlink_to(REPOSITORY / name)
-    for (dataset, split_by), pictures in SETS.items():
-        Folder(place / "refer", dataset=dataset, split_by=split_by).fill(pictures)
-    (place / "photo.jpg").write_bytes(picture_bytes("JPEG"))
-    (place / "mask.png").write_bytes(picture_bytes("PNG"))
+    for (dataset, split_by), images in SETS.items():
+        Folder(place / "refer", dataset=dataset, split_by=split_by).fill(images)
+    (place / "photo.jpg").write_bytes(image_bytes("JPEG"))
+    (place / "mask.png").write_bytes(image_bytes("PNG"))
 
     small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     vision = Dinov2WithRegistersConfig(**small, mlp_ratio=2, patch_size=14, image_size=70, num_register_tokens=4)
@@ -114,7 +114,7 @@ def test_data(run):
 
 def test_train_use_and_evaluate(run):
     (recipe,) = commands("Train")
-    # as written but for its fifty epochs, its pictures' size and its workers, each of which would import all libraries
+    # as written but for its fifty epochs, its images' size and its workers, each of which would import all libraries
     run(f"{recipe} --optimization.epochs 1 --data.image_size '[112, 112]' --num_workers 0")
     model = run.place / "outputs" / "refcoco" / "model"
     assert model.is_dir()

@@ -215,7 +215,7 @@ def test_refer_mini_masks_agree_with_area_box_and_outline(refer_mini, refer_mini
 
 
 @needs_refer_mini
-def test_refer_mini_pictures_open_at_the_stated_size(refer_mini):
+def test_refer_mini_images_open_at_the_stated_size(refer_mini):
     for row in refer_mini["val"].select(range(0, 84, 6)):
         assert open_image(row["image"]).size == (row["mask"]["size"][1], row["mask"]["size"][0])
 
@@ -239,21 +239,21 @@ def test_split_names_and_the_order_of_refs_are_kept(folder):
 
 
 def test_the_refs_of_other_splits_need_nothing(folder):
-    (folder.picture_folder / "COCO_1.png").unlink()
+    (folder.image_folder / "COCO_1.png").unlink()
     assert list(folder.load(splits=["train", "testA"])) == ["train", "testA"]
 
 
 @pytest.mark.parametrize(
     "images", ["images/mscoco/images/train2014", "images/train2014", "train2014", "images"], ids=lambda name: name
 )
-def test_pictures_are_found_in_every_usual_place(tmp_path, images):
-    path = Path(Folder(tmp_path, images=images).load()["val"][0]["image"]["path"])
+def test_images_are_found_in_every_usual_place(tmp_path, images):
+    path = Path(Folder(tmp_path, image_dir=images).load()["val"][0]["image"]["path"])
     assert path == tmp_path / images / "COCO_1.png"
 
 
 def test_image_dir_comes_before_the_usual_places(folder, tmp_path):
     other = tmp_path / "elsewhere"
-    folder.picture_folder.rename(other)
+    folder.image_folder.rename(other)
     assert Path(folder.load(image_dir=other)["val"][0]["image"]["path"]) == other / "COCO_1.png"
 
 
@@ -297,8 +297,8 @@ def spoil(**changes):
     ("damage", "message"),
     [
         (spoil(annotations_1={"id": 999}), "ref 101: its annotation 501 is missing in instances.json"),
-        (spoil(pictures_1={"id": 999}), "ref 101: its image 11 is missing in instances.json"),
-        (spoil(pictures_1={"file_name": "gone.png"}), r"ref 101: its picture .*/gone\.png does not exist"),
+        (spoil(images_1={"id": 999}), "ref 101: its image 11 is missing in instances.json"),
+        (spoil(images_1={"file_name": "gone.png"}), r"ref 101: its image .*/gone\.png does not exist"),
         (spoil(refs_1={"ann_id": [501, 502]}), "ref 101: it is about image 11, its annotation 502 about 10"),
         (spoil(refs_1={"ann_id": [501, -1]}), "ref 101: its annotation -1 is missing in instances.json"),
         (spoil(refs_1={"ann_id": []}), r"ref 101: its ann_id must be an integer or a list of integers, got \[\]"),
@@ -317,9 +317,9 @@ def spoil(**changes):
         (spoil(annotations_1={"category_id": 77}), "ref 101: the category 77 of its annotation 501 is missing"),
         (spoil(annotations_1={"bbox": [1, 2, 3]}), "ref 101: the bbox of its annotation 501"),
         (spoil(annotations_1={"bbox": [1, 2, 3, float("nan")]}), "ref 101: the bbox of its annotation 501"),
-        (spoil(pictures_1={"height": 0}), "ref 101: its image 11 needs file_name, height and width"),
-        (spoil(pictures_1={"width": None}), "ref 101: its image 11 needs file_name, height and width"),
-        (spoil(pictures_1={"file_name": None}), "ref 101: its image 11 needs file_name, height and width"),
+        (spoil(images_1={"height": 0}), "ref 101: its image 11 needs file_name, height and width"),
+        (spoil(images_1={"width": None}), "ref 101: its image 11 needs file_name, height and width"),
+        (spoil(images_1={"file_name": None}), "ref 101: its image 11 needs file_name, height and width"),
         (spoil(annotations_1={"segmentation": [[1, 1, 9, 1, 9, 9, 4]]}), "ref 101.*501.*malformed.*got 7"),
         (spoil(annotations_1={"segmentation": None}), "ref 101.*501.*malformed.*NoneType"),
         (
@@ -360,16 +360,16 @@ def test_missing_folders_and_files_are_named(folder, tmp_path):
         load_refer(tmp_path, split_by="google")
     with pytest.raises(FileNotFoundError, match=r"refcoco\+/refs\(unc\)\.p does not exist.*refcoco/refs"):
         load_refer(tmp_path, dataset="refcoco+")
-    with pytest.raises(FileNotFoundError, match=r"no folder of pictures, looked for .*elsewhere"):
+    with pytest.raises(FileNotFoundError, match=r"no folder of images, looked for .*elsewhere"):
         folder.load(image_dir=tmp_path / "elsewhere")
     (folder.folder / "instances.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"instances\.json does not exist"):
         load_refer(tmp_path)
 
 
-def test_no_folder_of_pictures_names_where_they_were_looked_for(folder):
-    folder.picture_folder.parent.rename(folder.root / "photographs")
-    with pytest.raises(FileNotFoundError, match=r"no folder of pictures, looked for .*mscoco/images/train2014"):
+def test_no_folder_of_images_names_where_they_were_looked_for(folder):
+    folder.image_folder.parent.rename(folder.root / "photographs")
+    with pytest.raises(FileNotFoundError, match=r"no folder of images, looked for .*mscoco/images/train2014"):
         folder.load()
 
 
@@ -396,10 +396,10 @@ def test_refs_that_name_a_class_are_refused(folder):
         folder.load()
 
 
-def test_the_pictures_of_each_split_are_known_from_the_refs_alone(folder):
+def test_the_images_of_each_split_are_known_from_the_refs_alone(folder):
     loaded = folder.load()
     (folder.folder / "instances.json").write_text("not read")
-    folder.picture_folder.rename(folder.root / "gone")
+    folder.image_folder.rename(folder.root / "gone")
     images = refer_image_ids(folder.root, "refcoco", "unc")
     assert images == {split: rows["image_id"][:] for split, rows in loaded.items()}
 
@@ -409,9 +409,9 @@ def test_the_pictures_of_each_split_are_known_from_the_refs_alone(folder):
 
 @pytest.fixture
 def generalized(tmp_path) -> Folder:
-    """Refs to two objects of two kinds, to two of one kind, to one and, in both of the known ways, to none; one picture."""
+    """Refs to two objects of two kinds, to two of one kind, to one and, in both of the known ways, to none; one image."""
     folder = Folder(tmp_path, dataset="grefcoco").fill({"train": [2, 5, 8, 11, 14, 17]})
-    by_picture = {
+    by_image = {
         ref["image_id"]: ref for ref in folder.refs
     }  # each has refs 0, 1, 2 of the categories zebra, cup, zebra
     for image_id, changes in {
@@ -422,8 +422,8 @@ def generalized(tmp_path) -> Folder:
         14: {"ann_id": [-1], "category_id": [-1]},
         17: {"ann_id": [170, 171, 170]},
     }.items():
-        by_picture[image_id].update(changes)
-    folder.refs = list(by_picture.values())
+        by_image[image_id].update(changes)
+    folder.refs = list(by_image.values())
     return folder
 
 
@@ -446,15 +446,15 @@ def test_several_targets_are_one_mask(generalized):
 
 def test_a_ref_to_nothing_has_an_empty_mask(generalized):
     rows = {row["image_id"]: row for row in generalized.load()["train"]}
-    pictures = {picture["id"]: picture for picture in generalized.pictures}
+    images = {image["id"]: image for image in generalized.images}
     for image_id in (11, 14):
         row = rows[image_id]
         assert (row["ann_ids"], row["no_target"], row["category"], row["boxes"]) == ([], True, "", [])
-        assert decode_mask(row["mask"]).shape == (pictures[image_id]["height"], pictures[image_id]["width"])
+        assert decode_mask(row["mask"]).shape == (images[image_id]["height"], images[image_id]["width"])
         assert not decode_mask(row["mask"]).any()
 
 
-def test_one_target_of_several_may_lie_outside_the_picture_but_not_all(generalized):
+def test_one_target_of_several_may_lie_outside_the_image_but_not_all(generalized):
     outside = [100, 100, 120, 100, 120, 120]
     annotations = {annotation["id"]: annotation for annotation in generalized.annotations}
     annotations[20]["segmentation"] = [outside]

@@ -46,7 +46,7 @@ NOISY = replace(
     checkpoint_every=3,
     log_every=1,
 )
-STEPS = 16  # fifteen pictures make eight steps, the last of a single picture
+STEPS = 16  # fifteen images make eight steps, the last of a single image
 
 # a process forked from one that has imported everything starts in no time
 CONTEXT = multiprocessing.get_context("forkserver")

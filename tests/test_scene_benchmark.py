@@ -271,7 +271,7 @@ def test_every_word_is_one_token(mixed):
     assert all(len(tokenizer(word)["input_ids"]) == 3 for word in words)
 
 
-# --------------------------------------------------------------------------------------------------------------- pictures
+# --------------------------------------------------------------------------------------------------------------- images
 
 
 def test_levels_are_graded(scenes):
@@ -335,8 +335,8 @@ def test_rows_follow_the_shared_contract(mixed):
         assert labels <= {f"{kind}, {level}" for kind in KINDS for level in LEVELS}
         for row in rows:
             mask = decode_mask(row["mask"])
-            with PIL.Image.open(io.BytesIO(row["image"]["bytes"])) as picture:
-                assert picture.format == "JPEG" and picture.size == mask.shape[::-1] == (96, 96)
+            with PIL.Image.open(io.BytesIO(row["image"]["bytes"])) as image:
+                assert image.format == "JPEG" and image.size == mask.shape[::-1] == (96, 96)
             assert len(row["sentences"]) == len(row["sentence_ids"]) == len(row["sentence_kinds"]) > 0
             if row["no_target"]:
                 assert not mask.any() and row["ann_ids"] == row["boxes"] == []
@@ -391,8 +391,8 @@ def test_what_is_drawn_depends_on_seed_split_number_and_size_alone(mixed):
         load_scenes(102, 2, 96, split="train", scene_set="mixed", no_target=True)[:] == train[:]
     )  # now from the cache
     others = [generate_scenes(3, seed, split=split, scene_set="mixed") for seed, split in ((3, "train"), (2, "test"))]
-    pictures = [{image["bytes"] for image in rows["image"]} for rows in (train, *others)]
-    assert not any(a & b for a, b in itertools.combinations(pictures, 2))
+    images = [{image["bytes"] for image in rows["image"]} for rows in (train, *others)]
+    assert not any(a & b for a, b in itertools.combinations(images, 2))
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def test_the_table_of_compositions_follows_the_rule(written):
         assert marks == expected
 
 
-def test_the_sheet_is_a_small_picture(written):
+def test_the_sheet_is_a_small_image(written):
     with PIL.Image.open(written / "a.png") as sheet:
         assert sheet.format == "PNG" and sheet.width > 600
     assert (written / "a.png").stat().st_size < 400_000

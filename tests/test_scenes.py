@@ -152,7 +152,7 @@ def test_masks_are_the_visible_pixels(size):
     assert overlapping > 12
 
 
-def test_the_picture_shows_each_object_in_its_color_where_its_mask_is(scenes):
+def test_the_image_shows_each_object_in_its_color_where_its_mask_is(scenes):
     shares = defaultdict(list)
     for scene in scenes:
         for item in scene.objects:
@@ -266,8 +266,8 @@ def test_rows_follow_the_shared_contract(dataset):
         assert 4 <= len(rows) <= 8
         assert len({row["image"]["bytes"] for row in rows}) == 1
         assert len(rows[0]["image"]["bytes"]) < 15_000
-        with PIL.Image.open(io.BytesIO(rows[0]["image"]["bytes"])) as picture:
-            assert picture.size == (96, 96) and picture.mode == "RGB"
+        with PIL.Image.open(io.BytesIO(rows[0]["image"]["bytes"])) as image:
+            assert image.size == (96, 96) and image.mode == "RGB"
         assert np.sum([decode_mask(row["mask"]) for row in rows], axis=0).max() == 1
         for row in rows:
             assert len(row["sentences"]) == len(row["sentence_ids"]) == len(row["sentence_kinds"]) > 0
@@ -287,8 +287,8 @@ def test_rows_hold_the_drawn_scene_without_loss(size):
     dataset = generate_scenes(2, seed=3, image_size=size, split="val")
     for number, rows in enumerate(by_scene(dataset).values()):
         scene = draw_scene(np.random.SeedSequence(3, spawn_key=(1, number)), size)
-        with PIL.Image.open(io.BytesIO(rows[0]["image"]["bytes"])) as picture:
-            assert (np.asarray(picture) == scene.image).all()
+        with PIL.Image.open(io.BytesIO(rows[0]["image"]["bytes"])) as image:
+            assert (np.asarray(image) == scene.image).all()
         for i, (row, item) in enumerate(zip(rows, scene.objects, strict=True)):
             assert (decode_mask(row["mask"]) == item.mask).all() and row["category"] == item.shape
             said = [(expression.text, expression.kind) for expression in scene.expressions if expression.target == i]
@@ -310,9 +310,9 @@ def test_another_process_draws_the_same_bytes():
 def test_splits_and_seeds_share_no_scene():
     splits = {split: generate_scenes(n, 2, split=split) for split, n in (("train", 20), ("val", 10), ("test", 10))}
     assert [len(set(split["image_id"])) for split in splits.values()] == [20, 10, 10]
-    pictures = [{image["bytes"] for image in split["image"]} for split in splits.values()]
-    pictures.append({image["bytes"] for image in generate_scenes(20, seed=3)["image"]})
-    assert len(set.union(*pictures)) == sum(len(found) for found in pictures) == 60
+    images = [{image["bytes"] for image in split["image"]} for split in splits.values()]
+    images.append({image["bytes"] for image in generate_scenes(20, seed=3)["image"]})
+    assert len(set.union(*images)) == sum(len(found) for found in images) == 60
     for column in ("image_id", "ref_id", "ann_ids"):
         ids = [set(map(str, split[column])) for split in splits.values()]
         assert len(set.union(*ids)) == sum(len(found) for found in ids)

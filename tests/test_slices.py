@@ -143,7 +143,7 @@ def test_relations(sentence, relation):
 
 
 def rows_of(targets: list[int], sentences: list[list[str]]) -> datasets.Dataset:
-    """Rows with as many targets each as given, on pictures of 100 × 120 pixels."""
+    """Rows with as many targets each as given, on images of 100 × 120 pixels."""
     rows = []
     for n, (count, asked) in enumerate(zip(targets, sentences, strict=True)):
         mask = np.zeros((100, 120), bool)
@@ -210,7 +210,7 @@ def test_targets_are_a_dimension_only_where_they_differ():
 
 
 def random_scores(seed: int, number: int, no_target: float = 0.0) -> tuple[list[SentenceScore], list[int]]:
-    """Scores with the picture of each."""
+    """Scores with the image of each."""
     rng = np.random.default_rng(seed)
     scores = []
     for n in range(number):
@@ -240,19 +240,19 @@ def naive_metrics(scores: list[SentenceScore]) -> dict[str, float | None]:
 
 
 @pytest.mark.parametrize("no_target", [0.0, 0.15])
-def test_intervals_equal_a_plain_loop_over_resampled_pictures(no_target):
-    scores, pictures = random_scores(3, 14, no_target)
-    names = sorted(set(pictures))
+def test_intervals_equal_a_plain_loop_over_resampled_images(no_target):
+    scores, images = random_scores(3, 14, no_target)
+    names = sorted(set(images))
     rng = np.random.default_rng(5)
     values: dict[str, list[float]] = {}
     for _ in range(60):
         resampled = [names[i] for i in rng.integers(len(names), size=len(names))]
-        chosen = [s for name in resampled for s, picture in zip(scores, pictures, strict=True) if picture == name]
+        chosen = [s for name in resampled for s, image in zip(scores, images, strict=True) if image == name]
         for metric, value in naive_metrics(chosen).items():
             if value is not None:
                 values.setdefault(metric, []).append(value)
     terms = score_terms(scores)
-    got = bootstrap_intervals(terms, pictures, resamples=60, level=0.9, seed=5)
+    got = bootstrap_intervals(terms, images, resamples=60, level=0.9, seed=5)
     assert ("N-acc" in got) == (no_target > 0) and got.keys() == terms.keys()
     for metric in got.keys() & values.keys():
         expected = np.quantile(values[metric], [0.05, 0.95])
@@ -260,34 +260,34 @@ def test_intervals_equal_a_plain_loop_over_resampled_pictures(no_target):
 
 
 def test_intervals_do_not_depend_on_how_many_are_drawn_at_once(monkeypatch):
-    scores, pictures = random_scores(0, 60)
-    expected = bootstrap_intervals(score_terms(scores), pictures, resamples=50)
-    monkeypatch.setattr("training.intervals._CHUNK", 3 * len(set(pictures)))
-    assert bootstrap_intervals(score_terms(scores), pictures, resamples=50) == expected
+    scores, images = random_scores(0, 60)
+    expected = bootstrap_intervals(score_terms(scores), images, resamples=50)
+    monkeypatch.setattr("training.intervals._CHUNK", 3 * len(set(images)))
+    assert bootstrap_intervals(score_terms(scores), images, resamples=50) == expected
 
 
 def test_intervals_hold_the_score_and_are_the_same_each_time():
-    scores, pictures = random_scores(1, 200, 0.2)
+    scores, images = random_scores(1, 200, 0.2)
     terms = score_terms(scores)
-    first, second = (bootstrap_intervals(terms, pictures) for _ in range(2))
-    assert first == second != bootstrap_intervals(terms, pictures, seed=1)
+    first, second = (bootstrap_intervals(terms, images) for _ in range(2))
+    assert first == second != bootstrap_intervals(terms, images, seed=1)
     for name, (low, high) in first.items():
         numerators, denominators = terms[name]
         assert 0 <= low <= numerators.sum() / denominators.sum() <= high <= 1, name
-    narrower = bootstrap_intervals(terms, pictures, level=0.5)
+    narrower = bootstrap_intervals(terms, images, level=0.5)
     assert all(first[name][0] <= low <= high <= first[name][1] for name, (low, high) in narrower.items())
 
 
-def test_intervals_narrow_with_more_pictures():
+def test_intervals_narrow_with_more_images():
     widths = []
     for number in (60, 960):
-        scores, pictures = random_scores(2, number)
-        low, high = bootstrap_intervals(score_terms(scores), pictures)["mIoU"]
+        scores, images = random_scores(2, number)
+        low, high = bootstrap_intervals(score_terms(scores), images)["mIoU"]
         widths.append(high - low)
     assert 2.5 < widths[0] / widths[1] < 6.5  # 16 times as many: about a quarter as wide
 
 
-def test_expressions_of_one_picture_are_no_independent_evidence():
+def test_expressions_of_one_image_are_no_independent_evidence():
     scores, _ = random_scores(4, 40)
     copies = [s for s in scores for _ in range(10)]
     together = bootstrap_intervals(score_terms(copies), [s.row for s in copies])

@@ -1,11 +1,11 @@
 """The Space: its parts by themselves, and its page as a visitor's browser shows it.
 
-The page's tests drive a Chromium of the system's. The documentation's pictures of the page come from
+The page's tests drive a Chromium of the system's. The documentation's images of the page come from
 
     SERA_MODEL=checkpoints/sera-scenes/model SERA_SCREENSHOTS=docs python -m pytest tests/test_space.py -k screenshots
 
 with the benchmark's first test scene of seed 0 and the first expression about each of its first three objects, not chosen by how
-they come out. Without the two variables, the model is a tiny random one and the pictures go to a temporary folder.
+they come out. Without the two variables, the model is a tiny random one and the images go to a temporary folder.
 """
 
 import importlib.util
@@ -30,7 +30,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from builders import disc, picture_bytes
+from builders import disc, image_bytes
 from conftest import REPOSITORY, save_tiny_model
 from PIL import Image
 from pycocotools import mask as coco_mask
@@ -75,8 +75,8 @@ def save_tiny(folder: Path, **overrides) -> Path:
     """A tiny random model with its processor, as training saves them, and one example beside it."""
     save_tiny_model(folder, **overrides)
     (folder / "examples").mkdir()
-    (folder / "examples" / "1-picture.png").write_bytes(picture_bytes("PNG"))
-    example = {"picture": "1-picture.png", "text": ["right cup", "zebra"]}
+    (folder / "examples" / "1-image.png").write_bytes(image_bytes("PNG"))
+    example = {"image": "1-image.png", "text": ["right cup", "zebra"]}
     (folder / "examples" / "examples.json").write_text(json.dumps([example]))
     return folder
 
@@ -92,7 +92,7 @@ def photo(tmp_path_factory) -> Path:
     exif = Image.Exif()
     exif[0x0112] = 6
     path = tmp_path_factory.mktemp("photo") / "photo.jpg"
-    path.write_bytes(picture_bytes("JPEG", exif=exif))
+    path.write_bytes(image_bytes("JPEG", exif=exif))
     return path
 
 
@@ -121,7 +121,7 @@ def test_expressions_that_are_refused(app, text, message):
 
 def claiming(width: int, height: int) -> bytes:
     """A PNG whose header claims a size."""
-    content = picture_bytes("PNG")
+    content = image_bytes("PNG")
     header = b"IHDR" + struct.pack(">II", width, height) + content[24:29]
     return content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:]
 
@@ -129,21 +129,21 @@ def claiming(width: int, height: int) -> bytes:
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b"", "not a picture"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a picture"),
-        (picture_bytes("JPEG")[:1500], "cannot be decoded to its end"),
-        (picture_bytes("PNG")[:1500], "cannot be decoded to its end"),
+        (b"", "not an image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
+        (image_bytes("JPEG")[:1500], "cannot be decoded to its end"),
+        (image_bytes("PNG")[:1500], "cannot be decoded to its end"),
         (claiming(6000, 6000), "6000 × 6000 pixels"),
         (claiming(60000, 60000), "too many pixels"),
-        (picture_bytes("PNG") + bytes(21 * 2**20), "at most 20 MB"),
+        (image_bytes("PNG") + bytes(21 * 2**20), "at most 20 MB"),
     ],
 )
-def test_pictures_that_are_refused(app, tmp_path, content, message):
+def test_images_that_are_refused(app, tmp_path, content, message):
     path = tmp_path / "photo.jpg"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message) as error:
-        app.open_picture(str(path))
+        app.open_image(str(path))
     assert str(tmp_path) not in str(error.value)
 
 
@@ -161,9 +161,9 @@ def test_colours_are_told_apart(app):
 
 
 def test_an_overlay_tints_each_mask_in_its_colour_and_dims_the_rest(app):
-    picture = np.full((640, 640, 3), 128, np.uint8)
+    image = np.full((640, 640, 3), 128, np.uint8)
     masks = {i: disc((640, 640), (320, 160 + 320 * (i == 4)), 100) for i in (1, 4)}
-    drawn = np.asarray(app.draw_overlay(picture, masks), float)
+    drawn = np.asarray(app.draw_overlay(image, masks), float)
     for i, column in ((1, 160), (4, 480)):
         towards = drawn[320, column] - 128
         assert np.dot(towards, np.subtract(app.COLORS[i], 128)) > 0.9 * np.linalg.norm(towards) * np.linalg.norm(
@@ -171,8 +171,8 @@ def test_an_overlay_tints_each_mask_in_its_colour_and_dims_the_rest(app):
         )
         assert {tuple(color) for color in drawn[masks[i]].astype(int).tolist()} >= {(255, 255, 255), app.COLORS[i]}
     assert (drawn[~(masks[1] | masks[4])] < 128).all()
-    assert np.array_equal(app.draw_overlay(picture, {}), picture)
-    assert (np.asarray(app.draw_overlay(picture, {0: np.zeros((640, 640), bool)})) < 128).all()
+    assert np.array_equal(app.draw_overlay(image, {}), image)
+    assert (np.asarray(app.draw_overlay(image, {0: np.zeros((640, 640), bool)})) < 128).all()
 
 
 def test_the_legend_says_when_nothing_is_meant(app):
@@ -207,10 +207,8 @@ def test_files_are_those_of_the_command_line(app, tmp_path):
     numbers = [{"score": 0.75}, {"score": 0.25, "no_target": 0.875}, {"score": 0.5, "no_target": 0.125}]
     results = [{"mask": mask} | number for mask, number in zip(masks, numbers, strict=True)]
     app.write_files(TEXTS, results, tmp_path)
-    pictures = [Image.fromarray(mask.astype(np.uint8) * 255) for mask in masks]
-    given = [
-        {"label": text, "mask": mask} | number for text, mask, number in zip(TEXTS, pictures, numbers, strict=True)
-    ]
+    images = [Image.fromarray(mask.astype(np.uint8) * 255) for mask in masks]
+    given = [{"label": text, "mask": mask} | number for text, mask, number in zip(TEXTS, images, numbers, strict=True)]
     write_prediction(Image.new("RGB", (60, 40)), given, tmp_path / "command")
     assert (tmp_path / "prediction.json").read_text() == (tmp_path / "command" / "prediction.json").read_text()
     with zipfile.ZipFile(tmp_path / "masks.zip") as archive:
@@ -222,7 +220,7 @@ def test_files_are_those_of_the_command_line(app, tmp_path):
 def test_masks_are_the_models_own_and_another_threshold_does_not_run_it_again(app, tmp_path, photo, monkeypatch):
     segmenter = app.Segmenter(str(save_tiny(tmp_path / "model", predict_presence=True)))
     answer = segmenter.answer(str(photo), TEXTS)
-    assert answer.size == (60, 40) and answer.picture.shape == (640, 427, 3)
+    assert answer.size == (60, 40) and answer.image.shape == (640, 427, 3)
     model, processor = segmenter.model, segmenter.processor
     inputs = processor(images=[str(photo)], text=[TEXTS], return_tensors="pt")
     with torch.inference_mode():
@@ -247,10 +245,10 @@ def test_expressions_that_the_model_cannot_read_whole(app, folder, photo):
 
 
 def test_examples_lie_beside_the_weights(app, folder, tmp_path):
-    assert app.find_examples(str(folder)) == [[str(folder / "examples" / "1-picture.png"), "right cup\nzebra"]]
+    assert app.find_examples(str(folder)) == [[str(folder / "examples" / "1-image.png"), "right cup\nzebra"]]
     assert app.find_examples(str(tmp_path)) == []
     (tmp_path / "examples").mkdir()
-    for content in ("{", '{"a": 1}', '[{"picture": "x.png"}]'):
+    for content in ("{", '{"a": 1}', '[{"image": "x.png"}]'):
         (tmp_path / "examples" / "examples.json").write_text(content)
         assert app.find_examples(str(tmp_path)) == []
 
@@ -368,12 +366,12 @@ class Visit:
         assert [url for url in self.requested if not url.startswith((self.url, "data:", "blob:"))] == []
 
     def upload(self, path: Path) -> None:
-        self.page.locator("#picture input[type=file]").set_input_files(str(path))
-        self.page.locator("#picture img").wait_for()
+        self.page.locator("#image input[type=file]").set_input_files(str(path))
+        self.page.locator("#image img").wait_for()
 
-    def remove_picture(self) -> None:
+    def remove_image(self) -> None:
         self.page.get_by_label("Remove Image").click()
-        self.page.locator("#picture img").wait_for(state="detached")
+        self.page.locator("#image img").wait_for(state="detached")
 
     def ask(self, *texts: str) -> np.ndarray:
         """Type expressions, press the button, and wait for the overlay: uint8 (h, w, 3)."""
@@ -391,8 +389,8 @@ class Visit:
         pytest.fail("no other overlay appeared")
 
     def _source(self) -> str | None:
-        picture = self.page.locator("#overlay img")
-        return picture.get_attribute("src") if picture.count() else None
+        image = self.page.locator("#overlay img")
+        return image.get_attribute("src") if image.count() else None
 
     def overlay(self) -> np.ndarray:
         response = self.context.request.get(self._source())
@@ -424,7 +422,7 @@ def visit(browser, server) -> Iterator[Visit]:
 
 
 def differ(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether two pictures differ by more than what compression leaves behind."""
+    """Whether two images differ by more than what compression leaves behind."""
     return a.shape != b.shape or np.abs(a.astype(int) - b.astype(int)).max() > 40
 
 
@@ -448,7 +446,7 @@ def test_masks_change_with_the_expression_the_threshold_and_what_is_shown(visit,
     assert differ(everything, one) and visit.page.locator("#routing section h3").all_inner_texts() == ["the cup"]
 
 
-def test_what_is_downloaded_is_the_masks_at_the_pictures_own_size(visit, photo, tmp_path):
+def test_what_is_downloaded_is_the_masks_at_the_images_own_size(visit, photo, tmp_path):
     visit.upload(photo)
     visit.ask("left zebra", "the cup")
     visit.page.locator("#make").click()
@@ -473,18 +471,18 @@ def test_what_cannot_be_answered_is_said(visit, photo, tmp_path):
     assert "Say what to find" in visit.message()
     visit.page.locator("#expressions textarea").fill("left zebra")
     visit.button.click()
-    assert "Choose a picture" in visit.message()
+    assert "Choose an image" in visit.message()
     for name, content, message in (("a.txt", b"text", "Invalid file type"), ("a.png", bytes(21 * 2**20), "20.0 Mb")):
         (tmp_path / name).write_bytes(content)
-        visit.page.locator("#picture input[type=file]").set_input_files(str(tmp_path / name))
+        visit.page.locator("#image input[type=file]").set_input_files(str(tmp_path / name))
         assert message in visit.message()
     broken = tmp_path / "photo.png"
-    broken.write_bytes(b"no picture at all")
+    broken.write_bytes(b"no image at all")
     visit.upload(broken)
     visit.button.click()
-    assert "not a picture" in visit.message()
-    broken.write_bytes(picture_bytes("PNG"))
-    visit.remove_picture()
+    assert "not an image" in visit.message()
+    broken.write_bytes(image_bytes("PNG"))
+    visit.remove_image()
     visit.upload(broken)
     visit.ask("left zebra")  # and goes on
     visit.page.locator("#expressions textarea").fill("\n".join(f"cup {i}" for i in range(13)))
@@ -497,7 +495,7 @@ def test_what_cannot_be_answered_is_said(visit, photo, tmp_path):
 
 def test_an_example_is_tried(visit):
     visit.page.get_by_text("right cup").first.click()
-    visit.page.locator("#picture img").wait_for()
+    visit.page.locator("#image img").wait_for()
     drawn = visit.after(visit.button.click)
     assert drawn.shape == (427, 640, 3) and len(visit.labels()) == 2
 
@@ -526,8 +524,8 @@ def test_screenshots(browser, request, tmp_path):
     """See the top of this file."""
     target = Path(os.environ.get("SERA_SCREENSHOTS", tmp_path))
     rows = generate_scenes(1, seed=0, image_size=448, split="test", scene_set="mixed").select(range(3))
-    picture = tmp_path / "scene.jpg"
-    picture.write_bytes(rows[0]["image"]["bytes"])
+    image = tmp_path / "scene.jpg"
+    image.write_bytes(rows[0]["image"]["bytes"])
     if "SERA_MODEL" in os.environ:
         server = Server(Path(os.environ["SERA_MODEL"]).absolute(), tmp_path / "place")
         request.addfinalizer(server.stop)
@@ -536,7 +534,7 @@ def test_screenshots(browser, request, tmp_path):
         server = request.getfixturevalue("server")
     for name, viewport in (("space", DESKTOP), ("space_phone", PHONE)):
         visit = Visit(browser, server, viewport)
-        visit.upload(picture)
+        visit.upload(image)
         visit.ask(*(row["sentences"][0] for row in rows))
         visit.page.mouse.move(0, 0)
         visit.page.wait_for_timeout(500)  # what moves comes to rest

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from builders import Folder, write_hub_copy
 from torch.utils.data import DataLoader
 
-from training.batches import PictureExample, TrainingExamples
+from training.batches import ImageExample, TrainingExamples
 from training.configuration import AugmentationSettings, DataSettings
 from training.data import REFER_FEATURES
 from training.preparation import prepare_refer
@@ -27,7 +27,7 @@ SPLITS = {"train": [*range(30, 66)], "val": [4, 3], "testA": [8], "testB": [5, 6
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> str:
-    """72 rows of 36 pictures in about ten shards."""
+    """72 rows of 36 images in about ten shards."""
     root = tmp_path_factory.mktemp("streaming")
     prepare_refer(Folder(root / "refer").fill(SPLITS).root, root / "prepared", shard_bytes=16000)
     return str(root / "prepared")
@@ -35,33 +35,33 @@ def prepared(tmp_path_factory) -> str:
 
 def streamed(root: str, **options) -> StreamedExamples:
     rows, _ = load_training_splits(DataSettings(source="folder", root=root, streaming=True))
-    options = {"batch_size": 2, "objects_per_picture": 3, "sentences_per_object": 1, "augmentation": PLAIN} | options
+    options = {"batch_size": 2, "objects_per_image": 3, "sentences_per_object": 1, "augmentation": PLAIN} | options
     return StreamedExamples(rows, **({"seed": 0} | options))
 
 
-def load(examples: StreamedExamples, num_workers: int = 0) -> list[list[PictureExample]]:
+def load(examples: StreamedExamples, num_workers: int = 0) -> list[list[ImageExample]]:
     return list(DataLoader(examples, examples.batch_size, collate_fn=list, num_workers=num_workers))
 
 
-def content(example: PictureExample) -> tuple:
+def content(example: ImageExample) -> tuple:
     masks = tuple((mask.shape, mask.tobytes()) for mask in example.masks)
     return example.image.size, example.image.tobytes(), masks, tuple(example.text)
 
 
-def contents(batches: list[list[PictureExample]]) -> list[list[tuple]]:
+def contents(batches: list[list[ImageExample]]) -> list[list[tuple]]:
     return [[content(example) for example in batch] for batch in batches]
 
 
 # The stream
 
 
-@pytest.mark.parametrize("objects_per_picture", [1, 2, 3])
-def test_the_stream_holds_the_examples_of_the_map_style_way(prepared, objects_per_picture):
-    options = {"objects_per_picture": objects_per_picture, "sentences_per_object": 9, "augmentation": PLAIN, "seed": 0}
+@pytest.mark.parametrize("objects_per_image", [1, 2, 3])
+def test_the_stream_holds_the_examples_of_the_map_style_way(prepared, objects_per_image):
+    options = {"objects_per_image": objects_per_image, "sentences_per_object": 9, "augmentation": PLAIN, "seed": 0}
     (rows,) = load_splits(DataSettings(source="folder", root=prepared), ["train"])
     mapped = TrainingExamples(rows, **options)
 
-    def unordered(example: PictureExample) -> tuple:
+    def unordered(example: ImageExample) -> tuple:
         size, pixels, _, _ = content(example)
         return size, pixels, frozenset(zip((mask.tobytes() for mask in example.masks), example.text, strict=True))
 
@@ -121,7 +121,7 @@ def test_a_small_buffer_still_gives_each_example_once_and_holds_no_more(prepared
     assert len(set(order)) == 36
     monkeypatch.setattr("training.streaming.SHUFFLED_GROUPS", 1)
     unshuffled = [example.image.tobytes() for example in streamed(prepared, batch_size=1)]
-    delays = [abs(order.index(picture) - unshuffled.index(picture)) for picture in order]
+    delays = [abs(order.index(image) - unshuffled.index(image)) for image in order]
     assert 0 < max(delays) < 4
 
 
@@ -132,7 +132,7 @@ def test_the_shards_come_in_another_order_in_each_epoch(prepared, monkeypatch):
     orders = []
     for epoch in range(2):
         examples.set_epoch(epoch)
-        orders.append([example.sources[0][0] // 10 for example in examples])  # of the builder's ids, the picture's
+        orders.append([example.sources[0][0] // 10 for example in examples])  # of the builder's ids, the image's
     assert sorted(orders[0]) == sorted(orders[1]) == sorted(set(rows["image_id"]))
     assert orders[0] != orders[1] and sorted(orders[0]) not in orders
     follows = dict(pairwise(sorted(orders[0])))
@@ -140,15 +140,15 @@ def test_the_shards_come_in_another_order_in_each_epoch(prepared, monkeypatch):
     assert min(kept) >= 36 - examples.rows.num_shards > 18  # within a shard the order stays
 
 
-def test_the_examples_of_one_picture_are_varied_apart(prepared):
+def test_the_examples_of_one_image_are_varied_apart(prepared):
     rows, _ = load_training_splits(DataSettings(source="folder", root=prepared, streaming=True))
     rows = rows.map(lambda row: row | {"sentences": row["sentences"][:1]}, features=REFER_FEATURES)
-    options = {"objects_per_picture": 1, "sentences_per_object": 1, "seed": 0}
-    pictures: dict[int, set] = {}
+    options = {"objects_per_image": 1, "sentences_per_object": 1, "seed": 0}
+    images: dict[int, set] = {}
     for example in StreamedExamples(rows, batch_size=1, augmentation=AugmentationSettings(flip=0.5), **options):
-        pictures.setdefault(example.sources[0][0] // 10, set()).add(example.image.tobytes())
-    several = [i for i in pictures if i % 3]  # of two or three objects
-    assert len(several) / 3 < sum(len(pictures[i]) == 2 for i in several) < len(several)
+        images.setdefault(example.sources[0][0] // 10, set()).add(example.image.tobytes())
+    several = [i for i in images if i % 3]  # of two or three objects
+    assert len(several) / 3 < sum(len(images[i]) == 2 for i in several) < len(several)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -203,7 +203,7 @@ def test_copies_on_the_hub_stream_too(tmp_path):
     data = DataSettings(source="folder", root=str(target), image_dir=str(folder.root / "images"), streaming=True)
     rows, val = load_training_splits(data)
     assert isinstance(rows, datasets.IterableDataset) and isinstance(val, datasets.Dataset)
-    options = {"objects_per_picture": 1, "sentences_per_object": 9, "augmentation": PLAIN, "seed": 0}
+    options = {"objects_per_image": 1, "sentences_per_object": 9, "augmentation": PLAIN, "seed": 0}
     examples = StreamedExamples(rows, batch_size=1, **options)
     expected = {tuple(sorted(sentences)) for sentences in folder.load()["train"]["sentences"]}
     assert Counter(tuple(sorted(example.text)) for example in examples) == Counter(expected)
@@ -214,18 +214,18 @@ def test_copies_on_the_hub_stream_too(tmp_path):
 
 @pytest.fixture
 def sets(tmp_path) -> DataSettings:
-    """Three sets under one root; each holds out pictures that others train on."""
+    """Three sets under one root; each holds out images that others train on."""
     root = tmp_path / "refer"
-    for i, (dataset, split_by, pictures) in enumerate(
+    for i, (dataset, split_by, images) in enumerate(
         [
             ("refcoco", "unc", {"train": [1, 2, 3, 4, 5], "val": [6], "testA": [7], "testB": [8]}),
             ("refcoco+", "unc", {"train": [1, 2, 6, 9], "val": [3], "testA": [10]}),
-            ("refcocog", "google", {"train": [1, 5, 8, 11], "val": [11, 5]}),  # it splits objects, not pictures
+            ("refcocog", "google", {"train": [1, 5, 8, 11], "val": [11, 5]}),  # it splits objects, not images
         ]
     ):
-        Folder(root, images=f"images{i}" if i else "images", dataset=dataset, split_by=split_by).fill(pictures)
-        for picture in (root / f"images{i}").glob("*.png") if i else ():
-            picture.rename(root / "images" / picture.name)
+        Folder(root, images=f"images{i}" if i else "images", dataset=dataset, split_by=split_by).fill(images)
+        for image in (root / f"images{i}").glob("*.png") if i else ():
+            image.rename(root / "images" / image.name)
     return DataSettings(root=str(root), mix=["refcoco+/unc", "refcocog/google"])
 
 
@@ -242,7 +242,7 @@ KEPT = {"refcoco": [1, 2, 4], "refcoco+": [1, 2, 9], "refcocog": [1]}
 
 
 @pytest.mark.parametrize("way", ["refer", "folder", "streaming"])
-def test_a_mixture_trains_on_no_picture_of_another_split_of_any_set(sets, tmp_path, caplog, way):
+def test_a_mixture_trains_on_no_image_of_another_split_of_any_set(sets, tmp_path, caplog, way):
     data = sets if way == "refer" else replace(as_folders(sets, tmp_path / "prepared"), streaming=way == "streaming")
     with caplog.at_level(logging.INFO):
         train, val = load_training_splits(data)
@@ -253,15 +253,15 @@ def test_a_mixture_trains_on_no_picture_of_another_split_of_any_set(sets, tmp_pa
     assert by_set == {name: set(ids) for name, ids in KEPT.items()}
     assert len(rows) == sum(1 + image_id % 3 for ids in KEPT.values() for image_id in ids)
     assert set(val["image_id"]) == {6}  # the first set's own
-    assert "left out 2 of 5 pictures, 4 of 11 rows" in caplog.text  # refcoco without 3 and 5: one row and three
-    assert "left out 1 of 4 pictures, 1 of 7 rows" in caplog.text
-    assert "left out 3 of 4 pictures, 9 of 11 rows" in caplog.text
+    assert "left out 2 of 5 images, 4 of 11 rows" in caplog.text  # refcoco without 3 and 5: one row and three
+    assert "left out 1 of 4 images, 1 of 7 rows" in caplog.text
+    assert "left out 3 of 4 images, 9 of 11 rows" in caplog.text
 
 
 def test_rows_of_one_photograph_share_an_example_across_sets(sets):
     train, _ = load_training_splits(sets)
     examples = TrainingExamples(
-        train, objects_per_picture=99, sentences_per_object=1, augmentation=PLAIN, seed=0
+        train, objects_per_image=99, sentences_per_object=1, augmentation=PLAIN, seed=0
     )  # refs of all three sets, whose ids are the same here
     assert len(examples) == len({1, 2, 4, 9})
     kinds = [{text.split()[0] for text in examples[i].text} for i in range(len(examples))]
@@ -274,7 +274,7 @@ def test_a_streamed_mixture_gives_every_row_once(sets, tmp_path):
     data = replace(as_folders(sets, tmp_path / "prepared"), streaming=True)
     train, _ = load_training_splits(data)
     expected = Counter(row["sentences"][0] for row in train)
-    options = {"objects_per_picture": 1, "sentences_per_object": 9, "augmentation": PLAIN, "seed": 0}
+    options = {"objects_per_image": 1, "sentences_per_object": 9, "augmentation": PLAIN, "seed": 0}
     examples = StreamedExamples(train, batch_size=1, **options)
     got = Counter(sorted(example.text)[0] for batch in load(examples, num_workers=2) for example in batch)
     assert got == expected
@@ -305,7 +305,7 @@ def test_settings_that_do_not_go_together_are_refused(sets, changes, message):
 
 def test_a_mixture_that_leaves_nothing_of_a_set_is_refused(sets, tmp_path):
     Folder(tmp_path / "refer", images="images3", dataset="other", split_by="unc").fill({"train": [6, 7]})
-    with pytest.raises(ValueError, match="every picture of other/unc train stands in another split"):
+    with pytest.raises(ValueError, match="every image of other/unc train stands in another split"):
         load_training_splits(replace(sets, mix=["other/unc"], image_dir=str(tmp_path / "refer" / "images")))
 
 
@@ -313,7 +313,7 @@ def test_a_set_without_coco_ids_cannot_be_mixed(sets, tmp_path):
     folder = Folder(tmp_path / "more").fill({"train": [40, 41]})
     write_hub_copy(folder, "moondream", tmp_path / "copy", {"train": "train"})
     data = replace(as_folders(sets, tmp_path / "prepared"), mix=[str(tmp_path / "copy")])
-    with pytest.raises(ValueError, match=r"copy.* does not tell its pictures' COCO image ids"):
+    with pytest.raises(ValueError, match=r"copy.* does not tell its images' COCO image ids"):
         load_training_splits(data)
 
 

@@ -63,7 +63,7 @@ TINY = TrainingSettings(
         vision_tuning="full",
         text_tuning="full",
     ),
-    data=DataSettings(source="scenes", num_scenes=(8, 3, 2), scene_size=64, image_size=(64, 64), objects_per_picture=8),
+    data=DataSettings(source="scenes", num_scenes=(8, 3, 2), scene_size=64, image_size=(64, 64), objects_per_image=8),
     augmentation=AugmentationSettings(flip=0.5, min_crop=0.8, color_jitter=0.1, word_dropout=0.1),
     optimization=OptimizationSettings(epochs=3, batch_size=2, learning_rate=2e-3, schedule="cosine", warmup=0.1),
     num_workers=0,
@@ -151,7 +151,7 @@ def test_the_configurations_of_the_project_can_be_read(name):
         (["--optimization.learning_rate", "-1"], "learning_rate.*-1"),
         (["--evaluate_every", "0"], "evaluate_every.*0"),
         (["--data.sentences_per_object", "0"], "sentences_per_object.*0"),
-        (["--data.objects_per_picture", "0"], "objects_per_picture.*0"),
+        (["--data.objects_per_image", "0"], "objects_per_image.*0"),
         (["--augmentation.flip", "2"], "flip.*2"),
         (["--augmentation.min_crop", "-0.1"], "min_crop.*-0.1"),
         (["--seed", "-1"], "seed.*-1"),
@@ -539,7 +539,7 @@ def test_a_refer_folder_without_a_tokenizer_or_split_is_named(say, tmp_path):
     root = ["--data.source", "refer", "--data.root", tmp_path / "data", "--data.image_size", "[48,64]"]
     assert "tokenizer" in say(*root)
     assert "'nope'" in say(*root, "--data.val_split", "nope")
-    (folder.picture_folder / "COCO_1.png").unlink()
+    (folder.image_folder / "COCO_1.png").unlink()
     assert "COCO_1.png" in say(*root)
 
 

@@ -1,4 +1,4 @@
-"""Pictures drawn once: kept states stand for the pictures, masks and words keep together, and a whole run reads them."""
+"""Images drawn once: kept states stand for the images, masks and words keep together, and a whole run reads them."""
 
 import json
 from collections import defaultdict
@@ -18,7 +18,7 @@ from test_training import ON_CPU, TRAIN, finished, history_of, refer_settings, r
 from processing_sera import SeraImageProcessor, SeraProcessor
 from training import views
 from training.augmentation import swap_left_right
-from training.batches import picture_as_annotated
+from training.batches import image_as_annotated
 from training.configuration import AugmentationSettings, DataSettings, ModelSettings, TrainingSettings, read_settings
 from training.splits import HIDDEN
 from training.train import start_accelerator
@@ -47,7 +47,7 @@ def store_of(monkeypatch):
     return lambda settings: ViewStore(settings, rows, model, processor, Accelerator()), model, processor
 
 
-def test_views_are_the_picture_its_mirror_image_and_variations(store_of, tmp_path):
+def test_views_are_the_image_its_mirror_image_and_variations(store_of, tmp_path):
     make, _, _ = store_of
     store = make(settings_for(tmp_path))
     assert len(store.examples) == 3 * 3 + 3 * 2
@@ -78,9 +78,7 @@ def test_without_flips_every_view_but_the_first_is_varied(store_of, tmp_path):
 def test_kept_states_are_those_of_the_tower(store_of, tmp_path):
     make, model, processor = store_of
     view = make(settings_for(tmp_path))[0]
-    pixels = processor(images=[picture_as_annotated(make_rows(ROWS)[0])], text=["x"], return_tensors="pt")[
-        "pixel_values"
-    ]
+    pixels = processor(images=[image_as_annotated(make_rows(ROWS)[0])], text=["x"], return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         states = model.model.vision.encode_states(pixels)[0]
     assert view.states.dtype == np.float16
@@ -99,7 +97,7 @@ def test_states_are_made_in_the_precision_of_the_run(store_of, tmp_path):
     coarse = ViewStore(replace(settings, mixed_precision="bf16"), rows, model, processor, accelerator)
     fine = make(settings)
     assert coarse.folder != fine.folder
-    pixels = processor(images=[picture_as_annotated(rows[0])], text=["x"], return_tensors="pt")["pixel_values"]
+    pixels = processor(images=[image_as_annotated(rows[0])], text=["x"], return_tensors="pt")["pixel_values"]
     with torch.no_grad(), in_bfloat16():
         expected = model.model.vision.encode_states(pixels)[0].half().numpy()
     assert np.allclose(coarse[0].states, expected, atol=2e-2)
@@ -120,10 +118,10 @@ def test_a_folder_is_made_once_and_for_what_it_depends_on(store_of, tmp_path, mo
             make(changed)
 
 
-def test_other_pictures_of_the_same_sizes_are_other_views(store_of, tmp_path):
+def test_other_images_of_the_same_sizes_are_other_views(store_of, tmp_path):
     _, model, processor = store_of
     rows = make_rows(ROWS)
-    grey = [{"path": None, "bytes": png(Image.new("RGB", picture_as_annotated(row).size))} for row in rows]
+    grey = [{"path": None, "bytes": png(Image.new("RGB", image_as_annotated(row).size))} for row in rows]
     folders = [
         ViewStore(settings_for(tmp_path), those, model, processor, Accelerator()).folder
         for those in (rows, rows.remove_columns("image").add_column("image", grey).cast(rows.features))
@@ -150,7 +148,7 @@ def test_what_is_drawn_depends_on_seed_epoch_and_place(store_of, tmp_path):
             if index < 3:
                 seen |= set(one.text)
     assert {"left red", "right red", "green a", "green b", "green c", "blue"} <= seen
-    # all views of a picture, and all drawings of a made-up one, have their turn and no other's
+    # all views of an image, and all drawings of a made-up one, have their turn and no other's
     assert drawings == {i: {store[3 * i + view].states.tobytes() for view in range(3)} for i in range(5)}
     inputs, _ = ViewCollator(processor)([examples[0], examples[2]])
     number = len(inputs["input_ids"])
@@ -216,7 +214,7 @@ def test_a_run_reads_views_and_another_finds_them(tmp_path):
         )
         for seed in ("0", "1")
     ]
-    assert "drawing 8 training pictures once" in said[0] and "drawing" not in said[1]
+    assert "drawing 8 training images once" in said[0] and "drawing" not in said[1]
     for seed in (0, 1):
         assert len(history_of(tmp_path / f"run{seed}")) == 2
         assert json.loads((tmp_path / f"run{seed}" / "model" / "config.json").read_text())["model_type"] == "sera"

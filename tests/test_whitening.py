@@ -12,18 +12,18 @@ from training.whitening import projections, whiten_projections
 def test_projections_give_uncorrelated_channels_of_unit_variance(overrides):
     torch.manual_seed(0)
     model = SeraForReferringSegmentation(SeraConfig.tiny(**overrides))
-    pictures = torch.randn(40, 3, 56, 70) * torch.rand(40, 3, 1, 1) * 3 + torch.randn(40, 1, 1, 1)
+    images = torch.randn(40, 3, 56, 70) * torch.rand(40, 3, 1, 1) * 3 + torch.randn(40, 1, 1, 1)
     layers = list(projections(model))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad():
-        states = model.model.vision.encode_states(pictures)
+        states = model.model.vision.encode_states(images)
     whiten_projections(model, states, (56, 70))
     assert model.training
 
     seen = {}
     for layer in layers:
         layer.register_forward_hook(lambda layer, _, output: seen.update({layer: output.flatten(0, 1)}))
-    inputs = make_inputs(40, size=(56, 70)) | {"pixel_values": pictures}
+    inputs = make_inputs(40, size=(56, 70)) | {"pixel_values": images}
     with torch.no_grad():
         model.eval()(**inputs)
     for layer in layers:

@@ -74,15 +74,15 @@ def compare(runs: Sequence[Record], baseline: Sequence[Record], output: Path) ->
 
     Returns:
         Per metric of METRICS "difference", its mean over seeds; "error", the standard error of that over seeds (`None` for one
-        seed); "interval", LEVEL of the differences of the seeds' means that resampled pictures give.
+        seed); "interval", LEVEL of the differences of the seeds' means that resampled images give.
     """
     shared = sorted({record["seed"] for record in runs} & {record["seed"] for record in baseline})
     if not shared or list(runs) == list(baseline):
         return None
     chosen = [{record["seed"]: record for record in group} for group in (runs, baseline)]
     mine, theirs = ([_terms(group[seed], output) for seed in shared] for group in chosen)
-    pictures = np.concatenate([pictures for _, pictures in mine])
-    if not np.array_equal(pictures, np.concatenate([pictures for _, pictures in theirs])):
+    images = np.concatenate([images for _, images in mine])
+    if not np.array_equal(images, np.concatenate([images for _, images in theirs])):
         return None  # scored on other sentences: nothing to pair
     joined = [
         {
@@ -91,7 +91,7 @@ def compare(runs: Sequence[Record], baseline: Sequence[Record], output: Path) ->
         }
         for group in (mine, theirs)
     ]
-    intervals = paired_intervals(*joined, pictures) if len(set(pictures.tolist())) > 1 else {}
+    intervals = paired_intervals(*joined, images) if len(set(images.tolist())) > 1 else {}
     compared = {}
     for name in METRICS:
         values = [_score(chosen[0][seed], name) - _score(chosen[1][seed], name) for seed in shared]
@@ -107,11 +107,11 @@ def format_results(grid: Grid, runs: dict[str, list[Record]], compared: dict[str
     lines = [
         f"# Ablation {grid.path.stem}",
         "",
-        f"Split {grid.split}: {counts['expressions']} expressions about {counts['objects']} objects in {counts['pictures']} "
-        f"pictures. {reading_note(first)} Percentages. "
+        f"Split {grid.split}: {counts['expressions']} expressions about {counts['objects']} objects in {counts['images']} "
+        f"images. {reading_note(first)} Percentages. "
         "± is the standard error over seeds of training; the data are the same. "
         f"Δ: difference from {grid.baseline} with the same seeds; in brackets "
-        f"{LEVEL:.0%} of the differences of means over seeds in {RESAMPLES} paired resamples of pictures. Fresh seed: where one "
+        f"{LEVEL:.0%} of the differences of means over seeds in {RESAMPLES} paired resamples of images. Fresh seed: where one "
         "more seed's mIoU lies in 95 of 100 cases. Shuffled: mIoU where each object is asked the sentences of another.",
         "",
         _table(
@@ -121,7 +121,7 @@ def format_results(grid: Grid, runs: dict[str, list[Record]], compared: dict[str
                 "trained",
                 *METRICS,
                 "fresh seed",
-                "Δ mIoU over pictures",
+                "Δ mIoU over images",
                 "Δ mIoU over seeds",
                 "Δ boundary_F",
                 "shuffled",

@@ -12,7 +12,7 @@ _SIDE_WORD = re.compile(r"\b(left|right)(?=\b|most|hand|er\b|side)", re.IGNORECA
 
 
 def swap_left_right(sentence: str) -> str:
-    """The sentence that is true of the mirrored picture: "left" and "right" change places, also in "leftmost" and the like."""
+    """The sentence that is true of the mirrored image: "left" and "right" change places, also in "leftmost" and the like."""
     return _SIDE_WORD.sub(lambda match: _SIDES[match.group(1).lower()], sentence)
 
 
@@ -30,17 +30,17 @@ def augment(
     settings: AugmentationSettings,
     rng: np.random.Generator,
 ) -> tuple[Image.Image, list[np.ndarray], list[list[str]]]:
-    """Vary one picture with its objects.
+    """Vary one image with its objects.
 
     Args:
-        image: The picture (W, H).
+        image: The image (W, H).
         masks: One (H, W) mask per object, boolean or int8 with -1 where the loss is to leave a pixel out.
         sentences: The sentences of each object.
         settings: How much.
         rng: Source of all randomness.
 
     Returns:
-        Picture, masks and sentences, in new objects; every mask keeps all pixels of its object.
+        Image, masks and sentences, in new objects; every mask keeps all pixels of its object.
     """
     if settings.flip and rng.random() < settings.flip:
         image, masks = ImageOps.mirror(image), [mask[:, ::-1] for mask in masks]

@@ -4,11 +4,11 @@ import math
 
 import numpy as np
 
-TOLERANCE = 0.008  # of the picture's diagonal, as on DAVIS
+TOLERANCE = 0.008  # of the image's diagonal, as on DAVIS
 
 
 def mask_outline(mask: np.ndarray) -> np.ndarray:
-    """Pixels of a (H, W) boolean mask of which one of the four neighbours is outside of it, or of the picture."""
+    """Pixels of a (H, W) boolean mask of which one of the four neighbours is outside of it, or of the image."""
     padded = np.pad(mask, 1)
     inside = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     return mask & ~inside
@@ -18,11 +18,11 @@ def boundary_f_score(predicted: np.ndarray, truth: np.ndarray) -> float:
     """Harmonic mean of the outlines' precision and recall, in [0, 1].
 
     Precision is the share of the predicted mask's outline pixels that lie within r pixels (Euclidean, between pixel centres) of
-    an outline pixel of the truth; recall the converse; r = ⌈0.008 · picture diagonal⌉. Two empty masks score 1, an empty and a
+    an outline pixel of the truth; recall the converse; r = ⌈0.008 · image diagonal⌉. Two empty masks score 1, an empty and a
     non-empty one 0.
 
     Args:
-        predicted: (H, W) boolean mask at the picture's own size.
+        predicted: (H, W) boolean mask at the image's own size.
         truth: The same.
     """
     if not predicted.any() or not truth.any():

@@ -44,7 +44,7 @@ def build_processor(settings: TrainingSettings, train_rows: datasets.Dataset) ->
 
 
 def build_model(settings: TrainingSettings, processor: SeraProcessor) -> SeraForReferringSegmentation:
-    """The model: a saved SERA, or pretrained or fresh towers with fresh experts around them, for pictures of the processor's size.
+    """The model: a saved SERA, or pretrained or fresh towers with fresh experts around them, for images of the processor's size.
 
     Raises:
         ValueError: Where a side is no multiple of the patch, or what the settings name does not fit together.

@@ -23,7 +23,7 @@ from training.reports import data_name, format_report, model_index
 
 TEMPLATE = Path(__file__).resolve().parents[1] / "model_card.md"
 NO_RESULTS = "There are no results: this model was published without an evaluation."
-CHOSEN = "Pictures and expressions were chosen by whoever published the model."
+CHOSEN = "Images and expressions were chosen by whoever published the model."
 NOT_CHOSEN = "The first held-out scenes and the first expression about each, not chosen by how they came out."
 METADATA = {
     "license": "apache-2.0",
@@ -95,8 +95,8 @@ def model_card(
         repo_id: "user/name" that the model is pushed to.
         run: The run that made it, if known.
         evaluations: Records of [`read_evaluation`]; without any the card says so.
-        examples: (expression, path of the picture in the repository) of the gallery; beside a picture "1.png", which shows the
-            answer, lies the bare one as "1-picture.png".
+        examples: (expression, path of the image in the repository) of the gallery; beside an image "1.png", which shows the
+            answer, lies the bare one as "1-image.png".
         chosen: Whether somebody chose them; otherwise they are the first held-out scenes.
         predicts_presence: Whether the model has a presence head.
 
@@ -115,16 +115,16 @@ def model_card(
         index = [{"name": name, "results": _index_results(evaluations)}]
         metadata |= {"model_name": name, "eval_results": model_index_to_eval_results(index)[1]}
     drawn_scenes = run is not None and run.settings.data.source == "scenes"
-    expression, picture = "the red circle" if drawn_scenes else "left zebra", "picture.png"
+    expression, image = "the red circle" if drawn_scenes else "left zebra", "image.png"
     if examples:
         expression, path = examples[0]
-        picture = f"https://huggingface.co/{repo_id}/resolve/main/{path.removesuffix('.png')}-picture.png"
+        image = f"https://huggingface.co/{repo_id}/resolve/main/{path.removesuffix('.png')}-image.png"
     card = ModelCard.from_template(
         ModelCardData(**metadata),
         template_path=str(TEMPLATE),
         name=name,
         repo_id=repo_id,
-        picture=picture,
+        image=image,
         expression=json.dumps(expression, ensure_ascii=False),
         examples=examples,
         examples_note=CHOSEN if chosen else NOT_CHOSEN,
@@ -146,7 +146,7 @@ def check_card(text: str, folder: Path) -> None:
         folder: Folder that goes up with it.
 
     Raises:
-        ValueError: Where its metadata do not read back as they are, or it shows a picture that does not go up.
+        ValueError: Where its metadata do not read back as they are, or it shows an image that does not go up.
     """
     metadata = ModelCard(text).data.to_dict()  # raises where the model-index is none
     written = yaml.safe_load(text.split("---\n")[1])
@@ -191,7 +191,7 @@ def _describe_training(run: TrainingRun | None) -> str:
     size = "the size of the model gone on from"
     if data.image_size or not model.pretrained:
         size = " x ".join(map(str, data.image_size or IMAGE_SIZE)) + " pixels"
-    lines = [f"- Data: {sets}, split {data.train_split}; pictures letterboxed to {size}."]
+    lines = [f"- Data: {sets}, split {data.train_split}; images letterboxed to {size}."]
     if data.source == "scenes":
         lines[0] += f" {data.num_scenes[0]} scenes of {data.scene_size} pixels, seed {data.scene_seed}."
     lines.append(f"- Start: {origins}.")
@@ -203,7 +203,7 @@ def _describe_training(run: TrainingRun | None) -> str:
     lines.append(tuned + ".")
     lines.append(
         f"- Recipe: {optimization.optimizer}, learning rate {optimization.learning_rate:g}, {optimization.schedule} schedule, "
-        f"{optimization.epochs} epochs, {optimization.batch_size} pictures per batch and process, seed {settings.seed}, mixed "
+        f"{optimization.epochs} epochs, {optimization.batch_size} images per batch and process, seed {settings.seed}, mixed "
         f"precision {settings.mixed_precision}."
     )
     scored = [record for record in run.history if "val" in record]

@@ -1,4 +1,4 @@
-"""Made-up training pictures: cut-out training objects on a blurred photograph, with sentences that are true by construction (ours).
+"""Made-up training images: cut-out training objects on a blurred photograph, with sentences that are true by construction (ours).
 
 A small set of photographs says little about "left" or "second from right", since only the object meant is annotated in each. Here
 the places of all objects are known, so that any number of sentences about them can be written. Objects keep those of their own
@@ -14,18 +14,18 @@ import datasets
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
-from training.batches import PictureExample, picture_as_annotated
+from training.batches import ImageExample, image_as_annotated
 from training.data import decode_mask
 
 SIZES = ((448, 336), (448, 298), (400, 400), (336, 448))  # width, height in pixels
 SIZE_SHARES = (0.5, 0.2, 0.15, 0.15)
-COUNTS, COUNT_SHARES = (2, 3, 4), (0.4, 0.4, 0.2)  # objects in a picture
+COUNTS, COUNT_SHARES = (2, 3, 4), (0.4, 0.4, 0.2)  # objects in an image
 # share of further objects that are of the first one's category: what tells them apart is then the place
 SAME_CATEGORY = 0.75
-STACKED = 0.2  # share of pictures whose objects stand above each other
+STACKED = 0.2  # share of images whose objects stand above each other
 MIN_COVERED = 0.01  # share of its photograph that an object must cover to be cut out
 MIN_SHOWN = 0.55  # share of an object that others may not hide
-MIN_AREA = 0.006  # share of the picture that an object must cover
+MIN_AREA = 0.006  # share of the image that an object must cover
 APART = 0.08  # of the width: centres that are nearer are not called left and right of each other
 LARGER = 1.6  # ratio of areas from which objects are called big and small
 ATTEMPTS = 100  # layouts that are drawn before a set of objects is given up as unfit
@@ -34,7 +34,7 @@ ATTEMPTS = 100  # layouts that are drawn before a set of objects is given up as 
 _PLACE_WORD = re.compile(
     r"\b(\w*left\w*|\w*right\w*|middle|mid|cent(er|re)|top|bottom|upper|lower|front|back|behind|close(st|r)?|near(est|er)?|far"
     r"|farthest|further|furthest|next|beside|between|side|corner|edge|first|second|third|last|\d(st|nd|rd)|above|below|under|over"
-    r"|on|big(ger|gest)?|small(er|est)?|large(r|st)?|tall(er|est)?|other|another|both|most|pic|picture|photo|image|screen|facing"
+    r"|on|big(ger|gest)?|small(er|est)?|large(r|st)?|tall(er|est)?|other|another|both|most|pic|image|photo|image|screen|facing"
     r"|looking)\b",
     re.IGNORECASE,
 )
@@ -62,14 +62,14 @@ class CutOut:
     """An object cut out of its photograph.
 
     Attributes:
-        picture: (W, H), its bounding box.
+        image: (W, H), its bounding box.
         alpha: (W, H), 255 on the object and 0 beside it.
         category: Such as "dog".
         nouns: What it may be called; the last is true of every object of its category.
         sentences: Its own, those that name no place.
     """
 
-    picture: Image.Image
+    image: Image.Image
     alpha: Image.Image
     category: str
     nouns: list[str]
@@ -77,7 +77,7 @@ class CutOut:
 
 
 class Composites:
-    """Draws pictures of the objects of a split."""
+    """Draws images of the objects of a split."""
 
     def __init__(self, rows: datasets.Dataset):
         """
@@ -101,11 +101,11 @@ class Composites:
         for i in self.usable:
             self.by_category[categories[i]].append(i)
 
-    def draw(self, rng: np.random.Generator) -> PictureExample:
-        """A picture with its objects and all sentences about each; `sources` are (-1, number of the object)."""
+    def draw(self, rng: np.random.Generator) -> ImageExample:
+        """An image with its objects and all sentences about each; `sources` are (-1, number of the object)."""
         while True:
             cut_outs = [self._cut_out(i) for i in self._choose(rng)]
-            background = picture_as_annotated(self.rows[int(rng.integers(len(self.rows)))])
+            background = image_as_annotated(self.rows[int(rng.integers(len(self.rows)))])
             for _ in range(ATTEMPTS):
                 if (laid_out := _lay_out(cut_outs, background, rng)) is None:
                     continue
@@ -113,7 +113,7 @@ class Composites:
                 described = describe(cut_outs, masks, rng)
                 pairs = [(k, text) for k, sentences in enumerate(described) for text in sentences]
                 if pairs:
-                    return PictureExample(
+                    return ImageExample(
                         image=image,
                         masks=[masks[k] for k, _ in pairs],
                         text=[text for _, text in pairs],
@@ -136,7 +136,7 @@ class Composites:
         down, across = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
         box = (int(across[0]), int(down[0]), int(across[-1]) + 1, int(down[-1]) + 1)
         return CutOut(
-            picture=picture_as_annotated(row).crop(box),
+            image=image_as_annotated(row).crop(box),
             alpha=Image.fromarray(mask.astype(np.uint8) * 255).crop(box),
             category=row["category"],
             nouns=nouns(row["category"], row["sentences"]),
@@ -153,7 +153,7 @@ def nouns(category: str, sentences: Sequence[str]) -> list[str]:
 
 
 def describe(cut_outs: Sequence[CutOut], masks: Sequence[np.ndarray], rng: np.random.Generator) -> list[list[str]]:
-    """Sentences that are true of each object of a picture and of no other of its category.
+    """Sentences that are true of each object of an image and of no other of its category.
 
     Args:
         cut_outs: The objects.
@@ -232,32 +232,32 @@ def _some(wordings: list[str], rng: np.random.Generator) -> list[str]:
 def _lay_out(
     cut_outs: Sequence[CutOut], background: Image.Image, rng: np.random.Generator
 ) -> tuple[Image.Image, list[np.ndarray]] | None:
-    """A picture of the objects and what is seen of each, (H, W) boolean; `None` where one is hidden or too small."""
+    """An image of the objects and what is seen of each, (H, W) boolean; `None` where one is hidden or too small."""
     width, height = SIZES[rng.choice(len(SIZES), p=SIZE_SHARES)]
     # blurred, so that nothing else in it can be meant
-    image = ImageOps.fit(background, (width, height)).filter(ImageFilter.GaussianBlur(float(rng.uniform(6, 20))))
+    canvas = ImageOps.fit(background, (width, height)).filter(ImageFilter.GaussianBlur(float(rng.uniform(6, 20))))
     stacked, scale = rng.random() < STACKED, rng.uniform(0.35, 0.8)
     slots = (rng.permutation(len(cut_outs)) + 0.5) / len(cut_outs)
     placed = []
     for cut_out, slot in zip(cut_outs, slots, strict=True):
-        picture, alpha = cut_out.picture, cut_out.alpha
+        image, alpha = cut_out.image, cut_out.alpha
         if rng.random() < 0.5:  # the sentences kept say nothing of left and right
-            picture, alpha = ImageOps.mirror(picture), ImageOps.mirror(alpha)
+            image, alpha = ImageOps.mirror(image), ImageOps.mirror(alpha)
         tall = height * scale * rng.uniform(0.7, 1.3) / (1.6 if stacked else 1)
-        tall = min(tall, (0.6 if stacked else 1.4 / len(cut_outs)) * width * picture.height / picture.width)
-        size = (max(round(tall * picture.width / picture.height), 8), max(round(tall), 8))
+        tall = min(tall, (0.6 if stacked else 1.4 / len(cut_outs)) * width * image.height / image.width)
+        size = (max(round(tall * image.width / image.height), 8), max(round(tall), 8))
         x = rng.uniform(0.3, 0.7) if stacked else slot + rng.uniform(-0.08, 0.08)
         y = slot if stacked else rng.uniform(0.45, 0.7)
         corner = (round(x * width - size[0] / 2), round(y * height - size[1] / 2))
         placed.append(
-            (picture.resize(size, Image.Resampling.BICUBIC), alpha.resize(size, Image.Resampling.BILINEAR), corner)
+            (image.resize(size, Image.Resampling.BICUBIC), alpha.resize(size, Image.Resampling.BILINEAR), corner)
         )
     owner = np.full((height, width), -1)
     for k in sorted(
         range(len(placed)), key=lambda k: placed[k][1].width * placed[k][1].height
     ):  # the largest is in front
-        picture, alpha, corner = placed[k]
-        image.paste(picture, corner, alpha.filter(ImageFilter.GaussianBlur(0.7)))
+        image, alpha, corner = placed[k]
+        canvas.paste(image, corner, alpha.filter(ImageFilter.GaussianBlur(0.7)))
         covered = Image.new("L", (width, height))
         covered.paste(alpha, corner)
         owner[np.asarray(covered) > 127] = k
@@ -266,7 +266,7 @@ def _lay_out(
     for mask, pixels in zip(masks, whole, strict=True):
         if mask.sum() < max(MIN_SHOWN * pixels, MIN_AREA * mask.size):
             return None
-    return image, masks
+    return canvas, masks
 
 
 __all__ = ["Composites", "CutOut", "describe", "nouns"]

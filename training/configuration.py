@@ -50,29 +50,29 @@ class DataSettings:
         source: "refer" for a folder in the REFER layout, "folder" for one that `preparation.py` made or a copy of RefCOCO on the
             Hub, "scenes" for the embedded scenes, which need no files.
         root: The REFER folder; or the prepared folder, or the Hub's "owner/name".
-        image_dir: Folder of the pictures, where they do not lie under `root`.
+        image_dir: Folder of the images, where they do not lie under `root`.
         dataset: Name of the REFER set, such as "refcoco" or "refcoco+".
         split_by: Whose split, such as "unc" or "umd".
-        mix: Further sets to train on: "dataset/split_by" names of REFER sets under `root`, or further folders. Pictures that stand
+        mix: Further sets to train on: "dataset/split_by" names of REFER sets under `root`, or further folders. Images that stand
             in another split of any of the sets are then left out of training.
         streaming: Read the training rows of folders as they are needed, instead of copying them to the cache first.
         train_split: Split that is trained on.
         val_split: Split that chooses the best epoch; the only one that training looks at.
-        hide_sentences: Replace every sentence by one and the same word: what the pictures alone tell, as a control.
+        hide_sentences: Replace every sentence by one and the same word: what the images alone tell, as a control.
         scene_set: Which embedded scenes: "demo" for easy ones, or the benchmark's (`docs/scenes.md`): "location" (location words
             allowed), "appearance" (excluded), "relation" (long), "mixed" (all three about the same scenes).
         scene_no_target: Add to every scene of the benchmark expressions about something that is not in it.
         num_scenes: Number of embedded scenes for training, validation and test.
         scene_size: Side in pixels of the embedded scenes.
         scene_seed: Seed of the embedded scenes.
-        image_size: Height and width in pixels that pictures are letterboxed to. None: 448×448 or, going on from a whole SERA, its
+        image_size: Height and width in pixels that images are letterboxed to. None: 448×448 or, going on from a whole SERA, its
             own.
-        objects_per_picture: Objects of one picture that share a forward pass of it; 1 is the field's one object, one picture.
+        objects_per_image: Objects of one image that share a forward pass of it; 1 is the field's one object, one image.
         sentences_per_object: Sentences drawn for an object in each epoch.
-        views: Views of every training picture that are drawn once, for all epochs and runs, and kept with what the frozen vision
-            tower makes of them below the first adapter: the picture, its mirror image (where `augmentation.flip` is above zero),
+        views: Views of every training image that are drawn once, for all epochs and runs, and kept with what the frozen vision
+            tower makes of them below the first adapter: the image, its mirror image (where `augmentation.flip` is above zero),
             then variations of both in turns. It wants `model.vision_tuning` "frozen". 0: every epoch draws anew, nothing is kept.
-        composites: Made-up training pictures beside the others, of cut-out objects, with sentences that are true by construction
+        composites: Made-up training images beside the others, of cut-out objects, with sentences that are true by construction
             (`composites.py`), so many in an epoch. They are drawn once, each as often as there are views, and kept with these.
     """
 
@@ -92,7 +92,7 @@ class DataSettings:
     scene_size: PositiveInt = 96
     scene_seed: NonNegativeInt = 0
     image_size: tuple[int, int] | None = None
-    objects_per_picture: PositiveInt = 1
+    objects_per_image: PositiveInt = 1
     sentences_per_object: PositiveInt = 1
     views: NonNegativeInt = 0
     composites: NonNegativeInt = 0
@@ -100,14 +100,14 @@ class DataSettings:
 
 @dataclass
 class AugmentationSettings:
-    """How training pictures and sentences are varied. Zeros leave them as they are.
+    """How training images and sentences are varied. Zeros leave them as they are.
 
     Args:
-        flip: Probability of mirroring a picture, with "left" and "right" swapped in its sentences.
+        flip: Probability of mirroring an image, with "left" and "right" swapped in its sentences.
         min_crop: Smallest share of each side that a random crop around the objects keeps; 0 crops nothing.
         color_jitter: Largest relative change of brightness, contrast and saturation.
         word_dropout: Probability of dropping each word of a sentence (at least one stays).
-        feature_dropout: Probability, below 1, of silencing each channel of a picture's kept states; with `data.views`.
+        feature_dropout: Probability, below 1, of silencing each channel of an image's kept states; with `data.views`.
     """
 
     flip: ClosedUnitInterval = 0.0
@@ -123,7 +123,7 @@ class OptimizationSettings:
 
     Args:
         epochs: Passes over the training objects.
-        batch_size: Pictures in a batch of one process.
+        batch_size: Images in a batch of one process.
         optimizer: "adamw", or "muon": Muon on the matrices, AdamW on the rest. It takes fewer steps for small models from nothing.
         learning_rate: The learning rate after warm-up.
         schedule: "multistep" multiplies the rate by 0.1 at each milestone, "cosine" lowers it to zero.

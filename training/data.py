@@ -1,4 +1,4 @@
-"""The data room: masks as COCO run-length codes, pictures, and the REFER datasets (RefCOCO, RefCOCO+, RefCOCOg, gRefCOCO).
+"""The data room: masks as COCO run-length codes, images, and the REFER datasets (RefCOCO, RefCOCO+, RefCOCOg, gRefCOCO).
 
 The run-length code is COCO's, computed by pycocotools; the layout is REFER's (Kazemzadeh et al., "ReferItGame", 2014;
 Yu et al., "Modeling Context in Referring Expressions", 2016) and its extension to any number of targets (Liu et al.,
@@ -21,14 +21,14 @@ import numpy as np
 import PIL.Image
 from pycocotools import mask as coco_mask
 
-# One row is one referred object. Pictures stay undecoded, so that open_image can name a corrupt one.
+# One row is one referred object. Images stay undecoded, so that open_image can name a corrupt one.
 REFER_FEATURES = datasets.Features(
     {
         "image": datasets.Image(decode=False),
         "image_id": datasets.Value("int64"),
         "ref_id": datasets.Value("int64"),
         "ann_ids": datasets.List(datasets.Value("int64")),  # one; several or none in gRefCOCO
-        "no_target": datasets.Value("bool"),  # nothing in the picture is meant; the mask is then empty
+        "no_target": datasets.Value("bool"),  # nothing in the image is meant; the mask is then empty
         "category": datasets.Value("string"),
         "sentences": datasets.List(datasets.Value("string")),
         "sentence_ids": datasets.List(datasets.Value("int64")),
@@ -191,15 +191,15 @@ def _clip(points: np.ndarray, height: int, width: int) -> np.ndarray:
     return points
 
 
-# Pictures
+# Images
 
 
 def open_image(value: Mapping[str, Any] | PIL.Image.Image, decode: bool = True) -> PIL.Image.Image:
     """Decodes the `image` of a row, {"path": str or None, "bytes": bytes or None}, or a PIL image, in full.
 
-    Without `decode` only the head is read, which is enough for the size. The picture keeps its mode and its EXIF
+    Without `decode` only the head is read, which is enough for the size. The image keeps its mode and its EXIF
     orientation: the image processor takes care of both. Raises ValueError naming the file when it is missing,
-    empty, truncated (as far as it is read), no picture, or above Pillow's limit.
+    empty, truncated (as far as it is read), no image, or above Pillow's limit.
     """
     if isinstance(value, PIL.Image.Image):
         path, data = getattr(value, "filename", None), None
@@ -216,9 +216,9 @@ def open_image(value: Mapping[str, Any] | PIL.Image.Image, decode: bool = True) 
             value.load()
         return value
     except PIL.UnidentifiedImageError as error:
-        raise ValueError(f"the picture {name} is damaged, or not a picture") from error
+        raise ValueError(f"the image {name} is damaged, or not an image") from error
     except Exception as error:  # damaged files make Pillow's decoders raise almost anything
-        raise ValueError(f"the picture {name} cannot be read: {error}") from error
+        raise ValueError(f"the image {name} cannot be read: {error}") from error
 
 
 # Pickles
@@ -276,7 +276,7 @@ def load_refer(
 
     Gives Datasets of REFER_FEATURES: one row per ref in the order of the file, official split names and ids;
     sentences are REFER's cleaned `sent`. A ref to several annotations has the union of their masks, one to none
-    (`no_target`, or the annotation -1) a mask without a pixel. Pictures are stored as absolute paths: the file name
+    (`no_target`, or the annotation -1) a mask without a pixel. Images are stored as absolute paths: the file name
     of instances.json (not the ref's) in `image_dir` or, without it, in the IMAGE_FOLDERS below `root`. Masks have
     the size that instances.json states. `splits` chooses splits and their order, all by default; the refs of others
     are not looked at.
@@ -299,17 +299,17 @@ def load_refer(
 
     instances = _load_instances(instances_path)
     problems: list[str] = []
-    pictures: dict[int, Path] = {}
+    images: dict[int, Path] = {}
     for ref in (ref for split_refs in chosen.values() for ref in split_refs):
         problem = _ref_problem(ref, instances)
         if problem is None:
             image_id, file_name = ref["image_id"], instances["images"][ref["image_id"]]["file_name"]
             paths = (folder / file_name for folder in folders)
-            found = pictures.get(image_id) or next((path for path in paths if path.is_file()), None)
+            found = images.get(image_id) or next((path for path in paths if path.is_file()), None)
             if found is None:
-                problem = f"its picture {folders[0] / file_name} does not exist"
+                problem = f"its image {folders[0] / file_name} does not exist"
             else:
-                pictures[image_id] = found
+                images[image_id] = found
         if problem is not None:
             problems.append(f"ref {ref.get('ref_id')}: {problem}")
     if problems:
@@ -317,7 +317,7 @@ def load_refer(
 
     built = {}
     for name, split_refs in chosen.items():
-        rows = [_build_row(ref, instances, pictures[ref["image_id"]], instances_path, dataset) for ref in split_refs]
+        rows = [_build_row(ref, instances, images[ref["image_id"]], instances_path, dataset) for ref in split_refs]
         columns = {column: [row[column] for row in rows] for column in REFER_FEATURES}
         built[name] = datasets.Dataset.from_dict(columns, features=REFER_FEATURES)
     return datasets.DatasetDict(built)
@@ -372,13 +372,13 @@ def _load_refs(path: Path) -> list[dict[str, Any]]:
 
 
 def _image_folders(root: Path, image_dir: str | PathLike[str] | None) -> list[Path]:
-    """Returns the existing folders to look for pictures in; raises FileNotFoundError when there is none."""
+    """Returns the existing folders to look for images in; raises FileNotFoundError when there is none."""
     folders = [root / name for name in IMAGE_FOLDERS]
     if image_dir is not None:
         folders = [Path(image_dir).expanduser().absolute()]
     existing = [folder for folder in folders if folder.is_dir()]
     if not existing:
-        raise FileNotFoundError(f"no folder of pictures, looked for {', '.join(map(str, folders))}")
+        raise FileNotFoundError(f"no folder of images, looked for {', '.join(map(str, folders))}")
     return existing
 
 
@@ -423,7 +423,7 @@ def _ref_problem(ref: dict[str, Any], instances: _Instances) -> str | None:
 
 
 def _annotation_problem(ann_id: int, image_id: int, instances: _Instances) -> str | None:
-    """Says why an annotation cannot be a target in a picture, or None."""
+    """Says why an annotation cannot be a target in an image, or None."""
     annotation = instances["annotations"].get(ann_id)
     if annotation is None:
         return f"its annotation {ann_id} is missing in instances.json"
@@ -453,7 +453,9 @@ def _sentence_problem(ref: dict[str, Any]) -> str | None:
     return None
 
 
-def _build_row(ref: dict[str, Any], instances: _Instances, picture: Path, source: Path, dataset: str) -> dict[str, Any]:
+def _build_row(
+    ref: dict[str, Any], instances: _Instances, image_path: Path, source: Path, dataset: str
+) -> dict[str, Any]:
     """Joins a checked ref with its records and draws its mask; raises ValueError naming the ref."""
     image, targets = instances["images"][ref["image_id"]], _target_ids(ref)
     annotations = [instances["annotations"][ann_id] for ann_id in targets]
@@ -470,7 +472,7 @@ def _build_row(ref: dict[str, Any], instances: _Instances, picture: Path, source
         raise ValueError(f"{where} has no pixel in its image of {image['height']} x {image['width']}")
     names = (instances["categories"][annotation["category_id"]]["name"] for annotation in annotations)
     return {
-        "image": {"path": str(picture), "bytes": None},
+        "image": {"path": str(image_path), "bytes": None},
         "image_id": ref["image_id"],
         "ref_id": ref["ref_id"],
         "ann_ids": targets,

@@ -1,4 +1,4 @@
-"""Score a model on every sentence of a split, at every picture's own size.
+"""Score a model on every sentence of a split, at every image's own size.
 
 As a command: `python training/evaluation.py RUN/model --split test`; prints a table and writes `evaluation-SPLIT.json`, the same
 as Markdown, as a PNG of curves and of the worst and best cases, and as the `model-index` of a model card (YAML).
@@ -65,11 +65,11 @@ def score_sentences(
         model: The model, on the accelerator's device.
         processor: Its processor.
         rows: A split (one referred object per row).
-        accelerator: Says which pictures are this process's.
+        accelerator: Says which images are this process's.
         reading: How masks are read from the answers.
-        batch_size: Pictures per batch.
+        batch_size: Images per batch.
         max_expressions: Expressions worked on at once, to bound the memory.
-        shuffle: Ask each object another picture's sentences: what a model reaches that ignores the text.
+        shuffle: Ask each object another image's sentences: what a model reaches that ignores the text.
         num_workers: Processes that prepare batches.
 
     Returns:
@@ -158,12 +158,12 @@ def _answers(
 
 def _averaged(found: Iterable[Answer]) -> Iterator[Answer]:
     """The mean of the two answers to each sentence."""
-    about_pictures = {}  # of one picture's sentences at a time: those about its mirror image follow
+    about_images = {}  # of one image's sentences at a time: those about its mirror image follow
     for source, truth, result in found:
-        if source in about_pictures:
-            yield source, truth, average_answers(about_pictures.pop(source), result)
+        if source in about_images:
+            yield source, truth, average_answers(about_images.pop(source), result)
         else:
-            about_pictures[source] = result
+            about_images[source] = result
 
 
 def _ask(
@@ -178,12 +178,10 @@ def _ask(
     max_expressions: int,
     num_workers: int = 0,
 ) -> Iterator[Answer]:
-    """The model's own answers; where mirror images are read, too, those about one follow all about its picture."""
+    """The model's own answers; where mirror images are read, too, those about one follow all about its image."""
     collator = (MirroringCollator if reading.mirror else Collator)(processor, with_labels=False)
-    pictures = max(batch_size // 2, 1) if reading.mirror else batch_size  # each brings its mirror image
-    loader = DataLoader(
-        examples, pictures, collate_fn=collator, num_workers=num_workers, worker_init_fn=end_with_parent
-    )
+    images = max(batch_size // 2, 1) if reading.mirror else batch_size  # each brings its mirror image
+    loader = DataLoader(examples, images, collate_fn=collator, num_workers=num_workers, worker_init_fn=end_with_parent)
     for inputs, batch in tqdm(loader, desc="evaluating", leave=False):
         sources = (source for example in batch for source in example.sources)
         truths = (mask for example in batch for mask in example.masks)
@@ -191,7 +189,7 @@ def _ask(
         with torch.inference_mode(), accelerator.autocast():
             outputs = model(**inputs, max_expressions=max_expressions)
         answers = {name: outputs[name] for name in ("logits", "presence_logits") if outputs.get(name) is not None}
-        # masks are of the pictures' own sizes, far larger than logits, so they are made a part at a time, too
+        # masks are of the images' own sizes, far larger than logits, so they are made a part at a time, too
         for part in torch.arange(len(outputs.logits)).split(max_expressions):
             asked_now = {**inputs, "image_index": inputs["image_index"][part]}
             answers_now = {name: values[part] for name, values in answers.items()}
@@ -298,7 +296,7 @@ def evaluation_parser() -> ArgumentParser:
         help="settings of a run, for its data (default: those beside the model); options --data.… override them",
     )
     parser.add_class_arguments(DataSettings, "data")
-    parser.add_argument("--batch_size", type=PositiveInt, default=8, help="pictures per batch")
+    parser.add_argument("--batch_size", type=PositiveInt, default=8, help="images per batch")
     parser.add_argument("--max_expressions", type=PositiveInt, default=64, help="expressions worked on at once")
     parser.add_argument("--num_workers", type=NonNegativeInt, default=0, help="processes that prepare batches")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""What each fusion expert does to an answer: the same picture and expression with one expert left out (ours)."""
+"""What each fusion expert does to an answer: the same image and expression with one expert left out (ours)."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -74,7 +74,7 @@ def expert_maps(
     texts: Sequence[str],
     threshold: float | None = None,
 ) -> Iterator[ExpertMaps]:
-    """The maps for each expression about a picture, one after the other; a forward pass with all experts and one without each.
+    """The maps for each expression about an image, one after the other; a forward pass with all experts and one without each.
 
     Raises:
         ValueError: Where the model has no fusion experts.
@@ -101,7 +101,7 @@ def expert_maps(
 
 
 def draw_expert_maps(image: Image.Image, maps: Sequence[ExpertMaps]) -> Image.Image:
-    """A row per expression: the picture with the answer, and per expert where it raises (red) and lowers (blue) the probability.
+    """A row per expression: the image with the answer, and per expert where it raises (red) and lowers (blue) the probability.
 
     Full colour is the greatest change of the row's four maps, or LEAST_SCALE where that is more.
     """

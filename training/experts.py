@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from modeling_sera import SeraForReferringSegmentation
 from modeling_sera.fusion_sera import EXPERT_NAMES
 from processing_sera import SeraProcessor
-from training.batches import Collator, EvaluationExamples, picture_as_annotated
+from training.batches import Collator, EvaluationExamples, image_as_annotated
 from training.building import load_whole
 from training.commands import run_command
 from training.configuration import DataSettings, default_data
@@ -95,13 +95,13 @@ def scores_without_experts(
 ) -> dict[str, Any]:
     """Per fusion expert the metrics of METRICS with it left out: "value", "difference" from `whole`, and its "interval"."""
     image_ids = rows["image_id"][:]
-    pictures = [image_ids[score.row] for score in whole]
+    images = [image_ids[score.row] for score in whole]
     found = {}
     for name in EXPERT_NAMES:
         with without_expert(model, name):
             terms = score_terms(score_sentences(model, processor, rows, Accelerator()))
         before = score_terms(whole)
-        intervals = paired_intervals(terms, before, pictures)
+        intervals = paired_intervals(terms, before, images)
         values = {
             metric: [over.sum() / max(under.sum(), 1) for over, under in (t[metric] for t in (terms, before))]
             for metric in METRICS
@@ -144,7 +144,7 @@ def format_experts(record: dict[str, Any]) -> str:
         lines += [
             "",
             f"Scores with one fusion expert left out at every tap, the others routed as before; in brackets {LEVEL:.0%} of "
-            f"the differences in {RESAMPLES} paired resamples of pictures. A model trained without the expert may do better.",
+            f"the differences in {RESAMPLES} paired resamples of images. A model trained without the expert may do better.",
             "",
         ]
         lines += [
@@ -199,7 +199,7 @@ def draw_maps(
     sheets = []
     for rank in ((np.arange(number) + 0.5) * len(ranked) / number).astype(int):
         row = rows[ranked[rank].row]
-        image, text = picture_as_annotated(row), row["sentences"][ranked[rank].sentence]
+        image, text = image_as_annotated(row), row["sentences"][ranked[rank].sentence]
         sheets.append(draw_expert_maps(image, list(expert_maps(model, processor, image, [text]))))
     whole = Image.new("RGB", (max(sheet.width for sheet in sheets), sum(sheet.height for sheet in sheets)), "white")
     top = 0

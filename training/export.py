@@ -1,7 +1,7 @@
 """A saved SERA as an ONNX graph, checked in ONNX Runtime against the model that it came from.
 
-`python training/export.py MODEL --output DIR` writes `model.onnx`, its weights beside it and the processor's files. Pictures,
-expressions, their length and the pictures' sides may be of any number and size. `--int8` also writes `model_int8.onnx`, with
+`python training/export.py MODEL --output DIR` writes `model.onnx`, its weights beside it and the processor's files. Images,
+expressions, their length and the images' sides may be of any number and size. `--int8` also writes `model_int8.onnx`, with
 most weights in eight bits; `--evaluate test` scores the model and the graphs on a split of the run's data: what that costs.
 """
 
@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 REQUIRED = ("onnx", "onnxruntime", "onnxscript")  # the export extra; imported where they are used, since optional
 TOLERANCE = 1e-4  # largest difference of any logit from the model's own, as a share of the largest logit
-CHECKED = (  # rows of pictures that expressions are about, patches down and across, tokens: none as traced
+CHECKED = (  # rows of images that expressions are about, patches down and across, tokens: none as traced
     ([0], (3, 3), 77),
     ([0, 0, 0], (2, 5), 4),
     ([1, 0, 2, 2], (6, 1), 9),
@@ -74,7 +74,7 @@ class OnnxSegmentation(nn.Module):
 
 
 def sample_inputs(config: SeraConfig, image_index: list[int], grid: tuple[int, int], length: int) -> dict[str, Tensor]:
-    """Random inputs of the given sizes: pictures of `grid` patches down and across, expressions of up to `length` tokens."""
+    """Random inputs of the given sizes: images of `grid` patches down and across, expressions of up to `length` tokens."""
     generator = torch.Generator().manual_seed(0)
     text, number = config.text_config, len(image_index)
     ids = torch.randint(0, text.vocab_size, (number, length), generator=generator)
@@ -97,7 +97,7 @@ def dynamic_shapes(config: SeraConfig) -> dict[str, dict[int, Any]]:
     expressions, rows, columns = Dim("expressions"), Dim("rows"), Dim("columns")
     text = {0: expressions, 1: Dim("tokens", max=config.text_config.max_position_embeddings)}
     return {
-        "pixel_values": {0: Dim("pictures"), 2: config.patch_size * rows, 3: config.patch_size * columns},
+        "pixel_values": {0: Dim("images"), 2: config.patch_size * rows, 3: config.patch_size * columns},
         "input_ids": text,
         "attention_mask": text,
         "image_index": {0: expressions},

@@ -1,4 +1,4 @@
-"""Pictures of results: masks laid over photographs, the sheet of examples, curves with the worst and best cases (ours)."""
+"""Images of results: masks laid over photographs, the sheet of examples, curves with the worst and best cases (ours)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from modeling_sera import SeraForReferringSegmentation
 from modeling_sera.fusion_sera import EXPERT_NAMES
 from modeling_sera.modeling_sera import SeraReferringSegmentationOutput
 from processing_sera import SeraProcessor
-from training.batches import picture_as_annotated
+from training.batches import image_as_annotated
 from training.boundary import mask_outline
 from training.data import decode_mask
 from training.files import write_binary
@@ -37,7 +37,7 @@ SLICES_DRAWN = ("size", "length", "wording", "targets")
 
 
 def spotlight(image: Image.Image, mask: np.ndarray) -> Image.Image:
-    """The picture dimmed outside of a (H, W) boolean mask, the mask outlined in yellow."""
+    """The image dimmed outside of a (H, W) boolean mask, the mask outlined in yellow."""
     canvas = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
     dimmed = 0.35 * canvas.mean(axis=2, keepdims=True) + 0.15 * canvas
     canvas = np.where(mask[..., None], canvas, dimmed)
@@ -54,7 +54,7 @@ def draw_sheet(
     num_examples: int = 12,
     reading: Reading = PLAIN,
 ) -> None:
-    """One PNG with examples: picture, truth, prediction, expression, IoU, and the shares of the fusion experts.
+    """One PNG with examples: image, truth, prediction, expression, IoU, and the shares of the fusion experts.
 
     The examples stand at evenly spaced ranks of IoU within each kind of expression, the worse before the better: nothing is picked.
     """
@@ -82,14 +82,14 @@ def sheet_figure(
         panels = place.subgridspec(1, 5, width_ratios=[1, 1, 1, 0.5, 0.3], wspace=0.04)
         axes = [figure.add_subplot(panels[column]) for column in (0, 1, 2, 4)]
         row = rows[score.row]
-        image, text = picture_as_annotated(row), row["sentences"][score.sentence]
+        image, text = image_as_annotated(row), row["sentences"][score.sentence]
         predicted, outputs = _predict(model, processor, image, text, reading)
-        for axis, picture, label in (
+        for axis, shown, label in (
             (axes[0], image, ""),
             (axes[1], spotlight(image, decode_mask(row["mask"])), "truth"),
             (axes[2], spotlight(image, predicted), f"prediction, IoU {score.iou:.2f}"),
         ):
-            axis.imshow(picture)
+            axis.imshow(shown)
             axis.set_axis_off()
             axis.set_anchor("N")
             axis.text(0.5, -0.03, label, transform=axis.transAxes, ha="center", va="top", fontsize=10)
@@ -125,7 +125,7 @@ def draw_report(
         record: See `training.reports.evaluation_record`.
         path: Of the PNG file.
         reading: How masks were read from the answers.
-        num_cases: Worst cases, and as many at the median and best ones, each of another picture.
+        num_cases: Worst cases, and as many at the median and best ones, each of another image.
     """
     figure = new_figure(3.6 * num_cases, 15.6)
     figure.suptitle(
@@ -150,9 +150,9 @@ def draw_report(
     at_median = sorted(ranked, key=lambda score: abs(score.iou - middle))
     cases = figure.add_gridspec(3, num_cases, left=0.01, right=0.99, top=0.67, bottom=0.02, hspace=0.4, wspace=0.06)
     for line, (name, order) in enumerate((("worst", ranked), ("median", at_median), ("best", ranked[::-1]))):
-        for column, score in enumerate(_one_per_picture(order, rows)[:num_cases]):
+        for column, score in enumerate(_one_per_image(order, rows)[:num_cases]):
             row = rows[score.row]
-            image, text = picture_as_annotated(row), row["sentences"][score.sentence]
+            image, text = image_as_annotated(row), row["sentences"][score.sentence]
             predicted, _ = _predict(model, processor, image, text, reading)
             canvas = np.asarray(overlay(image, [predicted])).copy()
             canvas[mask_outline(decode_mask(row["mask"]))] = np.uint8(255 * np.array(YELLOW))
@@ -161,7 +161,7 @@ def draw_report(
             axis.set_axis_off()
             axis.set_anchor("NW")
             _write_above(figure, cases[line, column], f"{name}, IoU {score.iou:.2f}: “{text}”", fontsize=10)
-    figure.text(0.01, 0.715, "Red: prediction. Yellow outline: truth. One expression of each picture.", fontsize=10)
+    figure.text(0.01, 0.715, "Red: prediction. Yellow outline: truth. One expression of each image.", fontsize=10)
     write_binary(path, lambda partial: figure.savefig(partial, format="png", dpi=DPI))
 
 
@@ -193,7 +193,7 @@ def _predict(
     text: str,
     reading: Reading,
 ) -> tuple[np.ndarray, SeraReferringSegmentationOutput]:
-    """The mask (H, W), bool, and the model's outputs, about the picture itself."""
+    """The mask (H, W), bool, and the model's outputs, about the image itself."""
 
     def ask(image: Image.Image, text: list[str]) -> tuple[dict[str, Any], SeraReferringSegmentationOutput]:
         inputs = processor(images=[image], text=[text], return_tensors="pt").to(model.device)
@@ -280,8 +280,8 @@ def _draw_slices(axis: Axes, record: dict[str, Any]) -> None:
     axis.set(title=f"mIoU with {record['bootstrap']['level']:.0%} intervals", xlim=(0, 1))
 
 
-def _one_per_picture(scores: list[SentenceScore], rows: datasets.Dataset) -> list[SentenceScore]:
-    pictures, first = rows["image_id"][:], {}
+def _one_per_image(scores: list[SentenceScore], rows: datasets.Dataset) -> list[SentenceScore]:
+    images, first = rows["image_id"][:], {}
     for score in scores:
-        first.setdefault(pictures[score.row], score)
+        first.setdefault(images[score.row], score)
     return list(first.values())

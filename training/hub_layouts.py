@@ -36,7 +36,7 @@ class Layout:
     Attributes:
         name: What it is called in messages.
         columns: A folder has this layout when it has all of these columns.
-        convert: From a row, its number and the folder of its pictures to rows of REFER_FEATURES without `sentence_kinds`.
+        convert: From a row, its number and the folder of its images to rows of REFER_FEATURES without `sentence_kinds`.
             None: rows are of REFER_FEATURES as they are.
         image_id: From a row's `id_columns` and its number to its COCO image id, or a negative number where it tells none.
         id_columns: The columns that `image_id` looks at, of those that are there.
@@ -59,7 +59,7 @@ class RowFolder:
         """
         Args:
             root: The folder, or an id on the Hub, "owner/name", which is asked for only if no such folder can be meant.
-            image_dir: Folder that the picture paths of jxu124's layout start from.
+            image_dir: Folder that the image paths of jxu124's layout start from.
 
         Raises:
             FileNotFoundError: Where there is no such folder or dataset.
@@ -71,7 +71,7 @@ class RowFolder:
         first = self._load(self.splits[0], streaming=True)
         self.layout = _recognize(set(first.features), root)
         if self.layout.name == "jxu124" and image_dir is None:
-            raise ValueError(f"{root} holds paths of pictures, not the pictures: name their folder in data.image_dir.")
+            raise ValueError(f"{root} holds paths of images, not the images: name their folder in data.image_dir.")
 
     def check_split(self, split: str) -> None:
         """`ValueError` where there is no such split."""
@@ -204,7 +204,7 @@ def _make_row(image: Row, image_id: int, ref_id: int, sentences: Any, mask: Row,
 
 
 def _size(image: Row) -> tuple[int, int]:
-    """Height and width of a picture in pixels, from its head."""
+    """Height and width of an image in pixels, from its head."""
     width, height = open_image(image, decode=False).size
     return height, width
 
@@ -236,7 +236,7 @@ def _from_lmms_lab(row: Row, number: int, image_dir: str | None) -> list[Row]:
 
 def _from_jxu124(row: Row, number: int, image_dir: str | None) -> list[Row]:
     """jxu124/refcoco and the like: one ref; `raw_anns` or `anns` its annotation in COCO's form, `bbox` by two corners."""
-    image = {"path": str(_find_picture(row["image_path"], Path(str(image_dir)).expanduser().absolute())), "bytes": None}
+    image = {"path": str(_find_image(row["image_path"], Path(str(image_dir)).expanduser().absolute())), "bytes": None}
     annotations = _parsed(row, "raw_anns", "anns")
     annotations = [annotations] if isinstance(annotations, Mapping) else annotations
     sentences = _parsed(row, "raw_sentences", "sentences")
@@ -267,18 +267,18 @@ def _parsed(row: Row, *columns: str) -> Any:
     return json.loads(value) if isinstance(value, str) else value
 
 
-def _find_picture(path: str, folder: Path) -> Path:
-    """A picture below `folder`, by its whole path there or by as much of the end as it takes."""
+def _find_image(path: str, folder: Path) -> Path:
+    """An image below `folder`, by its whole path there or by as much of the end as it takes."""
     parts = Path(path).parts
     candidates = [folder.joinpath(*parts[i:]) for i in range(len(parts))]
     for candidate in candidates:
         if candidate.is_file():
             return candidate
-    raise ValueError(f"the picture {candidates[0]} does not exist")
+    raise ValueError(f"the image {candidates[0]} does not exist")
 
 
 def _from_moondream(row: Row, number: int, image_dir: str | None) -> list[Row]:
-    """moondream/refcoco-m: one picture with `samples` of sentences, a box and a run-length code each.
+    """moondream/refcoco-m: one image with `samples` of sentences, a box and a run-length code each.
 
     Boxes are measured on the masks: what units they have in this layout nothing says.
     """

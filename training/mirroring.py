@@ -1,4 +1,4 @@
-"""Answers averaged over a picture and its mirror image, in which "left" and "right" change places (ours)."""
+"""Answers averaged over an image and its mirror image, in which "left" and "right" change places (ours)."""
 
 from dataclasses import replace
 from typing import Any
@@ -7,19 +7,19 @@ from PIL import Image, ImageOps
 from transformers import BatchFeature
 
 from training.augmentation import swap_left_right
-from training.batches import Collator, PictureExample
+from training.batches import Collator, ImageExample
 
 
 def mirror(image: Image.Image, text: list[str]) -> tuple[Image.Image, list[str]]:
-    """The mirrored picture, and what then is true of the same things there; English alone is understood."""
+    """The mirrored image, and what then is true of the same things there; English alone is understood."""
     return ImageOps.mirror(image), [swap_left_right(expression) for expression in text]
 
 
 class MirroringCollator(Collator):
-    """Puts behind each picture its mirror image, with the same sources; masks stay those of the picture as it was."""
+    """Puts behind each image its mirror image, with the same sources; masks stay those of the image as it was."""
 
-    def __call__(self, examples: list[PictureExample]) -> tuple[BatchFeature, list[PictureExample]]:
-        """Model inputs and examples of twice as many pictures as there are examples."""
+    def __call__(self, examples: list[ImageExample]) -> tuple[BatchFeature, list[ImageExample]]:
+        """Model inputs and examples of twice as many images as there are examples."""
         both = []
         for example in examples:
             image, text = mirror(example.image, example.text)
@@ -28,7 +28,7 @@ class MirroringCollator(Collator):
 
 
 def average_answers(answer: dict[str, Any], mirrored: dict[str, Any]) -> dict[str, Any]:
-    """One answer of two: that about a picture and that about its mirror image, whose columns run the other way.
+    """One answer of two: that about an image and that about its mirror image, whose columns run the other way.
 
     Args:
         answer: What `post_process_referring_segmentation` returned, with "probabilities" (H, W).

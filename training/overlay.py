@@ -18,7 +18,7 @@ COLORS = (
 
 
 def overlay(image: Image.Image, masks: Iterable[np.ndarray], opacity: float = 0.55) -> Image.Image:
-    """The picture with each (H, W) boolean mask tinted in a colour of its own and outlined in white."""
+    """The image with each (H, W) boolean mask tinted in a colour of its own and outlined in white."""
     canvas = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
     for i, mask in enumerate(masks):
         color = np.asarray(COLORS[i % len(COLORS)], dtype=np.float32)

@@ -150,7 +150,7 @@ def write_prediction(image: Image.Image, results: Iterable[dict[str, Any]], outp
     def masks() -> Iterator[np.ndarray]:
         for i, result in enumerate(results, start=1):
             name = f"mask-{i}.png"
-            write_binary(output / name, lambda partial, picture=result["mask"]: picture.save(partial, format="png"))
+            write_binary(output / name, lambda partial, image=result["mask"]: image.save(partial, format="png"))
             mask = np.asarray(result["mask"]) > 0
             rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
             numbers = {key: result[key] for key in ("score", "no_target") if key in result}

@@ -1,4 +1,4 @@
-"""Turn a REFER dataset into one folder that loads by itself, pictures and masks included.
+"""Turn a REFER dataset into one folder that loads by itself, images and masks included.
 
 `python training/preparation.py REFER_ROOT --dataset refcoco --split_by unc --output prepared/refcoco`; then
 `datasets.load_dataset("prepared/refcoco")` gives rows of `training.data.REFER_FEATURES`, and so does `--data.source folder`.
@@ -35,9 +35,9 @@ PUBLISHED_REFS: Mapping[tuple[str, str], Mapping[str, int]] = {
     ("refcocog", "google"): {"train": 44822, "val": 5000},
 }
 
-SHARD_BYTES = 500_000_000  # of distinct pictures in a shard
+SHARD_BYTES = 500_000_000  # of distinct images in a shard
 
-# Parquet's dictionary stores a value that comes again as a number. A picture stands in each of its rows, which are adjacent:
+# Parquet's dictionary stores a value that comes again as a number. An image stands in each of its rows, which are adjacent:
 # written once for each of these many rows, it is stored once. A reader holds as many rows at a time.
 ROWS_PER_GROUP = 256
 DICTIONARY_BYTES = 1 << 30
@@ -53,8 +53,8 @@ def prepare_refer(
 ) -> None:
     """Write every split of a REFER dataset to `output`: `data/<split>-NNNNN-of-NNNNN.parquet` and a README.md.
 
-    Rows are those of [`training.data.load_refer`] sorted by `image_id`, with the pictures' files embedded as they are; all rows
-    of a picture are in one shard. The README holds the counts, whether they are the published ones, and the shards' checksums.
+    Rows are those of [`training.data.load_refer`] sorted by `image_id`, with the images' files embedded as they are; all rows
+    of an image are in one shard. The README holds the counts, whether they are the published ones, and the shards' checksums.
     The folder appears whole or not at all.
 
     Args:
@@ -62,13 +62,13 @@ def prepare_refer(
         output: Folder to make.
         dataset: Name of the REFER set below `root`.
         split_by: Whose split.
-        image_dir: Folder of the pictures, where they do not lie under `root`.
-        shard_bytes: Bytes of distinct pictures after which a new shard begins.
+        image_dir: Folder of the images, where they do not lie under `root`.
+        shard_bytes: Bytes of distinct images after which a new shard begins.
 
     Raises:
         FileExistsError: Where something stands at `output` already.
         FileNotFoundError, ValueError, pickle.UnpicklingError: As `load_refer`; also for a split whose name is none for a file, and
-            for pictures that are damaged or of another size than their annotations'. All before anything is written.
+            for images that are damaged or of another size than their annotations'. All before anything is written.
     """
     output = Path(output).expanduser().absolute()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -80,7 +80,7 @@ def prepare_refer(
     splits = datasets.DatasetDict(
         {split: rows.select(np.argsort(rows["image_id"], kind="stable")) for split, rows in splits.items()}
     )
-    _check_pictures(splits)
+    _check_images(splits)
     verdict = compare_with_published({split: len(rows) for split, rows in splits.items()}, dataset, split_by)
     if verdict:
         logger.warning("%s (%s) is not as published: %s.", dataset, split_by, verdict)
@@ -112,32 +112,32 @@ def compare_with_published(refs: Mapping[str, int], dataset: str, split_by: str)
     return "; ".join(differences)
 
 
-def _check_pictures(splits: Mapping[str, datasets.Dataset]) -> None:
-    """Decode every picture once, in threads: a `ValueError` now, rather than in the middle of a training."""
-    pictures = {}
+def _check_images(splits: Mapping[str, datasets.Dataset]) -> None:
+    """Decode every image once, in threads: a `ValueError` now, rather than in the middle of a training."""
+    images = {}
     for rows in splits.values():
         for image, mask in zip(rows["image"], rows["mask"], strict=True):
-            pictures[image["path"]] = tuple(mask["size"])
+            images[image["path"]] = tuple(mask["size"])
 
     def problem(path: str) -> str | None:
         try:
             width, height = open_image({"path": path, "bytes": None}).size
         except ValueError as error:
             return str(error)
-        if (height, width) == pictures[path]:
+        if (height, width) == images[path]:
             return None
-        expected = f"{pictures[path][1]}×{pictures[path][0]}"
-        return f"the picture {path} is {width}×{height}, its annotations are of {expected} pixels"
+        expected = f"{images[path][1]}×{images[path][0]}"
+        return f"the image {path} is {width}×{height}, its annotations are of {expected} pixels"
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = tqdm(pool.map(problem, pictures), total=len(pictures), desc="checking pictures", leave=False)
+        results = tqdm(pool.map(problem, images), total=len(images), desc="checking images", leave=False)
         problems = [result for result in results if result is not None]
     if problems:
-        raise ValueError(f"{len(problems)} pictures cannot be used; the first: {problems[0]}.")
+        raise ValueError(f"{len(problems)} images cannot be used; the first: {problems[0]}.")
 
 
 def _cut_shards(rows: datasets.Dataset, shard_bytes: int) -> list[range]:
-    """Row ranges of so many bytes of distinct pictures each, or just above; none begins within a picture."""
+    """Row ranges of so many bytes of distinct images each, or just above; none begins within an image."""
     starts, held, previous = [0], 0, None
     for row, (image_id, image) in enumerate(zip(rows["image_id"], rows["image"], strict=True)):
         if image_id != previous:
@@ -156,7 +156,7 @@ def _write_shard(rows: datasets.Dataset, path: Path) -> None:
         REFER_FEATURES.arrow_schema,
         use_dictionary=["image.bytes"],
         dictionary_pagesize_limit=DICTIONARY_BYTES,
-        write_statistics=["image_id"],  # of pictures they would hold the smallest and the largest
+        write_statistics=["image_id"],  # of images they would hold the smallest and the largest
     )
     with writer:
         tables = rows.with_format("arrow")
@@ -187,7 +187,7 @@ def _describe(splits: datasets.DatasetDict, folder: Path, dataset: str, split_by
         [
             f"---\n{yaml.safe_dump(card, sort_keys=False)}---\n",
             f"# {dataset} ({split_by})\n",
-            "One row per referred object: its picture as the original file, its mask as a COCO run-length code, its sentences and",
+            "One row per referred object: its image as the original file, its mask as a COCO run-length code, its sentences and",
             "boxes; sorted by `image_id`. A row with `no_target` has a mask without a pixel.\n",
             *lines,
             f"\n{comparison}\n",
@@ -206,14 +206,14 @@ def _checksums(paths: Sequence[Path]) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = ArgumentParser(description="Turn a REFER dataset into one folder of Parquet files, pictures included.")
+    parser = ArgumentParser(description="Turn a REFER dataset into one folder of Parquet files, images included.")
     parser.add_argument("root", type=str, help="REFER folder: <root>/<dataset>/refs(<split_by>).p and instances.json")
     parser.add_argument(
         "--dataset", type=str, default="refcoco", help="refcoco, refcoco+, refcocog, grefcoco or the like"
     )
     parser.add_argument("--split_by", type=str, default="unc", help="whose split: unc, umd or google")
     parser.add_argument(
-        "--image_dir", type=str | None, default=None, help="folder of the pictures; default: under the root"
+        "--image_dir", type=str | None, default=None, help="folder of the images; default: under the root"
     )
     parser.add_argument("--output", type=str, required=True, help="folder to make")
     options = parser.parse_args(arguments)

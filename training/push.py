@@ -58,7 +58,7 @@ FILES |= {
     "requirements.txt",
     "examples/examples.json",
 }
-NUMBERED = re.compile(r"model-\d{5}-of-\d{5}\.safetensors|examples/\d+(-picture)?\.png")
+NUMBERED = re.compile(r"model-\d{5}-of-\d{5}\.safetensors|examples/\d+(-image)?\.png")
 BINARY = {".safetensors", ".png"}
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 OTHER_HOME = re.compile(r"(?<![\w.~-])/(home|Users)/\w|\b[A-Z]:\\+Users\\")
@@ -74,9 +74,9 @@ from PIL import Image
 spec = importlib.util.spec_from_file_location("handler", sys.argv[1] + "/handler.py")
 handler = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(handler)
-picture = io.BytesIO()
-Image.new("RGB", (60, 40), "gray").save(picture, "PNG")
-image = base64.b64encode(picture.getvalue()).decode()
+image = io.BytesIO()
+Image.new("RGB", (60, 40), "gray").save(image, "PNG")
+image = base64.b64encode(image.getvalue()).decode()
 (answer,) = handler.EndpointHandler(sys.argv[1])({"inputs": {"image": image, "text": "the thing on the left"}})
 assert set(answer) == {"label", "score", "mask"}
 """
@@ -130,7 +130,7 @@ def stage(
         repo_id: "user/name".
         target: Folder to make.
         evaluations: Files for the card.
-        examples: (picture's path, expression) for the card's gallery; without any, held-out scenes for a model of scenes.
+        examples: (image's path, expression) for the card's gallery; without any, held-out scenes for a model of scenes.
 
     Returns:
         The files, by path.
@@ -141,7 +141,7 @@ def stage(
     run = read_run(model_folder)
     name = repo_id.partition("/")[2]
     records = [read_evaluation(path, {model_name(str(model_folder)), repo_id, name}) for path in evaluations]
-    pictures = [(to_rgb_image(open_image({"path": path, "bytes": None})), text) for path, text in examples]
+    images = [(to_rgb_image(open_image({"path": path, "bytes": None})), text) for path, text in examples]
     model, processor = load_whole(model_folder)
     weights = checksum(model.state_dict())
     for path, record in zip(evaluations, records, strict=True):
@@ -153,17 +153,17 @@ def stage(
     for file in ("LICENSE", "hub/handler.py", "hub/requirements.txt"):
         shutil.copyfile(REPOSITORY / file, target / Path(file).name)
     gallery, asked = [], []
-    for i, (picture, text) in enumerate(pictures or scene_examples(run), start=1):
-        inputs = processor(images=[picture], text=[text], return_tensors="pt")
+    for i, (image, text) in enumerate(images or scene_examples(run), start=1):
+        inputs = processor(images=[image], text=[text], return_tensors="pt")
         with torch.inference_mode():
             (result,) = processor.post_process_referring_segmentation(model(**inputs), inputs)
-        shown = overlay(picture, [result["mask"].numpy()])  # of its pixels: a photograph's place and date stay here
+        shown = overlay(image, [result["mask"].numpy()])  # of its pixels: a photograph's place and date stay here
         path = f"examples/{i}.png"
         write_binary(target / path, lambda partial, shown=shown: shown.save(partial, format="png"))
         gallery.append((text, path))
-        name = f"{i}-picture.png"  # what the Space offers to try
-        write_binary(target / "examples" / name, lambda partial, bare=picture: bare.save(partial, format="png"))
-        asked.append({"picture": name, "text": [text]})
+        name = f"{i}-image.png"  # what the Space offers to try
+        write_binary(target / "examples" / name, lambda partial, bare=image: bare.save(partial, format="png"))
+        asked.append({"image": name, "text": [text]})
     if asked:
         write_text(target / "examples" / "examples.json", json.dumps(asked, indent=1, ensure_ascii=False))
     text = model_card(
@@ -171,7 +171,7 @@ def stage(
         run=run,
         evaluations=records,
         examples=gallery,
-        chosen=bool(pictures),
+        chosen=bool(images),
         predicts_presence=model.config.predict_presence,
     )
     write_text(target / "README.md", text)
@@ -331,8 +331,8 @@ def push_parser() -> ArgumentParser:
         nargs=2,
         action="append",
         default=[],
-        metavar=("PICTURE", "EXPRESSION"),
-        help="for the card's gallery, a picture that you may publish; may be repeated (default, after training on scenes: three of "
+        metavar=("IMAGE", "EXPRESSION"),
+        help="for the card's gallery, an image that you may publish; may be repeated (default, after training on scenes: three of "
         "the held-out ones)",
     )
     parser.add_argument("--private", action="store_true", help="make the repository private, and the Space")
@@ -379,7 +379,7 @@ def main(arguments: list[str] | None = None) -> None:
             options.repo_id,
             staged,
             evaluations=[Path(path) for path in options.evaluation],
-            examples=[(picture, text) for picture, text in options.example],
+            examples=[(image, text) for image, text in options.example],
         )
         sys.stdout.writelines(f"{file}\n" for file in files)
         if options.output is not None:

@@ -17,7 +17,7 @@ from training.slices import slice_scores
 
 SET_NAMES = {"refcoco": "RefCOCO", "refcoco+": "RefCOCO+", "refcocog": "RefCOCOg", "grefcoco": "gRefCOCO"}
 SLICE_COLUMNS = ("mIoU", "oIoU", "Pr@0.5", "boundary_F")
-MIRRORED = " Each answer is the mean of those about the picture and about its mirror image, left and right swapped in the sentence."
+MIRRORED = " Each answer is the mean of those about the image and about its mirror image, left and right swapped in the sentence."
 EXPECTED_IOU = " Of each answer the mask of the greatest expected IoU is read, its pixels taken to be independent."
 CONNECTED = " Of each mask the connected part that holds the largest sum of probabilities is kept."
 # how masks were read, in records; older ones have fewer
@@ -70,12 +70,12 @@ def evaluation_record(
         processes: How many shared the work.
         precision: Arithmetic of the forward pass, where it is not that of the weights.
     """
-    pictures = rows["image_id"][:]
+    images = rows["image_id"][:]
 
     def intervals(group: list[SentenceScore]) -> dict[str, tuple[float, float]]:
-        shown = [pictures[score.row] for score in group]
+        shown = [images[score.row] for score in group]
         if len(set(shown)) < 2:
-            return {}  # a single picture says nothing about others
+            return {}  # a single image says nothing about others
         return bootstrap_intervals(score_terms(group), shown)
 
     return {
@@ -84,7 +84,7 @@ def evaluation_record(
         "split": split,
         "data": {name: without_folders(value) for name, value in asdict(data).items() if value is not None},
         "counts": {
-            "pictures": len(set(pictures)),
+            "images": len(set(images)),
             "objects": len(rows),
             "expressions": len(scores),
             "without_target": sum(score.truth == 0 for score in scores),
@@ -106,14 +106,14 @@ def evaluation_record(
             }
             for dimension, groups in slice_scores(rows, scores).items()
         },
-        "bootstrap": {"resamples": RESAMPLES, "level": LEVEL, "unit": "picture", "seed": 0},
+        "bootstrap": {"resamples": RESAMPLES, "level": LEVEL, "unit": "image", "seed": 0},
         "boundary_tolerance": TOLERANCE,
         "command": command,
         "processes": processes,
         "precision": precision,
         "hardware": describe_hardware(),
         "versions": library_versions(),
-        "image_ids": list(pictures),  # of each row
+        "image_ids": list(images),  # of each row
         "scores": [asdict(score) for score in scores],
     }
 
@@ -126,12 +126,12 @@ def format_report(record: dict[str, Any]) -> str:
         f"# {record['model']} on {data_name(record)}, split {record['split']}",
         "",
         f"{counts['expressions']} expressions about {counts['objects']} objects ({counts['without_target']} expressions without a "
-        f"target) in {counts['pictures']} pictures, every mask compared at its picture's own size. "
+        f"target) in {counts['images']} images, every mask compared at its image's own size. "
         f"{reading_note(record)} Percentages; in brackets "
-        f"{bootstrap['level']:.0%} bootstrap intervals from {bootstrap['resamples']} resamples of pictures.",
+        f"{bootstrap['level']:.0%} bootstrap intervals from {bootstrap['resamples']} resamples of images.",
         "",
         "mIoU is the mean over expressions, oIoU total intersection / total union, Pr@X the share of expressions with IoU > X; "
-        f"boundary_F the mean boundary F-score within {record['boundary_tolerance']:g} of the picture's diagonal. Shuffled: each "
+        f"boundary_F the mean boundary F-score within {record['boundary_tolerance']:g} of the image's diagonal. Shuffled: each "
         "object asked the sentences of another.",
         "",
         format_table(record["summary"], record["intervals"]),

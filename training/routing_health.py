@@ -17,7 +17,7 @@ ADAPTER_EXPERTS = ("spatial", "boundary")
 class RoutingHealth:
     """Sums over all samples that the routers of a model decide on while [`watch`] lasts.
 
-    A sample is what the router sees: a picture where no text came before, else an expression.
+    A sample is what the router sees: an image where no text came before, else an expression.
     """
 
     def __init__(self, model: SeraForReferringSegmentation):

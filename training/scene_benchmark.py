@@ -87,7 +87,7 @@ class BenchmarkScene:
         objects: In drawing order.
         targets: Numbers of the objects that expressions may mean: in val and test those of unseen compositions, else all.
         level: One of LEVELS.
-        quality: Of the JPEG file that the picture is kept as.
+        quality: Of the JPEG file that the image is kept as.
     """
 
     image: np.ndarray
@@ -150,7 +150,7 @@ def draw_benchmark_scene(seed: int, split: str, number: int, size: int = 112) ->
         seed: any non-negative integer.
         split: one of SPLITS.
         number: of the scene.
-        size: side of the square picture in pixels, 64..512.
+        size: side of the square image in pixels, 64..512.
 
     Raises:
         ValueError: if the size is out of range.

@@ -1,4 +1,4 @@
-"""The scenes of the demo: large objects, plain pictures, short relations; easy enough to be learnt in minutes.
+"""The scenes of the demo: large objects, plain images, short relations; easy enough to be learnt in minutes.
 
 A scene depends on nothing but its seed and size. What is drawn from a seed never changes. The design is ours.
 """
@@ -20,7 +20,7 @@ from training.scene_drawing import (
     paint,
     placed_objects,
     render,
-    to_picture,
+    to_image,
 )
 from training.scene_expressions import write_expressions
 from training.scene_semantics import Expression, SceneObject
@@ -44,7 +44,7 @@ def draw_scene(seed: int | np.random.SeedSequence | np.random.Generator, size: i
 
     Args:
         seed: what `numpy.random.default_rng` takes.
-        size: side of the square picture in pixels, 64..512.
+        size: side of the square image in pixels, 64..512.
 
     Raises:
         ValueError: if the size is out of range.
@@ -59,7 +59,7 @@ def draw_scene(seed: int | np.random.SeedSequence | np.random.Generator, size: i
 
 
 def _draw_objects(size: int, rng: np.random.Generator) -> tuple[np.ndarray, list[SceneObject]]:
-    """Picture (S, S, 3) uint8 and its objects, each sufficiently in sight; starts over where they do not fit."""
+    """Image (S, S, 3) uint8 and its objects, each sufficiently in sight; starts over where they do not fit."""
     while True:
         drafts = _sample_drafts(rng)
         light = rng.random() * 2 * math.pi
@@ -70,7 +70,7 @@ def _draw_objects(size: int, rng: np.random.Generator) -> tuple[np.ndarray, list
     canvas = background(size, rng)
     for tile, corner in zip(tiles, corners, strict=True):
         paint(canvas, tile, corner)
-    return to_picture(canvas), placed_objects(drafts, tiles, corners, size)
+    return to_image(canvas), placed_objects(drafts, tiles, corners, size)
 
 
 def _sample_drafts(rng: np.random.Generator) -> list[Draft]:

@@ -22,10 +22,10 @@ COLORS = {
     "white": (242, 242, 240),
     "black": (34, 34, 38),
 }
-MIN_SIZE, MAX_SIZE = 64, 512  # sides of a picture in pixels
+MIN_SIZE, MAX_SIZE = 64, 512  # sides of an image in pixels
 
 SUPERSAMPLING = 3
-MIN_PIXELS = 40 / 96**2  # least visible area of an object, as a share of the picture
+MIN_PIXELS = 40 / 96**2  # least visible area of an object, as a share of the image
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Tile:
 
 
 def check_size(size: int) -> None:
-    """ValueError where a picture's side is out of range."""
+    """ValueError where an image's side is out of range."""
     if not MIN_SIZE <= size <= MAX_SIZE:
         raise ValueError(f"A scene's size must be between {MIN_SIZE} and {MAX_SIZE} pixels, got {size}.")
 
@@ -110,7 +110,7 @@ def arrange(
 
     Args:
         tiles: the objects, from back to front.
-        size: side of the picture in pixels.
+        size: side of the image in pixels.
         rng: draws the places.
         company: share of the tries that place an object beside another, so that they overlap.
         min_visible: share of an object's own area that the others leave in sight.
@@ -206,6 +206,6 @@ def smooth_noise(cells: int, amplitude: float, size: int, rng: np.random.Generat
     return np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC))
 
 
-def to_picture(canvas: np.ndarray) -> np.ndarray:
+def to_image(canvas: np.ndarray) -> np.ndarray:
     """The canvas (S, S, 3) float32 as uint8."""
     return np.clip(canvas + 0.5, 0, 255).astype(np.uint8)

@@ -1,6 +1,6 @@
 """What makes a drawn scene look less drawn: clutter, shadows, uneven light, tint, blur and sensor noise (ours).
 
-Canvases are (S, S, 3) float32 in 0..255. Lengths are given for pictures of 112 pixels and grow with the side. A `strength` in
+Canvases are (S, S, 3) float32 in 0..255. Lengths are given for images of 112 pixels and grow with the side. A `strength` in
 0..1 scales a nuisance; at 1 the named colors can still be told apart.
 """
 
@@ -9,14 +9,14 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from training.scene_drawing import Tile, smooth_noise, to_picture
+from training.scene_drawing import Tile, smooth_noise, to_image
 from training.scene_shapes import rotate
 
 REFERENCE_SIZE = 112
 BLUR = 0.9  # standard deviation in pixels
 NOISE = 8.0  # standard deviation in gray levels
 GRADIENT = 0.2  # largest relative change of the light, either way
-BAND = 0.3  # how much darker it is in the shadow of something outside of the picture
+BAND = 0.3  # how much darker it is in the shadow of something outside of the image
 CAST = 0.35  # how much darker it is in the shadow of an object
 TINT = 0.025  # standard deviation of a channel's gain
 CONTRAST = 0.12  # largest relative change
@@ -26,8 +26,8 @@ QUALITY = (95, 57)  # of JPEG, at strength 0 and the least at strength 1
 def add_clutter(canvas: np.ndarray, pieces: int, rng: np.random.Generator) -> np.ndarray:
     """A canvas with as many faint scribbles and specks, thinner than any object and of the background's own colors."""
     size, scale = len(canvas), len(canvas) / REFERENCE_SIZE
-    picture = Image.fromarray(to_picture(canvas))
-    draw = ImageDraw.Draw(picture)
+    image = Image.fromarray(to_image(canvas))
+    draw = ImageDraw.Draw(image)
     base = canvas.mean((0, 1))
     for _ in range(pieces):
         shade = base + rng.choice((-1, 1)) * rng.uniform(14, 34) + rng.normal(0, 5, 3)
@@ -43,7 +43,7 @@ def add_clutter(canvas: np.ndarray, pieces: int, rng: np.random.Generator) -> np
             step = rng.uniform(5, 13) * scale
             points.append((points[-1][0] + step * math.cos(angle), points[-1][1] + step * math.sin(angle)))
         draw.line(points, fill=fill, width=max(1, round(rng.uniform(0.8, 1.8) * scale)), joint="curve")
-    return np.asarray(picture, np.float32)
+    return np.asarray(image, np.float32)
 
 
 def cast_shadow(canvas: np.ndarray, tile: Tile, corner: tuple[int, int], light: float, strength: float) -> None:
@@ -72,12 +72,12 @@ def photograph(canvas: np.ndarray, strength: float, rng: np.random.Generator) ->
     contrast = 1 + strength * rng.uniform(-CONTRAST, CONTRAST)
     canvas = 128 + contrast * (canvas * light[..., None] * gain - 128)
     blur = rng.uniform(0, BLUR * strength) * size / REFERENCE_SIZE
-    picture = Image.fromarray(to_picture(canvas)).filter(ImageFilter.GaussianBlur(blur))
+    image = Image.fromarray(to_image(canvas)).filter(ImageFilter.GaussianBlur(blur))
     noise = rng.uniform(0.3, 1) * NOISE * strength * rng.standard_normal((size, size, 4), np.float32)
     # most of a sensor's noise is common to the channels once the camera has smoothed the colors
-    return to_picture(np.asarray(picture, np.float32) + 0.7 * noise[..., :1] + 0.5 * noise[..., 1:])
+    return to_image(np.asarray(image, np.float32) + 0.7 * noise[..., :1] + 0.5 * noise[..., 1:])
 
 
 def jpeg_quality(strength: float, rng: np.random.Generator) -> int:
-    """A quality for the JPEG file of a picture."""
+    """A quality for the JPEG file of an image."""
     return round(QUALITY[0] - strength * rng.random() * (QUALITY[0] - QUALITY[1]))

@@ -76,9 +76,9 @@ def _benchmark_rows(
     return rows
 
 
-def _file_of(picture: np.ndarray, file_format: str, **options: Any) -> dict[str, Any]:
+def _file_of(image: np.ndarray, file_format: str, **options: Any) -> dict[str, Any]:
     file = io.BytesIO()
-    Image.fromarray(picture).save(file, file_format, **options)
+    Image.fromarray(image).save(file, file_format, **options)
     return {"bytes": file.getvalue(), "path": None}
 
 

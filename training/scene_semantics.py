@@ -19,7 +19,7 @@ CORNERS = ("top left", "top right", "bottom left", "bottom right")
 # Relations that weigh the candidates against each other; the others concern one candidate at a time.
 COMPARISONS = ("rank", "largest", "smallest", "nearest", "farthest")
 
-# Distances are in units of the picture's side, between centres of visible pixels.
+# Distances are in units of the image's side, between centres of visible pixels.
 RANK_MARGIN = 0.08  # two objects closer than this along an axis have no clear order
 FIRST_CLEAR = 0.42  # the leftmost of all is not called "left" where it lies further right than this
 SIDE_CLEAR, SIDE_POSSIBLE = 0.36, 0.50  # distance from the side an object is said to be on
@@ -195,7 +195,7 @@ class SceneSemantics:
         return bool(self.relate((self.everything, self.everything), clause, anchor)[0] >> i & 1)
 
     def _along(self, i: int, direction: str) -> float:
-        """Distance of object i from the picture's `direction` side."""
+        """Distance of object i from the image's `direction` side."""
         return {"left": self.x[i], "right": 1 - self.x[i], "top": self.y[i], "bottom": 1 - self.y[i]}[direction]
 
     def _holds(self, i: int, clause: Clause, anchor: int | None) -> tuple[bool, bool]:

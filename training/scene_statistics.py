@@ -259,7 +259,7 @@ def draw_sample_sheet(scenes: Sequence[DescribedScene], path: Path, columns: int
     pixels = np.asarray(Image.open(memory).convert("RGB"))
     sheet = Image.fromarray(
         pixels & 0xF8 | pixels >> 5
-    )  # the pictures' noise does not compress; five bits a channel halve the file
+    )  # the images' noise does not compress; five bits a channel halve the file
     write_binary(path, lambda partial: sheet.save(partial, "PNG", optimize=True))
 
 
@@ -269,7 +269,7 @@ def _told_fully(member: DescribedScene) -> list[int]:
 
 
 def _as_kept(scene: BenchmarkScene) -> Image.Image:
-    """The picture as its JPEG file shows it."""
+    """The image as its JPEG file shows it."""
     file = io.BytesIO()
     Image.fromarray(scene.image).save(file, "JPEG", quality=scene.quality, subsampling=0)
     return Image.open(file)
@@ -295,7 +295,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--num_scenes", type=tuple[PositiveInt, PositiveInt], default=(1000, 400), help="of train, of each other split"
     )
     parser.add_argument("--scene_seed", type=NonNegativeInt, default=0, help="seed of the scenes")
-    parser.add_argument("--scene_size", type=PositiveInt, default=112, help="side of the pictures in pixels")
+    parser.add_argument("--scene_size", type=PositiveInt, default=112, help="side of the images in pixels")
     parser.add_argument("--output", type=str, default="scene-statistics.md", help="Markdown file")
     parser.add_argument("--sheet", type=str | None, default=None, help="also draw a sample sheet to this PNG file")
     options = parser.parse_args(arguments)

@@ -47,7 +47,7 @@ def generate_scenes(
     """A data set of drawn scenes with the columns REFER_FEATURES: one row per object, a scene's rows adjacent.
 
     A scene depends on (seed, split, its number, image_size) alone: a larger data set begins with the smaller one, and the number of
-    workers changes nothing. The ids of the splits are disjoint. Rows are kept in memory, each with its scene's picture.
+    workers changes nothing. The ids of the splits are disjoint. Rows are kept in memory, each with its scene's image.
 
     - "demo": scene i of split number s is `draw_scene(SeedSequence(seed, spawn_key=(s, i)), image_size)`, as lossless WebP (about
       60 kB per scene at 96 pixels). Every object has a row; `sentence_kinds` are "location", "appearance" and "relation".
@@ -60,7 +60,7 @@ def generate_scenes(
     Args:
         num_scenes: how many scenes, 1 to 10 million.
         seed: any non-negative integer.
-        image_size: side of the pictures in pixels, 64..512.
+        image_size: side of the images in pixels, 64..512.
         split: "train", "val", "test" or, but for the demo's, "test_seen"; no scene of one is in another.
         num_workers: processes that draw; above 1, a script needs its `if __name__ == "__main__"` guard.
         scene_set: one of those above.

@@ -8,12 +8,12 @@ import datasets
 
 from training.metric import SentenceScore
 
-# COCO's areas in pixels, at the picture's own size: small is below the first, large from the second on
+# COCO's areas in pixels, at the image's own size: small is below the first, large from the second on
 SIZE_BOUNDS = (32**2, 96**2)
 LENGTHS = ((2, "1-2 words"), (5, "3-5 words"), (10, "6-10 words"))
 LONGEST = "11 words or more"
 
-# Words for a place in the picture. "left of" and the like name a place beside something else, hence a relation.
+# Words for a place in the image. "left of" and the like name a place beside something else, hence a relation.
 _LOCATION = re.compile(
     r"\b(?:(?:left|right)(?!\s+of\b)(?:most|hand)?|(?:far|very)\s+(?:left|right)|top|bottom|upper|lower|middle|cent(?:er|re)"
     r"|front|back|foreground|background|corner|edge|side|closest|nearest|furthest|farthest|first|second|third|fourth|last)\b",
@@ -58,9 +58,9 @@ def length_of(sentence: str) -> str:
 
 
 def wording_of(sentence: str) -> str:
-    """Whether there are words for a location in the picture, for a relation to another thing, for both or neither."""
+    """Whether there are words for a location in the image, for a relation to another thing, for both or neither."""
     relations = bool(_RELATION.search(sentence))
-    rest = _RELATION.sub(" ", sentence)  # the front of "in front of" is no place in the picture
+    rest = _RELATION.sub(" ", sentence)  # the front of "in front of" is no place in the image
     return _WORDINGS[bool(_LOCATION.search(rest)), relations]
 
 

@@ -80,7 +80,7 @@ def _scenes(data: DataSettings, split: str, number: int) -> datasets.Dataset:
 def load_training_splits(data: DataSettings) -> tuple[datasets.Dataset | datasets.IterableDataset, datasets.Dataset]:
     """The rows to train on and those of the validation split, as the settings say.
 
-    With `data.mix` the training rows of all sets stand one set after the other, without those of any picture that stands in
+    With `data.mix` the training rows of all sets stand one set after the other, without those of any image that stands in
     another split of any of the sets: a COCO photograph has one `image_id` in all of them. With `data.streaming` the training rows
     are an IterableDataset. `ref_id`s are each set's own, so two rows of a mixture may have the same.
 
@@ -133,7 +133,7 @@ class ReferSet:
         Args:
             root: The REFER folder.
             name: "dataset/split_by", such as "refcoco+/unc".
-            image_dir: Folder of the pictures, where they do not lie under `root`.
+            image_dir: Folder of the images, where they do not lie under `root`.
 
         Raises:
             FileNotFoundError, ValueError, pickle.UnpicklingError: Where its refs cannot be read.
@@ -151,7 +151,7 @@ class ReferSet:
             raise ValueError(f"{self.name} has no split {split!r}; it has {', '.join(self.splits)}.")
 
     def read(self, split: str, streaming: bool = False) -> datasets.Dataset:
-        """The rows of a split; they hold paths of pictures, so that there is nothing to stream."""
+        """The rows of a split; they hold paths of images, so that there is nothing to stream."""
         return load_refer(self.root, self.dataset, self.split_by, image_dir=self.image_dir, splits=[split])[split]
 
     def image_ids(self, split: str) -> list[int]:
@@ -165,16 +165,16 @@ def _leave_out(
     member: ReferSet | RowFolder,
     split: str,
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """The rows of a split but for those of held-out pictures; says how many were left out."""
+    """The rows of a split but for those of held-out images; says how many were left out."""
     ids = member.image_ids(split)
     if min([*ids, *held_out]) < 0:
-        raise ValueError(f"data.mix: {member.name}, or a set beside it, does not tell its pictures' COCO image ids.")
+        raise ValueError(f"data.mix: {member.name}, or a set beside it, does not tell its images' COCO image ids.")
     removed = [image_id for image_id in ids if image_id in held_out]
-    message = "%s %s: left out %d of %d pictures, %d of %d rows, since they stand in another split of the mixture"
+    message = "%s %s: left out %d of %d images, %d of %d rows, since they stand in another split of the mixture"
     if PartialState().is_main_process:
         logger.info(message, member.name, split, len(set(removed)), len(set(ids)), len(removed), len(ids))
     if len(removed) == len(ids):
-        raise ValueError(f"data.mix: every picture of {member.name} {split} stands in another split of the mixture.")
+        raise ValueError(f"data.mix: every image of {member.name} {split} stands in another split of the mixture.")
     if isinstance(rows, datasets.IterableDataset):
         return rows.filter(_is_kept, input_columns="image_id", fn_kwargs={"held_out": held_out})
     kept = np.isin(rows["image_id"], list(held_out), invert=True)

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from training.batches import PictureExample, draw_example
+from training.batches import ImageExample, draw_example
 from training.configuration import AugmentationSettings
 from training.workers import end_with_parent
 
@@ -18,14 +18,14 @@ SHUFFLED_GROUPS = 4096  # an example is drawn from so many of the stream that ha
 
 
 class StreamedExamples(IterableDataset):
-    """Pictures of a stream of rows in an order of the epoch's own, with freshly drawn sentences and variations.
+    """Images of a stream of rows in an order of the epoch's own, with freshly drawn sentences and variations.
 
-    The stream's shards are put in random order, and pictures leave a buffer at random. This order depends on (seed, epoch) alone,
-    what is drawn for a picture on (seed, epoch, image_id, number of the group in its picture): neither on the number of processes
+    The stream's shards are put in random order, and images leave a buffer at random. This order depends on (seed, epoch) alone,
+    what is drawn for an image on (seed, epoch, image_id, number of the group in its image): neither on the number of processes
     nor of workers. Batches of the order are dealt to the processes in turn. What is left over at the end of the order, less than
     one batch for every process, is not used in that epoch, so that all processes take as many steps.
 
-    Every worker of every process reads the whole stream, which is cheap beside decoding pictures, but keeps and decodes only what
+    Every worker of every process reads the whole stream, which is cheap beside decoding images, but keeps and decodes only what
     it deals out: on a slow network, prepare or download the data. [`streamed_loader`] makes batches of them.
     """
 
@@ -34,7 +34,7 @@ class StreamedExamples(IterableDataset):
         rows: datasets.IterableDataset,
         *,
         batch_size: int,
-        objects_per_picture: int,
+        objects_per_image: int,
         sentences_per_object: int,
         augmentation: AugmentationSettings,
         seed: int,
@@ -43,9 +43,9 @@ class StreamedExamples(IterableDataset):
     ):
         """
         Args:
-            rows: Rows of REFER_FEATURES; only adjacent rows of a picture within a shard are grouped. Read once to count groups.
+            rows: Rows of REFER_FEATURES; only adjacent rows of an image within a shard are grouped. Read once to count groups.
             batch_size: Examples in a batch of one process.
-            objects_per_picture: Most rows in an example.
+            objects_per_image: Most rows in an example.
             sentences_per_object: Sentences drawn for a row in an epoch.
             augmentation: How examples are varied.
             seed: Seed of everything random.
@@ -57,7 +57,7 @@ class StreamedExamples(IterableDataset):
         """
         self.rows = rows
         self.batch_size = batch_size
-        self.objects_per_picture = objects_per_picture
+        self.objects_per_image = objects_per_image
         self.sentences_per_object = sentences_per_object
         self.augmentation = augmentation
         self.seed = seed
@@ -83,7 +83,7 @@ class StreamedExamples(IterableDataset):
     def __len__(self) -> int:
         return self.num_batches * self.batch_size
 
-    def __iter__(self) -> Iterator[PictureExample]:
+    def __iter__(self) -> Iterator[ImageExample]:
         worker = get_worker_info()
         worker_index, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
         rng = np.random.default_rng((self.seed, self.epoch))
@@ -107,7 +107,7 @@ class StreamedExamples(IterableDataset):
             yield self._draw(part, rows)
 
     def _groups(self, rows: datasets.IterableDataset, shards: range | list[int]) -> Iterator[tuple[int, list[dict]]]:
-        """Groups of a picture's rows, with their number in the picture, through the shards in this order."""
+        """Groups of an image's rows, with their number in the image, through the shards in this order."""
         for shard in shards:
             # iter() by batches: the other way of iterating deals the shards out to the workers
             batches = rows.shard(rows.num_shards, shard).iter(batch_size=32)
@@ -116,12 +116,12 @@ class StreamedExamples(IterableDataset):
                 for batch in batches
                 for values in zip(*batch.values(), strict=True)
             )
-            for _, picture in groupby(passing, key=lambda row: row["image_id"]):
-                yield from enumerate(_chunks(picture, self.objects_per_picture))
+            for _, image in groupby(passing, key=lambda row: row["image_id"]):
+                yield from enumerate(_chunks(image, self.objects_per_image))
 
-    def _draw(self, part: int, rows: list[dict]) -> PictureExample:
-        picture = rows[0]["image_id"] % 2**63  # a seed is not negative
-        rng = np.random.default_rng((self.seed, self.epoch, picture, part))
+    def _draw(self, part: int, rows: list[dict]) -> ImageExample:
+        image = rows[0]["image_id"] % 2**63  # a seed is not negative
+        rng = np.random.default_rng((self.seed, self.epoch, image, part))
         numbers = [row["ref_id"] for row in rows]
         return draw_example(rows, numbers, self.sentences_per_object, self.augmentation, rng)
 

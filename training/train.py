@@ -56,14 +56,14 @@ def main() -> None:
     logging.getLogger("accelerate").setLevel(logging.WARNING)  # it names every file of every checkpoint
     set_seed(settings.seed)
 
-    # Data and model: rows of one referred object each, grouped to pictures.
+    # Data and model: rows of one referred object each, grouped to images.
     train_rows, val_rows = load_training_splits(settings.data)
     processor = build_processor(settings, train_rows)
     model = build_model(settings, processor)
     collator = Collator(processor, with_labels=True)
     batch_size = settings.optimization.batch_size
     drawing = {
-        "objects_per_picture": settings.data.objects_per_picture,
+        "objects_per_image": settings.data.objects_per_image,
         "sentences_per_object": settings.data.sentences_per_object,
         "augmentation": settings.augmentation,
         "seed": settings.seed,

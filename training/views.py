@@ -1,7 +1,7 @@
-"""Training pictures drawn once, with all that a frozen vision tower makes of them kept on disk (ours).
+"""Training images drawn once, with all that a frozen vision tower makes of them kept on disk (ours).
 
-Where nothing below the first adapter is trained, the tower gives the same for the same picture in every epoch of every run. So a
-few views of each picture, and made-up pictures, are drawn once for all runs; their hidden states (float16) and masks stand in a
+Where nothing below the first adapter is trained, the tower gives the same for the same image in every epoch of every run. So a
+few views of each image, and made-up images, are drawn once for all runs; their hidden states (float16) and masks stand in a
 folder named after everything that they depend on, and training reads them from there. What is drawn anew in each epoch are the
 view, the sentences and the words that drop out.
 """
@@ -28,7 +28,7 @@ from transformers import BatchFeature
 from modeling_sera import SeraForReferringSegmentation
 from processing_sera import SeraProcessor
 from training.augmentation import drop_words
-from training.batches import Collator, PictureExample, draw_example, group_by_picture
+from training.batches import Collator, ImageExample, draw_example, group_by_image
 from training.checkpoints import checksum
 from training.composites import Composites
 from training.configuration import AugmentationSettings, TrainingSettings
@@ -40,18 +40,18 @@ logger = logging.getLogger(__name__)
 VERSION = 3  # of what is drawn and how it is kept; a change makes new folders
 SEED = 20_240  # of the views: they are the same for all runs, whatever these runs' seeds
 SAMPLE = 128  # views, about, that stand for all of them
-BATCH = 8  # pictures that the tower takes at once
+BATCH = 8  # images that the tower takes at once
 
 
 @dataclass
 class View:
-    """A picture as it was kept.
+    """An image as it was kept.
 
     Attributes:
         states: (states, num_prefix + H·W, hidden_size) float16, of `SeraVisionEncoder.encode_states`.
         labels: (N, H, W) uint8, 255 where a pixel is the object's, one per expression.
         text: The expressions.
-        sources: (row, sentence) number of each; row -1 for those of a made-up picture.
+        sources: (row, sentence) number of each; row -1 for those of a made-up image.
     """
 
     states: np.ndarray
@@ -61,8 +61,8 @@ class View:
 
 
 def _drawings(rows: datasets.Dataset, settings: TrainingSettings) -> list["_Drawing"]:
-    """What is to be kept: every view of every group of a picture's objects, then as many drawings of every made-up picture."""
-    groups = group_by_picture(rows, settings.data.objects_per_picture)
+    """What is to be kept: every view of every group of an image's objects, then as many drawings of every made-up image."""
+    groups = group_by_image(rows, settings.data.objects_per_image)
     composites = Composites(rows) if settings.data.composites else None
     drawings = [
         _Drawing(rows, group, view, settings.augmentation) for group in groups for view in range(settings.data.views)
@@ -81,11 +81,11 @@ class _Drawing:
     augmentation: AugmentationSettings
     composites: Composites | None = None
 
-    def draw(self) -> PictureExample:
-        """A picture with all sentences of its objects, no word dropped."""
+    def draw(self) -> ImageExample:
+        """An image with all sentences of its objects, no word dropped."""
         if self.composites is not None:
             return self.composites.draw(np.random.default_rng((SEED, 1, self.number)))
-        # the picture, its mirror image where there is one, and from then on what augmentation makes of these
+        # the image, its mirror image where there is one, and from then on what augmentation makes of these
         whole = 2 if self.augmentation.flip > 0 else 1
         mirrored = float(self.number % whole == 1)
         varied = self.augmentation if self.number >= whole else AugmentationSettings()
@@ -115,7 +115,7 @@ class ViewStore:
             settings: Which views are kept, and of what.
             rows: The training rows. Where their sentences are hidden they are read again: one folder serves both kinds of run.
             model: Its vision tower is run, in the run's precision, where the folder is absent.
-            processor: Makes pixels of pictures.
+            processor: Makes pixels of images.
             accelerator: Its device runs the tower; the process that comes first makes the folder.
 
         Raises:
@@ -154,14 +154,14 @@ class ViewStore:
 
 
 class ViewExamples(Dataset):
-    """Kept views with freshly drawn sentences: in an epoch one view of every group of objects and of every made-up picture.
+    """Kept views with freshly drawn sentences: in an epoch one view of every group of objects and of every made-up image.
 
     What is drawn depends on (seed, epoch, index) alone: not on the order of access, the worker or the process.
     """
 
     def __init__(self, store: ViewStore, settings: TrainingSettings):
         if settings.augmentation.feature_dropout >= 1:
-            raise ValueError("augmentation.feature_dropout is 1: nothing of the pictures would be left.")
+            raise ValueError("augmentation.feature_dropout is 1: nothing of the images would be left.")
         self.store = store
         self.settings = settings
         self.num_groups = len(store.examples) // settings.data.views - settings.data.composites
@@ -181,8 +181,8 @@ class ViewExamples(Dataset):
         view = self.store[index * data.views + rng.integers(data.views)]
         chosen, taken = [], {}
         for k in rng.permutation(len(view.text)).tolist():
-            place = view.sources[k][0]  # sentences are counted by object, those of a made-up picture all together
-            limit = data.sentences_per_object * (1 if is_photograph else data.objects_per_picture)
+            place = view.sources[k][0]  # sentences are counted by object, those of a made-up image all together
+            limit = data.sentences_per_object * (1 if is_photograph else data.objects_per_image)
             if taken.setdefault(place, 0) < limit:
                 taken[place] += 1
                 chosen.append(k)
@@ -200,7 +200,7 @@ class ViewExamples(Dataset):
 
 
 class ViewCollator:
-    """Views to model inputs: `picture_states` float32 (B, …) in the place of pixels, `labels` float32 (N, H, W) in [0, 1]."""
+    """Views to model inputs: `image_states` float32 (B, …) in the place of pixels, `labels` float32 (N, H, W) in [0, 1]."""
 
     def __init__(self, processor: SeraProcessor):
         self.processor = processor
@@ -210,7 +210,7 @@ class ViewCollator:
         inputs = self.processor(text=[view.text for view in views], return_tensors="pt")
         inputs["image_index"] = torch.tensor([i for i, view in enumerate(views) for _ in view.text])
         inputs["labels"] = torch.from_numpy(np.concatenate([view.labels for view in views])).float() / 255
-        inputs["picture_states"] = torch.from_numpy(np.stack([view.states for view in views])).float()
+        inputs["image_states"] = torch.from_numpy(np.stack([view.states for view in views])).float()
         inputs["pixel_values"] = torch.zeros(1, 1, 1, 1).expand(
             len(views), 3, *inputs["labels"].shape[-2:]
         )  # the size alone
@@ -229,7 +229,7 @@ def _write(
     device = accelerator.device
     home, was_training = next(vision.parameters()).device, vision.training
     vision.to(device).eval()
-    logger.info(f"drawing {len(drawings)} training pictures once, into {folder}")
+    logger.info(f"drawing {len(drawings)} training images once, into {folder}")
     examples, labels, states, kept = [], [], None, 0
     with writing(folder):
         partial = partial_folder(folder)
@@ -280,9 +280,9 @@ def _key(
     what: dict[str, Any] = {
         "version": VERSION,
         "rows": [rows[name] for name in ("image_id", "ref_id", "sentences", "mask", "category", "ann_ids")],
-        "pictures": _checksums(rows),
+        "images": _checksums(rows),
         "augmentation": asdict(replace(settings.augmentation, word_dropout=0.0, feature_dropout=0.0)),
-        "drawn": [data.views, data.composites, data.objects_per_picture],
+        "drawn": [data.views, data.composites, data.objects_per_image],
         "processor": processor.image_processor.to_dict(),
         "shared": [vision.first_adapted, *vision.tap_layers],
         "tower": checksum(dict(vision.tower.named_parameters())),
@@ -293,8 +293,8 @@ def _key(
 
 
 def _checksums(rows: datasets.Dataset) -> list[str]:
-    """SHA-256 of every row's picture."""
-    of_file = cache(sha256_of)  # rows share their pictures' files
+    """SHA-256 of every row's image."""
+    of_file = cache(sha256_of)  # rows share their images' files
     return [
         of_file(Path(image["path"])) if image["bytes"] is None else hashlib.sha256(image["bytes"]).hexdigest()
         for image in rows["image"]

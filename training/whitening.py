@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from modeling_sera import SeraForReferringSegmentation
 
 LEAST = 0.05  # of the first direction's deviation: directions that vary less are scaled as if they varied so much
-BATCH = 16  # pictures at once
+BATCH = 16  # images at once
 
 
 def whiten_projections(model: SeraForReferringSegmentation, states: Tensor, size: tuple[int, int]) -> None:
@@ -23,8 +23,8 @@ def whiten_projections(model: SeraForReferringSegmentation, states: Tensor, size
 
     Args:
         model: Its adapters' up-projections are still zero, so that what is read does not depend on the text.
-        states: (M, states, num_prefix + H·W, hidden_size), of `SeraVisionEncoder.encode_states`, of some training pictures.
-        size: Height and width of the pictures in pixels.
+        states: (M, states, num_prefix + H·W, hidden_size), of `SeraVisionEncoder.encode_states`, of some training images.
+        size: Height and width of the images in pixels.
     """
     read: dict[nn.Linear, list[Tensor]] = {layer: [] for layer in projections(model)}
     was_training = model.training
@@ -36,7 +36,7 @@ def whiten_projections(model: SeraForReferringSegmentation, states: Tensor, size
         text = torch.tensor([[model.config.text_config.bos_token_id, model.config.text_config.eos_token_id]])
         for part in states.split(BATCH):
             pixels = torch.zeros(1, 1, 1, 1).expand(len(part), 3, *size)
-            model(pixels, text.expand(len(part), -1), picture_states=part.float())
+            model(pixels, text.expand(len(part), -1), image_states=part.float())
         for layer, features in read.items():
             _whiten(layer, torch.cat(features))
     model.train(was_training)

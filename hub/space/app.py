@@ -1,4 +1,4 @@
-"""A page that shows what expressions mean in a picture: masks, scores, and how the experts were routed.
+"""A page that shows what expressions mean in an image: masks, scores, and how the experts were routed.
 
 `SERA_MODEL=user/name python app.py`, with a folder or a Hub id; on a Space, `SERA_MODEL` is one of its variables. This file stands
 alone: of the model's own code it uses what lies beside the weights. (Ours.)
@@ -27,11 +27,11 @@ from transformers import AutoModel, AutoProcessor
 logger = logging.getLogger(__name__)
 
 MAX_IMAGE_BYTES = 20 * 2**20
-MAX_PIXELS = 25_000_000  # of the picture; its masks are as large
+MAX_PIXELS = 25_000_000  # of the image; its masks are as large
 MAX_CHARACTERS = 1000  # of one expression; the model reads fewer tokens still
 NUM_BYTES = 256  # every one of them is in a CLIP tokenizer's vocabulary
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # Pillow knows more, some of which start other programs
-SHOWN_SIDES = (640, 1024)  # least and most pixels of the longer side of what is shown; files have the picture's own
+SHOWN_SIDES = (640, 1024)  # least and most pixels of the longer side of what is shown; files have the image's own
 KEPT_SECONDS = 3600  # what a visitor left behind: results in memory, files on the disk
 MAX_KEPT = 100  # results in memory, of a few MB each
 MAX_WAITING = 20  # visitors in line for the model
@@ -56,7 +56,7 @@ FUSION_EXPERTS = {"spatial": "#4c6ef5", "context": "#12a594", "boundary": "#e873
 ADAPTER_EXPERTS = {name: FUSION_EXPERTS[name] for name in ("spatial", "boundary")}
 
 HEADER = """<h1>Referring image segmentation</h1>
-<p>Say in words what to find in a picture, and SERA marks its pixels.</p>"""
+<p>Say in words what to find in an image, and SERA marks its pixels.</p>"""
 ROUTING_NOTE = """How SERA shared its work: among four experts at each tap of the vision tower (named by the number of blocks \
 before it), and between two in the adapter of a block (counted from 0)."""
 CSS = (
@@ -89,12 +89,12 @@ CSS = (
 
 @dataclass
 class Answer:
-    """What the model said about one picture, small enough to be kept for every visitor.
+    """What the model said about one image, small enough to be kept for every visitor.
 
     Attributes:
         expressions: The N expressions.
-        picture: uint8 (h, w, 3), the upright picture at the size that is shown.
-        size: (height, width) of the upright picture itself.
+        image: uint8 (h, w, 3), the upright image at the size that is shown.
+        size: (height, width) of the upright image itself.
         logits: float32 (N, ·, ·) mask logits, as coarse as the model gives them.
         presence_logits: float32 (N,), from a model that predicts presence; else `None`.
         fusion: Per tap, the number of blocks before it and the experts' shares (N, 4).
@@ -102,7 +102,7 @@ class Answer:
     """
 
     expressions: list[str]
-    picture: np.ndarray
+    image: np.ndarray
     size: tuple[int, int]
     logits: torch.Tensor
     presence_logits: torch.Tensor | None
@@ -134,12 +134,12 @@ class Segmenter:
         self.to_rgb_image = sys.modules[type(self.processor.image_processor).__module__].to_rgb_image
 
     def answer(self, path: str, expressions: list[str]) -> Answer:
-        """Run the model on the picture in a file.
+        """Run the model on the image in a file.
 
         Raises:
-            ValueError: Where the picture or an expression cannot be used, with what to change.
+            ValueError: Where the image or an expression cannot be used, with what to change.
         """
-        image = self.to_rgb_image(open_picture(path), name="The picture")
+        image = self.to_rgb_image(open_image(path), name="The image")
         for expression in expressions:
             self._check_expression(expression)
         inputs = self.processor(images=[image], text=[expressions], return_tensors="pt").to(self.model.device)
@@ -149,7 +149,7 @@ class Segmenter:
         presence, config = outputs.presence_logits, self.model.config
         return Answer(
             expressions=expressions,
-            picture=np.asarray(image.resize(shown_size(size)[::-1], Image.Resampling.LANCZOS)),
+            image=np.asarray(image.resize(shown_size(size)[::-1], Image.Resampling.LANCZOS)),
             size=size,
             logits=outputs.logits.float().cpu(),
             presence_logits=None if presence is None else presence.float().cpu(),
@@ -163,7 +163,7 @@ class Segmenter:
         Args:
             answer: What it said.
             threshold: Probability in (0, 1) above which a pixel is in a mask.
-            size: (height, width) of the masks; of the picture's proportions.
+            size: (height, width) of the masks; of the image's proportions.
 
         Returns:
             Per expression {"mask": bool (height, width), "score": float} and, where predicted, {"no_target": float}.
@@ -200,51 +200,51 @@ def parse_expressions(text: str) -> list[str]:
     return expressions
 
 
-def open_picture(path: str) -> Image.Image:
-    """The picture in a file, decoded; its size is checked before that, from its header.
+def open_image(path: str) -> Image.Image:
+    """The image in a file, decoded; its size is checked before that, from its header.
 
     Raises:
-        ValueError: Where it is no picture, too large, cut off, or of a format that is not accepted.
+        ValueError: Where it is no image, too large, cut off, or of a format that is not accepted.
     """
     if os.path.getsize(path) > MAX_IMAGE_BYTES:
         raise ValueError(f"The file is too large; choose one of at most {MAX_IMAGE_BYTES // 2**20} MB.")
     try:
-        picture = Image.open(path, formats=FORMATS)
+        image = Image.open(path, formats=FORMATS)
     except Image.DecompressionBombError:
-        raise ValueError(f"The picture has too many pixels; at most {MAX_PIXELS // 10**6} million work.") from None
+        raise ValueError(f"The image has too many pixels; at most {MAX_PIXELS // 10**6} million work.") from None
     except Exception:  # what Pillow raises on a broken header is not of one kind
-        raise ValueError(f"This file is not a picture that can be read; choose {', '.join(FORMATS)}.") from None
-    width, height = picture.size
+        raise ValueError(f"This file is not an image that can be read; choose {', '.join(FORMATS)}.") from None
+    width, height = image.size
     if width * height > MAX_PIXELS:
-        raise ValueError(f"The picture has {width} × {height} pixels; at most {MAX_PIXELS // 10**6} million work.")
+        raise ValueError(f"The image has {width} × {height} pixels; at most {MAX_PIXELS // 10**6} million work.")
     try:
-        picture.load()
+        image.load()
     except Exception:
-        raise ValueError("The picture cannot be decoded to its end; is the file damaged?") from None
-    return picture
+        raise ValueError("The image cannot be decoded to its end; is the file damaged?") from None
+    return image
 
 
 def shown_size(size: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) at which a picture of a (height, width) is shown: its longer side within [`SHOWN_SIDES`]."""
+    """(height, width) at which an image of a (height, width) is shown: its longer side within [`SHOWN_SIDES`]."""
     longer = max(size)
     scale = min(max(longer, SHOWN_SIDES[0]), SHOWN_SIDES[1]) / longer
     return max(round(size[0] * scale), 1), max(round(size[1] * scale), 1)
 
 
-def draw_overlay(picture: np.ndarray, masks: dict[int, np.ndarray]) -> Image.Image:
-    """Masks over a picture (h, w, 3) uint8: each tinted and outlined in its colour, all else greyer and darker.
+def draw_overlay(image: np.ndarray, masks: dict[int, np.ndarray]) -> Image.Image:
+    """Masks over an image (h, w, 3) uint8: each tinted and outlined in its colour, all else greyer and darker.
 
     Args:
-        picture: The picture.
+        image: The image.
         masks: bool (h, w), by the number of the expression, which chooses the colour.
     """
-    canvas = picture.astype(np.float32)
+    canvas = image.astype(np.float32)
     if masks:
         outside = 0.6 * canvas + 0.3 * canvas.mean(axis=2, keepdims=True)
         canvas = np.where(np.any(list(masks.values()), axis=0)[..., None], canvas, outside)
     for i, mask in masks.items():
         canvas[mask] += 0.45 * (np.float32(COLORS[i]) - canvas[mask])
-    width = round(max(picture.shape) / 320)
+    width = round(max(image.shape) / 320)
     for i, mask in masks.items():
         inside = _shrunk(mask, width)
         canvas[mask & ~inside] = 255
@@ -321,14 +321,14 @@ def write_files(expressions: list[str], results: list[dict[str, Any]], folder: P
 
 
 def find_examples(name: str) -> list[list[str]]:
-    """(path of a picture, expressions) of each example that lies beside the weights of a folder or Hub id; often none."""
+    """(path of an image, expressions) of each example that lies beside the weights of a folder or Hub id; often none."""
 
     def find(file: str) -> Path:
         return Path(name, file) if os.path.isdir(name) else Path(hf_hub_download(name, file))
 
     try:
         listed = json.loads(find(EXAMPLES).read_text(encoding="utf-8"))
-        return [[str(find(f"examples/{Path(item['picture']).name}")), "\n".join(item["text"])] for item in listed]
+        return [[str(find(f"examples/{Path(item['image']).name}")), "\n".join(item["text"])] for item in listed]
     except (OSError, ValueError, KeyError, TypeError) as error:
         logger.info(f"no examples: {error}")
         return []
@@ -341,16 +341,16 @@ def build_app(segmenter: Segmenter, examples: list[list[str]]) -> gr.Blocks:
         gr.HTML(HEADER, elem_id="header")
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
-                picture = gr.Image(
-                    label="Picture",
+                image = gr.Image(
+                    label="Image",
                     type="filepath",
                     image_mode=None,
                     sources=["upload", "clipboard"],
                     height=300,
-                    elem_id="picture",
+                    elem_id="image",
                 )
                 # gradio's own decodes the file before its size is known, and does not say what is wrong with it
-                picture.preprocess = lambda payload: payload and payload.path
+                image.preprocess = lambda payload: payload and payload.path
                 expressions = gr.Textbox(
                     label="Expressions, one on each line",
                     placeholder="left zebra\nthe zebra drinking",
@@ -360,7 +360,7 @@ def build_app(segmenter: Segmenter, examples: list[list[str]]) -> gr.Blocks:
                 )
                 run = gr.Button("Segment", variant="primary", elem_id="segment")
                 if examples:
-                    gr.Examples(examples, [picture, expressions], cache_examples=False, label="Examples")
+                    gr.Examples(examples, [image, expressions], cache_examples=False, label="Examples")
             with gr.Column(scale=3, min_width=300):
                 overlay = gr.Image(
                     label="Masks", interactive=False, buttons=["download", "fullscreen"], elem_id="overlay"
@@ -385,12 +385,12 @@ def build_app(segmenter: Segmenter, examples: list[list[str]]) -> gr.Blocks:
             try:
                 asked = parse_expressions(text)
                 if not path:
-                    raise ValueError("Choose a picture first.")
+                    raise ValueError("Choose an image first.")
                 answer = segmenter.answer(path, asked)
             except ValueError as error:
                 raise gr.Error(html.escape(str(error)), print_exception=False) from None
             except Exception:
-                logger.exception("a picture failed")
+                logger.exception("an image failed")
                 raise gr.Error("The model could not answer; the log says why.", print_exception=False) from None
             everything = list(range(len(asked)))
             drawn = draw(answer, everything, threshold)
@@ -400,10 +400,10 @@ def build_app(segmenter: Segmenter, examples: list[list[str]]) -> gr.Blocks:
 
         def draw(answer: Answer | None, chosen: list[int], threshold: float) -> dict[Any, Any]:
             check_kept(answer)
-            results = segmenter.results(answer, threshold, answer.picture.shape[:2])
+            results = segmenter.results(answer, threshold, answer.image.shape[:2])
             masks = {i: results[i]["mask"] for i in sorted(chosen)}
             return {
-                overlay: draw_overlay(answer.picture, masks),
+                overlay: draw_overlay(answer.image, masks),
                 shown: gr.update(choices=legend(answer.expressions, results)),
                 routing: routing_bars(answer, masks),
                 files: gr.update(value=None, visible=False),  # they would be those of another threshold
@@ -424,7 +424,7 @@ def build_app(segmenter: Segmenter, examples: list[list[str]]) -> gr.Blocks:
         drawn = [overlay, shown, routing, files]
         run.click(
             segment,
-            [picture, expressions, threshold],
+            [image, expressions, threshold],
             [*drawn, answered, details, experts],
             concurrency_limit=1,
             api_visibility="private",
