@@ -32,10 +32,10 @@ from subjects import (
 from torch.autograd import DeviceType
 
 from processing_sera import SeraImageProcessor, SeraProcessor
-from training.commands import in_one_line, run_command
-from training.environment import command_line, describe_hardware, library_versions
-from training.files import write_text
-from training.scenes import train_tokenizer
+from training.sources.scenes.dataset import train_tokenizer
+from training.support.commands import in_one_line, run_command
+from training.support.environment import command_line, describe_hardware, library_versions
+from training.support.files import write_text
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from typing import Any
 from measuring import measure, memory_alone
 from subjects import KINDS, Entry, Models, run_once
 
-from training.files import write_binary
-from training.overlay import COLORS
+from training.scoring.overlay import COLORS
+from training.support.files import write_binary
 
 SIDES = (224, 448, 672, 896, 1022)  # multiples of the patch
 EXPRESSIONS = (1, 4, 16, 64)

@@ -14,8 +14,8 @@ from transformers import CLIPSegConfig, CLIPSegForImageSegmentation
 
 from modeling_sera import SeraConfig, SeraForReferringSegmentation
 from training.configuration import OptimizationSettings
-from training.optimizers import build_optimizer
-from training.tuning import apply_tuning
+from training.learning.optimizers import build_optimizer
+from training.learning.tuning import apply_tuning
 
 PRECISIONS = ("float32", "bf16 autocast", "bf16 weights")
 KINDS = {

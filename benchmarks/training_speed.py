@@ -16,15 +16,15 @@ import torch
 from accelerate import Accelerator
 from measuring import measure, memory, reset_memory
 
-from training.batches import Collator, TrainingExamples
-from training.building import build_model, build_processor
-from training.commands import run_command
 from training.configuration import TrainingSettings, read_settings
-from training.environment import command_line, describe_hardware, library_versions
-from training.files import write_text
-from training.optimizers import build_optimizer
-from training.splits import load_splits
-from training.tuning import apply_tuning, checkpoint_activations
+from training.examples.batches import Collator, TrainingExamples
+from training.examples.splits import load_splits
+from training.learning.building import build_model, build_processor
+from training.learning.optimizers import build_optimizer
+from training.learning.tuning import apply_tuning, checkpoint_activations
+from training.support.commands import run_command
+from training.support.environment import command_line, describe_hardware, library_versions
+from training.support.files import write_text
 
 WARM_UP = 3  # first calls allocate, compile and choose kernels
 
@@ -33,11 +33,11 @@ def benchmark(settings: TrainingSettings, repeats: int) -> dict[str, Any]:
     """All figures for the settings of a run, as plain values; times in seconds for one batch, memory in bytes.
 
     Raises:
-        ValueError: Where the run would read kept views, and its steps would leave the vision tower out.
+        ValueError: Where the run would use the feature cache, and its steps would leave the vision tower out.
     """
-    if settings.data.views:
+    if settings.data.cached_versions:
         raise ValueError(
-            f"data.views is {settings.data.views}; what is timed is training through the tower: set it to 0."
+            f"data.cached_versions is {settings.data.cached_versions}; what is timed is training through the tower: set it to 0."
         )
     accelerator = Accelerator(mixed_precision=settings.mixed_precision)
     device = accelerator.device

@@ -11,7 +11,8 @@ import PIL.Image
 from transformers import CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from training.data import load_refer, segmentation_to_rle
+from training.sources.masks import segmentation_to_rle
+from training.sources.refer import load_refer
 
 WORDS = ["left", "right", "zebra", "cup", "the"]
 # (image, frame), heights first: down and up, both orientations, odd paddings, frames that are not square

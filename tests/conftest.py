@@ -11,7 +11,7 @@ from PIL import Image
 
 from modeling_sera import SeraConfig, SeraForReferringSegmentation
 from processing_sera import SeraImageProcessor, SeraProcessor
-from training.files import save_model
+from training.support.files import save_model
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 REFER_MINI = REPOSITORY.parent / "shared" / "data" / "refer-mini"

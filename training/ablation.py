@@ -27,14 +27,14 @@ from typing import Any
 
 import torch
 
-from training.ablation_grid import Grid, Records, Run, read_grid
-from training.ablation_tables import write_results
-from training.commands import run_command
+from training.ablations.grid import Grid, Records, Run, read_grid
+from training.ablations.tables import write_results
 from training.configuration import dump_settings
-from training.environment import describe_hardware, library_versions, without_folders, without_paths
-from training.files import write_text
-from training.reports import READING_FIELDS
-from training.splits import check_split
+from training.examples.splits import check_split
+from training.scoring.reports import SELECTION_FIELDS
+from training.support.commands import run_command
+from training.support.environment import describe_hardware, library_versions, without_folders, without_paths
+from training.support.files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ class Machine:
             environment["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
         with log.open("ab") as file:
             return subprocess.Popen(
-                [sys.executable, str(REPOSITORY / "training" / "child.py"), str(os.getpid()), *command],
+                [sys.executable, str(REPOSITORY / "training" / "support" / "child.py"), str(os.getpid()), *command],
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -244,7 +244,7 @@ class Work:
             "tuning": json.loads((folder / "tuning.json").read_text(encoding="utf-8")),
             "curve": json.loads((folder / "history.json").read_text(encoding="utf-8")),
             "losses": [[part[-1]["step"], sum(one["loss"] for one in part) / len(part)] for part in thinned],
-            **{name: scored[name] for name in ("split", "counts", *READING_FIELDS, "summary", "intervals", "slices")},
+            **{name: scored[name] for name in ("split", "counts", *SELECTION_FIELDS, "summary", "intervals", "slices")},
             "evaluation": str(evaluation.relative_to(self.output)),
             "seconds": job.state["seconds"],
             "threads": job.state["threads"],

@@ -29,7 +29,7 @@ class ModelSettings:
         vision_tuning: What of the vision tower is trained.
         text_tuning: What of the text tower is trained.
         whitened_start: Begin with projections of the vision tower's features that give their principal directions, all equally
-            strong; a small set then takes fewer steps. With `data.views`, whose states it reads.
+            strong; a small set then takes fewer steps. With `data.cached_versions`, whose states it reads.
     """
 
     pretrained: str | None = None
@@ -69,11 +69,12 @@ class DataSettings:
             own.
         objects_per_image: Objects of one image that share a forward pass of it; 1 is the field's one object, one image.
         sentences_per_object: Sentences drawn for an object in each epoch.
-        views: Views of every training image that are drawn once, for all epochs and runs, and kept with what the frozen vision
-            tower makes of them below the first adapter: the image, its mirror image (where `augmentation.flip` is above zero),
-            then variations of both in turns. It wants `model.vision_tuning` "frozen". 0: every epoch draws anew, nothing is kept.
-        composites: Made-up training images beside the others, of cut-out objects, with sentences that are true by construction
-            (`composites.py`), so many in an epoch. They are drawn once, each as often as there are views, and kept with these.
+        cached_versions: Versions of every training image in the feature cache: the image, the flipped image (where
+            `augmentation.flip` is above zero), then variations of both in turns. They are drawn once for all epochs and runs, with
+            the hidden states of the frozen vision tower below the first adapter. It needs `model.vision_tuning` "frozen". 0: no
+            cache, every epoch draws anew.
+        copy_paste: Number of copy-paste images in an epoch, beside the others: cut-out training objects on a blurred background,
+            with sentences that are true by construction (`examples/copy_paste.py`). They stand in the feature cache too.
     """
 
     source: Literal["refer", "folder", "scenes"] = "refer"
@@ -94,8 +95,8 @@ class DataSettings:
     image_size: tuple[int, int] | None = None
     objects_per_image: PositiveInt = 1
     sentences_per_object: PositiveInt = 1
-    views: NonNegativeInt = 0
-    composites: NonNegativeInt = 0
+    cached_versions: NonNegativeInt = 0
+    copy_paste: NonNegativeInt = 0
 
 
 @dataclass
@@ -103,11 +104,11 @@ class AugmentationSettings:
     """How training images and sentences are varied. Zeros leave them as they are.
 
     Args:
-        flip: Probability of mirroring an image, with "left" and "right" swapped in its sentences.
+        flip: Probability of flipping an image horizontally, with "left" and "right" swapped in its sentences.
         min_crop: Smallest share of each side that a random crop around the objects keeps; 0 crops nothing.
         color_jitter: Largest relative change of brightness, contrast and saturation.
         word_dropout: Probability of dropping each word of a sentence (at least one stays).
-        feature_dropout: Probability, below 1, of silencing each channel of an image's kept states; with `data.views`.
+        feature_dropout: Probability, below 1, of silencing each channel of an image's cached states; with `data.cached_versions`.
     """
 
     flip: ClosedUnitInterval = 0.0
@@ -167,7 +168,7 @@ class TrainingSettings:
         checkpoint_contents: "trained" keeps what training changes, with a reference to the towers and a checksum of what is
             frozen; "all" keeps every weight.
         log_every: Steps between writes to `losses.jsonl`, which holds every step's loss; a write waits for the device.
-        cache_dir: Folder for what `data.views` keeps, about 0.7 MB a view of 224×224 pixels with a ViT-S; runs share it.
+        cache_dir: Folder of the feature cache, about 0.7 MB for a version of 224×224 pixels with a ViT-S; runs share it.
         tracker: Where losses, scores and routing are sent beside the run's own files; its package must be installed.
     """
 
@@ -185,7 +186,7 @@ class TrainingSettings:
     checkpoint_every: NonNegativeInt = 0
     checkpoint_contents: Literal["trained", "all"] = "trained"
     log_every: PositiveInt = 10
-    cache_dir: str = "outputs/views"
+    cache_dir: str = "outputs/feature-cache"
     tracker: Literal["none", "tensorboard", "wandb", "mlflow"] = "none"
 
 

@@ -32,11 +32,11 @@ from transformers import (
 )
 
 from processing_sera.processing_sera import token_limit
-from training.commands import run_command
 from training.configuration import DataSettings, read_settings_of
-from training.files import save_model
-from training.optimizers import cosine_schedule
-from training.splits import load_training_splits
+from training.examples.splits import load_training_splits
+from training.learning.optimizers import cosine_schedule
+from training.support.commands import run_command
+from training.support.files import save_model
 
 logger = logging.getLogger(__name__)
 

@@ -23,21 +23,21 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from modeling_sera import SeraForReferringSegmentation
 from processing_sera import SeraProcessor
-from training.batches import Collator, EvaluationExamples, shuffled_sentences
-from training.boundary import boundary_f_score
-from training.building import load_whole
-from training.checkpoints import checksum
-from training.commands import run_command
 from training.configuration import DataSettings, default_data
-from training.environment import command_line
-from training.figures import draw_report, draw_sheet
-from training.files import write_text
-from training.metric import SentenceScore, format_table
-from training.mirroring import MirroringCollator, average_answers
-from training.reading import PLAIN, Reading
-from training.reports import Threshold, evaluation_record, format_report, model_index, reading_note
-from training.splits import load_splits
-from training.workers import end_with_parent
+from training.examples.batches import Collator, EvaluationExamples, shuffled_sentences
+from training.examples.splits import load_splits
+from training.learning.building import load_whole
+from training.learning.checkpoints import checksum
+from training.scoring.boundary import boundary_f_score
+from training.scoring.figures import draw_report, draw_sheet
+from training.scoring.flip_averaging import FlipCollator, average_answers
+from training.scoring.mask_selection import FIXED_THRESHOLD, MaskSelection
+from training.scoring.metric import SentenceScore, format_table
+from training.scoring.reports import Threshold, evaluation_record, format_report, model_index, selection_note
+from training.support.commands import run_command
+from training.support.environment import command_line
+from training.support.files import write_text
+from training.support.workers import end_with_parent
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def score_sentences(
     processor: SeraProcessor,
     rows: datasets.Dataset,
     accelerator: Accelerator,
-    reading: Reading = PLAIN,
+    selection: MaskSelection = FIXED_THRESHOLD,
     *,
     batch_size: int = 8,
     max_expressions: int = 64,
@@ -66,7 +66,7 @@ def score_sentences(
         processor: Its processor.
         rows: A split (one referred object per row).
         accelerator: Says which images are this process's.
-        reading: How masks are read from the answers.
+        selection: How masks are selected.
         batch_size: Images per batch.
         max_expressions: Expressions worked on at once, to bound the memory.
         shuffle: Ask each object another image's sentences: what a model reaches that ignores the text.
@@ -79,8 +79,8 @@ def score_sentences(
     scores = []
     options = {"batch_size": batch_size, "max_expressions": max_expressions, "num_workers": num_workers}
     asked = shuffled_sentences(rows) if shuffle else None
-    for (row, sentence), truth, result in _answers(model, processor, rows, accelerator, reading, asked, **options):
-        predicted = reading.mask(result, processor.mask_threshold).cpu().numpy()
+    for (row, sentence), truth, result in _answers(model, processor, rows, accelerator, selection, asked, **options):
+        predicted = selection.mask(result, processor.mask_threshold).cpu().numpy()
         scores.append(
             SentenceScore(
                 row=row,
@@ -101,20 +101,20 @@ def threshold_curve(
     processor: SeraProcessor,
     rows: datasets.Dataset,
     accelerator: Accelerator,
-    reading: Reading = PLAIN,
+    selection: MaskSelection = FIXED_THRESHOLD,
     **options: int,
 ) -> dict[float, float]:
     """mIoU of a split at every threshold of CALIBRATION_THRESHOLDS, from one pass over it; arguments as of `score_sentences`.
 
-    The reading's own threshold plays no part. A mask that the presence head leaves empty is empty at all of them.
+    The selection's own threshold plays no part. A mask that the presence head leaves empty is empty at all of them.
     """
     found = []
-    answered = _answers(model, processor, rows, accelerator, reading, return_probabilities=True, **options)
+    answered = _answers(model, processor, rows, accelerator, selection, return_probabilities=True, **options)
     for source, truth, result in answered:
         inside = torch.from_numpy(truth).to(result["probabilities"].device)
         ious = []
         for threshold in CALIBRATION_THRESHOLDS:
-            mask = replace(reading, threshold=threshold).mask(result, threshold)
+            mask = replace(selection, threshold=threshold).mask(result, threshold)
             union = int((mask | inside).sum())
             ious.append(int((mask & inside).sum()) / union if union else 1.0)
         found.append((source, ious))
@@ -135,21 +135,21 @@ def _answers(
     processor: SeraProcessor,
     rows: datasets.Dataset,
     accelerator: Accelerator,
-    reading: Reading,
+    selection: MaskSelection,
     asked: list[list[str]] | None = None,
     *,
     return_probabilities: bool = False,
     **options: int,
 ) -> Iterator[Answer]:
-    """The answers to this process's sentences, ready to be read."""
+    """The answers to this process's sentences."""
     examples = EvaluationExamples(rows, asked)
     mine = Subset(examples, range(accelerator.process_index, len(examples), accelerator.num_processes))
     was_training = model.training
     model.eval()
     try:
-        wants_probabilities = reading.needs_probabilities or return_probabilities
-        found = _ask(mine, model, processor, accelerator, reading, wants_probabilities, **options)
-        if reading.mirror:
+        wants_probabilities = selection.needs_probabilities or return_probabilities
+        found = _ask(mine, model, processor, accelerator, selection, wants_probabilities, **options)
+        if selection.flip:
             found = _averaged(found)
         yield from found
     finally:
@@ -158,7 +158,7 @@ def _answers(
 
 def _averaged(found: Iterable[Answer]) -> Iterator[Answer]:
     """The mean of the two answers to each sentence."""
-    about_images = {}  # of one image's sentences at a time: those about its mirror image follow
+    about_images = {}  # of one image's sentences at a time; those about the flipped image follow
     for source, truth, result in found:
         if source in about_images:
             yield source, truth, average_answers(about_images.pop(source), result)
@@ -171,16 +171,16 @@ def _ask(
     model: SeraForReferringSegmentation,
     processor: SeraProcessor,
     accelerator: Accelerator,
-    reading: Reading,
+    selection: MaskSelection,
     return_probabilities: bool,
     *,
     batch_size: int,
     max_expressions: int,
     num_workers: int = 0,
 ) -> Iterator[Answer]:
-    """The model's own answers; where mirror images are read, too, those about one follow all about its image."""
-    collator = (MirroringCollator if reading.mirror else Collator)(processor, with_labels=False)
-    images = max(batch_size // 2, 1) if reading.mirror else batch_size  # each brings its mirror image
+    """The model's own answers. With flips, all answers about a flipped image follow those about its image."""
+    collator = (FlipCollator if selection.flip else Collator)(processor, with_labels=False)
+    images = max(batch_size // 2, 1) if selection.flip else batch_size  # each comes with its flipped image
     loader = DataLoader(examples, images, collate_fn=collator, num_workers=num_workers, worker_init_fn=end_with_parent)
     for inputs, batch in tqdm(loader, desc="evaluating", leave=False):
         sources = (source for example in batch for source in example.sources)
@@ -194,7 +194,7 @@ def _ask(
             asked_now = {**inputs, "image_index": inputs["image_index"][part]}
             answers_now = {name: values[part] for name, values in answers.items()}
             results = processor.post_process_referring_segmentation(
-                answers_now, asked_now, reading.threshold, return_probabilities
+                answers_now, asked_now, selection.threshold, return_probabilities
             )
             for result in results:
                 yield next(sources), next(truths), result
@@ -213,7 +213,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.calibrate is not None and options.threshold is not None:
         parser.error("--threshold and --calibrate exclude each other: a threshold is either given or chosen.")
     if options.expected_iou and (options.calibrate or options.threshold is not None):
-        parser.error("--expected_iou gives each answer a threshold of its own: --threshold and --calibrate exclude it.")
+        parser.error("--expected_iou gives each answer its own threshold; leave out --threshold and --calibrate.")
     model_folder = Path(options.model)
     if not model_folder.is_dir() and (model_folder.is_absolute() or len(model_folder.parts) != 2):
         parser.error(f"{model_folder} is not a folder, and no id on the Hub (user/name) either.")
@@ -235,19 +235,21 @@ def main(arguments: list[str] | None = None) -> None:
 
     ask = {"batch_size": options.batch_size, "max_expressions": options.max_expressions}
     ask |= {"num_workers": options.num_workers}
-    reading = Reading(mirror=options.mirror, connected=options.connected, expected_iou=options.expected_iou)
+    selection = MaskSelection(
+        flip=options.tta == "flip", largest_component=options.largest_component, expected_iou=options.expected_iou
+    )
     threshold = Threshold(processor.mask_threshold, "the processor's")
     if options.expected_iou:
         threshold = Threshold(None, "each answer's own")
     elif options.threshold is not None:
         threshold = Threshold(float(options.threshold), "given")
     elif options.calibrate:
-        curve = threshold_curve(model, processor, calibration_rows[0], accelerator, reading, **ask)
+        curve = threshold_curve(model, processor, calibration_rows[0], accelerator, selection, **ask)
         here = ", the split scored here," if options.calibrate == options.split else ""
         threshold = Threshold(best_threshold(curve), f"chosen on {options.calibrate}{here} for the highest mIoU", curve)
-    reading = replace(reading, threshold=threshold.value)
-    scores = score_sentences(model, processor, rows, accelerator, reading, **ask)
-    shuffled = score_sentences(model, processor, rows, accelerator, reading, shuffle=True, **ask)
+    selection = replace(selection, threshold=threshold.value)
+    scores = score_sentences(model, processor, rows, accelerator, selection, **ask)
+    shuffled = score_sentences(model, processor, rows, accelerator, selection, shuffle=True, **ask)
     if not accelerator.is_main_process:
         return
 
@@ -259,20 +261,20 @@ def main(arguments: list[str] | None = None) -> None:
         scores=scores,
         shuffled=shuffled,
         threshold=threshold,
-        reading=reading,
+        selection=selection,
         weights=checksum(model.state_dict()),
         command=command_line("training/evaluation.py", arguments),
         processes=accelerator.num_processes,
         precision=accelerator.mixed_precision,
     )
-    logger.info(f"{options.split}. {reading_note(record)}")
+    logger.info(f"{options.split}. {selection_note(record)}")
     logger.info(format_table(record["summary"]))
     write_text(output, json.dumps(record, indent=1))
     write_text(output.with_suffix(".md"), format_report(record))
     write_text(output.with_suffix(".yaml"), model_index(record))
-    draw_report(model, processor, rows, scores, shuffled, record, output.with_suffix(".png"), reading)
+    draw_report(model, processor, rows, scores, shuffled, record, output.with_suffix(".png"), selection)
     if options.sheet:
-        draw_sheet(model, processor, rows, scores, Path(options.sheet), reading=reading)
+        draw_sheet(model, processor, rows, scores, Path(options.sheet), selection=selection)
     logger.info(f"{output} and, beside it, .md, .png and .yaml (model-index)")
 
 
@@ -321,17 +323,18 @@ def evaluation_parser() -> ArgumentParser:
     parser.add_argument(
         "--expected_iou",
         action="store_true",
-        help="read of each answer the mask of the greatest expected IoU, rather than what lies above one threshold",
+        help="use the expected-IoU threshold of each answer instead of one threshold for all",
     )
     parser.add_argument(
-        "--mirror",
-        action="store_true",
-        help="average with the answers about the mirror image, left and right swapped in the sentence (English; twice the time)",
+        "--tta",
+        type=Literal["flip"] | None,
+        default=None,
+        help="test-time augmentation: average with the answers for the horizontally flipped image (English; twice the time)",
     )
     parser.add_argument(
-        "--connected",
+        "--largest_component",
         action="store_true",
-        help="keep of each mask the connected part that holds the largest sum of probabilities",
+        help="keep the connected component of each mask with the largest sum of probabilities",
     )
     parser.add_argument(
         "--output",

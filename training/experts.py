@@ -25,20 +25,20 @@ from torch.utils.data import DataLoader
 from modeling_sera import SeraForReferringSegmentation
 from modeling_sera.fusion_sera import EXPERT_NAMES
 from processing_sera import SeraProcessor
-from training.batches import Collator, EvaluationExamples, image_as_annotated
-from training.building import load_whole
-from training.commands import run_command
 from training.configuration import DataSettings, default_data
-from training.environment import command_line, describe_hardware, library_versions
 from training.evaluation import model_name, score_sentences
-from training.expert_maps import draw_expert_maps, expert_maps, without_expert
-from training.figures import new_figure
-from training.files import write_binary, write_text
-from training.intervals import LEVEL, RESAMPLES, paired_intervals
-from training.metric import SentenceScore, format_value, score_terms
-from training.routing_health import ADAPTER_EXPERTS, RoutingHealth
-from training.slices import wording_of
-from training.splits import load_splits
+from training.examples.batches import Collator, EvaluationExamples, image_as_annotated
+from training.examples.splits import load_splits
+from training.learning.building import load_whole
+from training.learning.routing_health import ADAPTER_EXPERTS, RoutingHealth
+from training.scoring.expert_maps import draw_expert_maps, expert_maps, without_expert
+from training.scoring.figures import new_figure
+from training.scoring.intervals import LEVEL, RESAMPLES, paired_intervals
+from training.scoring.metric import SentenceScore, format_value, score_terms
+from training.scoring.slices import wording_of
+from training.support.commands import run_command
+from training.support.environment import command_line, describe_hardware, library_versions
+from training.support.files import write_binary, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def routing_by_kind(
 ) -> tuple[dict[str, Weights], dict[str, Any]]:
     """The mean weight of every expert over the expressions of each kind, and the routers' health over all of them.
 
-    The kinds are the split's own; where it has one alone, those of `training.slices.wording_of`.
+    The kinds are the split's own; where it has one alone, those of `training.scoring.slices.wording_of`.
 
     Returns:
         Per kind, "all" first, and per router ("tap 2", "adapter 3": the depth, the block) the experts' weights; and what

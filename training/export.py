@@ -31,14 +31,14 @@ from transformers.exporters import (
 from modeling_sera import SeraConfig, SeraForReferringSegmentation
 from modeling_sera.modeling_sera import SeraReferringSegmentationOutput
 from processing_sera import SeraProcessor
-from training.building import load_whole
-from training.commands import run_command
 from training.configuration import load_settings
-from training.environment import command_line, describe_hardware, library_versions
 from training.evaluation import model_name, score_sentences
-from training.files import partial_folder, replace_folder, write_text, writing
-from training.metric import format_value, summarize
-from training.splits import load_splits
+from training.examples.splits import load_splits
+from training.learning.building import load_whole
+from training.scoring.metric import format_value, summarize
+from training.support.commands import run_command
+from training.support.environment import command_line, describe_hardware, library_versions
+from training.support.files import partial_folder, replace_folder, write_text, writing
 
 if TYPE_CHECKING:
     import onnx_ir

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 from PIL import Image
 
-from training.commands import in_one_line
-from training.files import write_binary, write_text
-from training.overlay import overlay
+from training.scoring.overlay import overlay
+from training.support.commands import in_one_line
+from training.support.files import write_binary, write_text
 
 if TYPE_CHECKING:
     from processing_sera import ReferringImageSegmentationPipeline
@@ -172,7 +172,7 @@ def write_experts(
     output: Path,
 ) -> None:
     """Write `experts.png` into a folder: what each fusion expert does to the answer for each expression."""
-    from training.expert_maps import draw_expert_maps, expert_maps
+    from training.scoring.expert_maps import draw_expert_maps, expert_maps
 
     sheet = draw_expert_maps(image, list(expert_maps(pipe.model, pipe.processor, image, expressions, threshold)))
     write_binary(output / EXPERTS_FILE, lambda partial: sheet.save(partial, format="png"))

@@ -21,9 +21,10 @@ from accelerate.utils import tqdm
 from datasets.table import embed_table_storage
 from jsonargparse import ArgumentParser
 
-from training.commands import run_command
-from training.data import REFER_FEATURES, load_refer, open_image
-from training.files import partial_folder, replace_folder, sha256_of, write_text
+from training.sources.images import open_image
+from training.sources.refer import REFER_FEATURES, load_refer
+from training.support.commands import run_command
+from training.support.files import partial_folder, replace_folder, sha256_of, write_text
 
 logger = logging.getLogger(__name__)
 

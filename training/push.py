@@ -28,15 +28,15 @@ from PIL import Image
 import modeling_sera
 import processing_sera
 from processing_sera.image_processing_sera import to_rgb_image
-from training.building import load_whole
-from training.card import TrainingRun, check_card, model_card, read_evaluation, read_run
-from training.checkpoints import checksum
-from training.commands import in_one_line, run_command
-from training.data import open_image
 from training.evaluation import model_name
-from training.files import partial_folder, replace_folder, sha256_of, write_binary, write_text, writing
-from training.overlay import overlay
-from training.scenes import generate_scenes
+from training.learning.building import load_whole
+from training.learning.checkpoints import checksum
+from training.publishing.card import TrainingRun, check_card, model_card, read_evaluation, read_run
+from training.scoring.overlay import overlay
+from training.sources.images import open_image
+from training.sources.scenes.dataset import generate_scenes
+from training.support.commands import in_one_line, run_command
+from training.support.files import partial_folder, replace_folder, sha256_of, write_binary, write_text, writing
 
 logger = logging.getLogger(__name__)
 

@@ -22,11 +22,8 @@ from jsonargparse import ArgumentParser
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from PIL import Image
 
-from training.commands import run_command
-from training.environment import command_line
-from training.figures import DPI, new_figure
-from training.files import write_binary, write_text
-from training.scene_benchmark import (
+from training.scoring.figures import DPI, new_figure
+from training.sources.scenes.benchmark import (
     COLOR_NAMES,
     LEVELS,
     SHAPES,
@@ -41,8 +38,11 @@ from training.scene_benchmark import (
     draw_benchmark_scene,
     held_out_for,
 )
-from training.scene_semantics import ATTRIBUTES, KINDS, Expression
-from training.scene_shapes import FORMS
+from training.sources.scenes.semantics import ATTRIBUTES, KINDS, Expression
+from training.sources.scenes.shapes import FORMS
+from training.support.commands import run_command
+from training.support.environment import command_line
+from training.support.files import write_binary, write_text
 
 logger = logging.getLogger(__name__)
 

@@ -21,10 +21,6 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
-from training.batches import Collator, TrainingExamples
-from training.building import build_model, build_processor
-from training.checkpoints import Checkpoints, LossLog, Progress, check_same_run
-from training.commands import describe_error, run_command
 from training.configuration import (
     OptimizationSettings,
     TrainingSettings,
@@ -33,16 +29,20 @@ from training.configuration import (
     read_settings,
 )
 from training.evaluation import score_sentences
-from training.files import save_model, write_text
-from training.metric import summarize
-from training.optimizers import build_optimizer
-from training.routing_health import RoutingHealth
-from training.splits import load_training_splits
-from training.streaming import StreamedExamples, streamed_loader
-from training.tuning import apply_tuning, checkpoint_activations
-from training.views import ViewCollator, ViewExamples, ViewStore
-from training.whitening import whiten_projections
-from training.workers import end_with_parent
+from training.examples.batches import Collator, TrainingExamples
+from training.examples.feature_cache import CachedCollator, CachedExamples, FeatureCache
+from training.examples.splits import load_training_splits
+from training.examples.streaming import StreamedExamples, streamed_loader
+from training.learning.building import build_model, build_processor
+from training.learning.checkpoints import Checkpoints, LossLog, Progress, check_same_run
+from training.learning.optimizers import build_optimizer
+from training.learning.routing_health import RoutingHealth
+from training.learning.tuning import apply_tuning, checkpoint_activations
+from training.learning.whitening import whiten_projections
+from training.scoring.metric import summarize
+from training.support.commands import describe_error, run_command
+from training.support.files import save_model, write_text
+from training.support.workers import end_with_parent
 
 logger = get_logger(__name__)
 
@@ -68,17 +68,17 @@ def main() -> None:
         "augmentation": settings.augmentation,
         "seed": settings.seed,
     }
-    if settings.data.streaming and not settings.data.views:
+    if settings.data.streaming and not settings.data.cached_versions:
         place = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
         examples = StreamedExamples(train_rows, batch_size=batch_size, **drawing, **place)
         loader = streamed_loader(examples, collator, settings.num_workers, accelerator)
     else:
-        if settings.data.views:
-            store = ViewStore(settings, train_rows, model, processor, accelerator)
+        if settings.data.cached_versions:
+            store = FeatureCache(settings, train_rows, model, processor, accelerator)
             if settings.model.whitened_start:
                 whiten_projections(model, store.sample(), processor.image_processor.frame_size)
-            examples = ViewExamples(store, settings)
-            collator = ViewCollator(processor)
+            examples = CachedExamples(store, settings)
+            collator = CachedCollator(processor)
         else:
             examples = TrainingExamples(train_rows, **drawing)
         loader = accelerator.prepare(
@@ -223,13 +223,13 @@ def start_accelerator(settings: TrainingSettings) -> Accelerator:
     if settings.compile and settings.activation_checkpointing:
         raise ValueError("compile and activation_checkpointing cannot be combined; choose one.")
     wanting = {
-        "data.composites": settings.data.composites,
+        "data.copy_paste": settings.data.copy_paste,
         "model.whitened_start": settings.model.whitened_start,
         "augmentation.feature_dropout": settings.augmentation.feature_dropout,
     }
     for name, value in wanting.items():
-        if value and not settings.data.views:
-            raise ValueError(f"{name} acts on kept views; set data.views to 1 or more.")
+        if value and not settings.data.cached_versions:
+            raise ValueError(f"{name} needs the feature cache; set data.cached_versions to 1 or more.")
     if settings.model.pretrained:
         for name in ("vision_model", "text_model", "tokenizer", "whitened_start"):
             if getattr(settings.model, name):

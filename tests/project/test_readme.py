@@ -1,0 +1,149 @@
+"""The commands and code of the README and of docs/ run as they are written there, in a folder that holds what they name."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from builders import Folder, image_bytes, special_ids, tiny_tokenizer
+from conftest import REPOSITORY
+from transformers import CLIPConfig, CLIPModel, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+
+from training.sources.hub_layouts import RowFolder
+from training.sources.images import open_image
+
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+TEXTS = [README, *(path.read_text(encoding="utf-8") for path in sorted((REPOSITORY / "docs").glob("*.md")))]
+SETS = {
+    ("refcoco", "unc"): {"train": [1, 2, 3], "val": [4], "testA": [5], "testB": [7]},
+    ("refcoco+", "unc"): {"train": [1, 2, 8], "val": [4], "testA": [5], "testB": [7]},
+    ("refcocog", "umd"): {"train": [1, 2, 5], "val": [9], "test": [4]},
+    ("refcocog", "google"): {"train": [1, 2, 4, 5], "val": [9]},  # of the same images: both share instances.json
+    ("grefcoco", "unc"): {"train": [1, 2], "val": [4], "testA": [5], "testB": [7]},
+}
+
+
+def blocks(section: str, language: str) -> list[str]:
+    """The fenced blocks of the one section of this name, up to the next heading."""
+    heading = re.compile(rf"^##+ {section}\n(.*?)(?=^##+ |\Z)", flags=re.DOTALL | re.MULTILINE)
+    (text,) = (found for document in TEXTS for found in heading.findall(document) if "```" in found)
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def commands(section: str) -> list[str]:
+    lines = [line for block in blocks(section, "bash") for line in block.replace("\\\n", " ").splitlines()]
+    return [line for line in lines if line.strip() and not line.startswith("#")]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Runs a shell command in a folder with the code, REFER sets and, under their Hub ids, small towers."""
+    place = tmp_path_factory.mktemp("readme")
+    for name in (
+        "modeling_sera",
+        "processing_sera",
+        "training",
+        "benchmarks",
+        "hub",
+        "checkpoints",
+        "docs",
+        "model_card.md",
+    ):
+        (place / name).symlink_to(REPOSITORY / name)
+    for (dataset, split_by), images in SETS.items():
+        Folder(place / "refer", dataset=dataset, split_by=split_by).fill(images)
+    (place / "photo.jpg").write_bytes(image_bytes("JPEG"))
+    (place / "mask.png").write_bytes(image_bytes("PNG"))
+
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = Dinov2WithRegistersConfig(**small, mlp_ratio=2, patch_size=14, image_size=70, num_register_tokens=4)
+    Dinov2WithRegistersModel(vision).save_pretrained(place / "facebook" / "dinov2-with-registers-base")
+    tokenizer = tiny_tokenizer()
+    special = special_ids(tokenizer)
+    text = small | special | {"intermediate_size": 64, "vocab_size": len(tokenizer)}
+    clip = CLIPConfig(text_config=text, vision_config=small | {"intermediate_size": 64}, projection_dim=24)
+    CLIPModel(clip).save_pretrained(place / "openai" / "clip-vit-base-patch16")
+    tokenizer.save_pretrained(place / "openai" / "clip-vit-base-patch16")
+
+    environment = os.environ | {"PYTHONPATH": ".", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment |= {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
+    environment |= {"ACCELERATE_USE_CPU": "true"}
+
+    def run(command: str) -> str:
+        done = subprocess.run(command, shell=True, cwd=place, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        return done.stdout + done.stderr
+
+    run.place = place
+    return run
+
+
+def test_the_demo(run):
+    """All that `make demo` does after its installation, in its order, on fewer scenes and in one epoch."""
+    done = subprocess.run(["make", "-n", "demo"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    lines = [line for line in done.stdout.replace("\\\n", " ").splitlines() if " training/" in line]
+    assert len(lines) == 3
+    for line in lines:
+        brief = " --data.num_scenes '[12,2,3]'" + " --optimization.epochs 1 --evaluate_every 1" * ("train.py" in line)
+        run(line.replace(".venv/bin/", "") + brief)
+    demo = run.place / "outputs" / "demo"
+    sheets = {path.relative_to(run.place).as_posix() for path in demo.rglob("sheet.png")}
+    assert sheets == set(re.findall(r"outputs/demo/\S*sheet\.png", README)) and len(sheets) == 2
+    assert (demo / "model").is_dir()
+    shutil.rmtree(demo)  # the other sections' model takes its place
+
+
+def test_data(run):
+    made = commands("Prepared folders")
+    assert len(made) == len(SETS)
+    for command in made:
+        run(command)
+    assert {folder.name for folder in (run.place / "prepared").iterdir()} == {
+        *("refcoco", "refcoco+", "refcocog-umd", "refcocog-google", "grefcoco")
+    }
+    (snippet,) = blocks("Your own data", "python")
+    (run.place / "own_data.py").write_text(snippet)
+    run("python own_data.py")
+    (row,) = RowFolder(str(run.place / "mine")).read("val")
+    assert row["sentences"] == ["left zebra", "the zebra drinking"] and open_image(row["image"]).size == (60, 40)
+
+
+def test_train_use_and_evaluate(run):
+    (recipe,) = commands("Train")
+    # as written but for its fifty epochs, its images' size and its workers, each of which would import all libraries
+    run(f"{recipe} --optimization.epochs 1 --data.image_size '[112, 112]' --num_workers 0")
+    model = run.place / "outputs" / "refcoco" / "model"
+    assert model.is_dir()
+
+    if not (run.place / "prepared").exists():  # where this test runs alone
+        test_data(run)
+    for command in commands("Evaluate"):
+        run(command)
+    written = {path.name for path in (run.place / "outputs").rglob("*.json")}
+    assert {"evaluation-testA.json", "calibrated-testA.json", "refcoco-plus-val.json"} <= written
+
+    # the other sections use the demo's model
+    (run.place / "outputs" / "demo").symlink_to(run.place / "outputs" / "refcoco")
+    record = json.loads((model.parent / "evaluation-testA.json").read_text())
+    (model.parent / "evaluation-test.json").write_text(json.dumps(record | {"model": "demo"}))
+    by_hand, in_one_call, faster = blocks("Use", "python")
+    same = "torch.testing.assert_close(outputs.logits, before.logits, atol=1e-4, rtol=1e-4)"
+    by_hand += f"\nprint(results[0]['mask'].shape, results[1]['score'])\nbefore = outputs\n{faster}\n{same}\n"
+    (run.place / "by_hand.py").write_text(by_hand)
+    assert "torch.Size([384, 384])" in run("python by_hand.py")
+    (run.place / "in_one_call.py").write_text(in_one_call)
+    said = run("python in_one_call.py")
+    assert "['yellow circle']" in said and "['red circle']" in said
+    for command in commands("Use"):
+        run(command)
+    assert (run.place / "prediction" / "overlay.png").is_file()
+
+    (snippet,) = blocks("Serve", "python")
+    (run.place / "serve.py").write_text(snippet + "\nprint(len(answers), answers[0]['label'])\n")
+    assert "2 the spotted triangle" in run("python serve.py")
+    (command,) = commands("Share")
+    assert "model.safetensors" in run(command)

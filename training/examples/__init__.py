@@ -1,0 +1,4 @@
+"""Rows to batches: splits, drawn sentences, augmentation, streaming, the feature cache, copy-paste augmentation.
+
+May import `learning` and everything below it, never `scoring` or a command.
+"""

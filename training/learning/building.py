@@ -1,0 +1,156 @@
+"""Processor and model as a run's settings describe them, or as they were saved."""
+
+from pathlib import Path
+
+import datasets
+import torch
+from torch import nn
+from transformers import CLIPTokenizer
+
+from modeling_sera import SeraConfig, SeraForReferringSegmentation
+from processing_sera import SeraImageProcessor, SeraProcessor
+from processing_sera.processing_sera import token_limit
+from training.configuration import TrainingSettings
+from training.sources.scenes.dataset import train_tokenizer
+from training.support.commands import in_one_line
+
+IMAGE_SIZE = (448, 448)  # the paper's
+NUM_BYTES = 256  # every one of them is in a CLIP tokenizer's vocabulary
+# of a saved model's configuration: its weights are of these, and image_size follows the data
+KEPT_FIELDS = {"vision_config", "text_config", "tap_layers", "image_size"}
+
+
+def build_processor(settings: TrainingSettings, train_rows: datasets.Dataset) -> SeraProcessor:
+    """The processor: a saved one, or a letterbox to `data.image_size` and the tokenizer that the settings name.
+
+    Raises:
+        ValueError: Where the settings name no tokenizer for data that does not bring one.
+    """
+    model = settings.model
+    if model.pretrained:
+        processor = SeraProcessor.from_pretrained(model.pretrained)
+        if settings.data.image_size:
+            processor.image_processor.size = _size(settings.data.image_size)
+        return processor
+    image_processor = SeraImageProcessor(size=_size(settings.data.image_size or IMAGE_SIZE))
+    source = model.tokenizer or model.text_model
+    if source:
+        tokenizer = CLIPTokenizer.from_pretrained(source)
+    elif settings.data.source == "scenes":
+        tokenizer = train_tokenizer([sentence for group in train_rows["sentences"] for sentence in group])
+    else:
+        raise ValueError("Name a CLIP tokenizer: set model.tokenizer, or model.text_model to a folder that holds one.")
+    return SeraProcessor(image_processor, tokenizer)
+
+
+def build_model(settings: TrainingSettings, processor: SeraProcessor) -> SeraForReferringSegmentation:
+    """The model: a saved SERA, or pretrained or fresh towers with fresh experts around them, for images of the processor's size.
+
+    Raises:
+        ValueError: Where a side is no multiple of the patch, or what the settings name does not fit together.
+    """
+    model = settings.model
+    height, width = processor.image_processor.frame_size
+    if model.pretrained:
+        built = _go_on(model.pretrained, model.config)
+        built.config.image_size = max(height, width)
+    else:
+        overrides = {"image_size": max(height, width)} | model.config
+        if not model.text_model:
+            overrides["text_config"] = _text_config(overrides.get("text_config", {}), processor.tokenizer)
+        built = SeraForReferringSegmentation.from_vision_text_pretrained(
+            model.vision_model, model.text_model, **overrides
+        )
+    if height % built.config.patch_size or width % built.config.patch_size:
+        raise ValueError(
+            f"data.image_size is {[height, width]}; both sides must be multiples of the patch, {built.config.patch_size}."
+        )
+    return built
+
+
+def load_whole(
+    source: str | Path, dtype: torch.dtype | str = "auto"
+) -> tuple[SeraForReferringSegmentation, SeraProcessor]:
+    """Model, in evaluation mode, and processor of a folder or Hub id.
+
+    Raises:
+        ValueError: Where a part is missing, damaged or not safetensors: transformers would fill it with random numbers.
+    """
+    try:
+        model, loading = SeraForReferringSegmentation.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+        processor = SeraProcessor.from_pretrained(source)
+    except Exception as error:  # what transformers raises on a damaged file is not of one kind
+        raise ValueError(f"{source} holds no whole model: {in_one_line(error)}") from error
+    if len(processor.tokenizer) < NUM_BYTES:  # transformers makes an empty one up where there is no file
+        raise ValueError(f"{source} holds no whole model: its tokenizer has no vocabulary; is tokenizer.json missing?")
+    missing = sorted(loading["missing_keys"]) + sorted(map(str, loading["mismatched_keys"]))
+    if missing:
+        raise ValueError(f"{source} holds no whole model: its weights lack {missing[0]} and {len(missing) - 1} more.")
+    return model.eval(), processor
+
+
+def _go_on(pretrained: str, overrides: dict) -> SeraForReferringSegmentation:
+    """A saved SERA with some fields of its configuration changed. It may gain decoder layers, adapters, sentences for its routers
+    and a presence head, and all of these begin without effect (ours)."""
+    saved = SeraConfig.from_pretrained(pretrained)
+    changeable = set(SeraConfig.__annotations__) - KEPT_FIELDS
+    unknown = sorted(set(overrides) - changeable)
+    if unknown:
+        raise ValueError(
+            f"model.config has {unknown[0]!r}, which cannot be changed in a saved model; {', '.join(sorted(changeable))} can be."
+        )
+    config = SeraConfig.from_dict(saved.to_dict() | overrides)
+    # whatever it was saved in: steps as small as training's are lost in half precision
+    built, info = SeraForReferringSegmentation.from_pretrained(
+        pretrained,
+        config=config,
+        dtype=torch.float32,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    gains = [f"decoder.layers.{i}." for i in range(saved.decoder_num_layers, config.decoder_num_layers)]
+    gains += [f"model.vision.adapted_blocks.{i}." for i in set(config.adapter_layers) - set(saved.adapter_layers)]
+    gains += ["decoder.presence_head."] if config.predict_presence and not saved.predict_presence else []
+    gains += [".hidden_sentence.", ".score_sentence."] if not saved.expression_aware_routing else []
+    unfit = [name for name in sorted(info["missing_keys"]) if not any(gain in name for gain in gains)]
+    unfit += [*(key[0] for key in info["mismatched_keys"]), *info["unexpected_keys"]]
+    if unfit:
+        raise ValueError(
+            f"{len(unfit)} weights of {pretrained}, such as {unfit[0]}, do not fit"
+            + (f" with model.config {overrides}" if overrides else "")
+            + ". A saved model may gain decoder layers, adapters, expression_aware_routing and predict_presence, and loses nothing."
+        )
+
+    # an adapter's last layer and what its router reads start at zero by themselves
+    ends = [
+        last
+        for layer in built.decoder.layers[saved.decoder_num_layers :]
+        for last in (layer.self_attention.o_proj, layer.text_attention.o_proj, layer.ffn[-1])
+    ]
+    if not saved.expression_aware_routing:
+        ends += [module for name, module in built.named_modules() if name.endswith(".hidden_sentence")]
+    if not saved.predict_presence and config.predict_presence:
+        ends.append(built.decoder.presence_head.score)
+    for last in ends:
+        nn.init.zeros_(last.weight)
+        if last.bias is not None:
+            nn.init.zeros_(last.bias)
+    return built
+
+
+def _size(image_size: tuple[int, int]) -> dict[str, int]:
+    return dict(zip(("height", "width"), image_size, strict=True))
+
+
+def _text_config(overrides: dict, tokenizer: CLIPTokenizer) -> dict:
+    """A fresh text tower's configuration, its vocabulary and special tokens those of the tokenizer."""
+    return {
+        "model_type": "clip_text_model",
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "max_position_embeddings": token_limit(tokenizer),
+    } | overrides

@@ -1,0 +1,209 @@
+"""What a run leaves behind so that the same command goes on, to the last bit, after it was stopped at any moment (ours).
+
+A checkpoint is a folder written by Accelerate (optimiser, schedule, random states of every process) plus the weights that
+training changes and `run.json`. The optimiser's file is a pickle of tensors and plain values, read with `weights_only=True`.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from training.configuration import TrainingSettings
+from training.support.files import partial_folder, partial_path, recover_folder, replace_folder, write_text, writing
+
+WEIGHTS = "model.safetensors"
+# settings that may change when a run goes on: where it lies, and what changes its speed, its memory or what it keeps
+FREE = {"output_dir", "num_workers", "activation_checkpointing", "compile"}
+FREE |= {"checkpoint_every", "checkpoint_contents", "log_every", "cache_dir", "tracker"}
+
+
+@dataclass
+class Progress:
+    """How far a run has come.
+
+    Attributes:
+        epoch: Whole epochs done.
+        batch: Batches done of the epoch under way, in each process.
+        step: Steps of the optimiser done.
+        loss_sum: Sum of the losses of the steps of the epoch under way.
+        aux_loss_sum: Sum of their routers' auxiliary losses.
+        epoch_steps: Number of those steps.
+        best_miou: Best mIoU on the validation split so far; -1 before the first evaluation.
+        history: One record per whole epoch.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    loss_sum: float = 0.0
+    aux_loss_sum: float = 0.0
+    epoch_steps: int = 0
+    best_miou: float = -1.0
+    history: list[dict] = field(default_factory=list)
+
+    def end_epoch(self) -> dict:
+        """The record of the epoch that has just ended; the counters start anew."""
+        record = {
+            "epoch": self.epoch + 1,
+            "loss": self.loss_sum / self.epoch_steps,
+            "router_aux_loss": self.aux_loss_sum / self.epoch_steps,
+        }
+        self.epoch, self.batch = self.epoch + 1, 0
+        self.loss_sum, self.aux_loss_sum, self.epoch_steps = 0.0, 0.0, 0
+        return record
+
+
+def check_same_run(now: TrainingSettings, before: TrainingSettings) -> None:
+    """`ValueError` where a run would go on under other settings than it began with, but for those of [`FREE`]."""
+    for name, value in asdict(now).items():
+        if name not in FREE and value != asdict(before)[name]:
+            raise ValueError(
+                f"{now.output_dir} holds a run begun with other settings: {name} was {asdict(before)[name]}, now it is {value}. "
+                "Choose another output_dir, or remove that one."
+            )
+
+
+class Checkpoints:
+    """Saves and loads a run's state at `folder`; a checkpoint is complete or absent.
+
+    With `contents` "trained" a checkpoint holds the trained parameters and all buffers. The frozen parameters come from the
+    towers that the settings name; a checksum of them is kept, and a run does not go on upon others.
+    """
+
+    def __init__(self, accelerator: Accelerator, model: nn.Module, folder: Path, settings: TrainingSettings):
+        """
+        Args:
+            accelerator: Knows the optimiser and what else is to be saved.
+            model: The model, as it was before `accelerator.prepare`, with `requires_grad` set.
+            folder: Where the checkpoint stands; in a run of several machines, one that all of them see.
+            settings: Of the run.
+        """
+        self.accelerator, self.model, self.folder = accelerator, model, folder
+        self.contents = settings.checkpoint_contents
+        self.frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+        sources = ("pretrained", "vision_model", "text_model")
+        self.towers = {name: getattr(settings.model, name) for name in sources} | {"sha256": checksum(self.frozen)}
+        # Accelerate itself would write every weight, under names that change with the number of processes
+        accelerator.register_save_state_pre_hook(self._save_weights)
+        accelerator.register_load_state_pre_hook(self._load_weights)
+
+    def save(self, progress: Progress) -> None:
+        """Write a checkpoint in place of the last one. Every process calls this.
+
+        Raises:
+            OSError: Where it cannot be written; the last one is then still whole.
+        """
+        accelerator = self.accelerator
+        with writing(self.folder):
+            if accelerator.is_main_process:
+                partial_folder(self.folder)
+            accelerator.wait_for_everyone()
+            partial = partial_path(self.folder)
+            if not partial.is_dir():
+                raise OSError(
+                    "another machine does not see this folder: all machines of a run must share its output_dir"
+                )
+            accelerator.save_state(str(partial))  # every process adds its random states
+            if accelerator.is_main_process:
+                run = {"processes": accelerator.num_processes, "contents": self.contents, "towers": self.towers}
+                write_text(partial / "run.json", json.dumps(run | {"progress": asdict(progress)}, indent=1))
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                replace_folder(self.folder)
+
+    def exist(self) -> bool:
+        """Whether there is a checkpoint, after undoing what was interrupted half-way. Every process calls this."""
+        if self.accelerator.is_main_process:
+            recover_folder(self.folder)
+        self.accelerator.wait_for_everyone()
+        return self.folder.is_dir()
+
+    def load(self) -> Progress:
+        """Take up the last checkpoint. Every process calls this.
+
+        Raises:
+            ValueError: Where it was made by another number of processes, or upon other frozen weights.
+        """
+        run = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
+        if run["processes"] != self.accelerator.num_processes:
+            raise ValueError(
+                f"{self.folder} was made by {run['processes']} processes, now there are {self.accelerator.num_processes}: go on "
+                "with as many, or choose another output_dir."
+            )
+        if run["contents"] == "trained" and run["towers"]["sha256"] != self.towers["sha256"]:
+            raise ValueError(
+                f"{self.folder} holds what training changed upon the frozen weights of {run['towers']}; those of {self.towers} are "
+                "not the same."
+            )
+        self.accelerator.load_state(str(self.folder))
+        return Progress(**run["progress"])
+
+    def _save_weights(self, models: list[nn.Module], weights: list[dict], output_dir: str) -> None:
+        weights.clear()
+        if self.accelerator.is_main_process:
+            left_out = self.frozen if self.contents == "trained" else {}
+            state = {name: t.contiguous() for name, t in self.model.state_dict().items() if name not in left_out}
+            save_file(state, Path(output_dir) / WEIGHTS)
+
+    def _load_weights(self, models: list[nn.Module], input_dir: str) -> None:
+        models.clear()
+        found = self.model.load_state_dict(load_file(Path(input_dir) / WEIGHTS), strict=False)
+        missing = set(found.missing_keys) - set(self.frozen)
+        if missing or found.unexpected_keys:
+            raise ValueError(
+                f"{input_dir} does not fit the model: it lacks {sorted(missing)[:3]} and holds {found.unexpected_keys[:3]} beside."
+            )
+
+
+class LossLog:
+    """`losses.jsonl`: one line per step of the optimiser, in every process's mean.
+
+    A line that a killed run left half-written is dropped when the run goes on, with all lines after the checkpoint's step.
+    """
+
+    def __init__(self, accelerator: Accelerator, path: Path):
+        self.accelerator, self.path = accelerator, path
+        self.pending: list[tuple[dict, torch.Tensor]] = []
+
+    def go_on_after(self, step: int) -> None:
+        """Keep the lines of the first `step` steps."""
+        if self.accelerator.is_main_process and self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)[:step]
+            write_text(self.path, "".join(lines))
+
+    def add(self, record: dict, losses: torch.Tensor) -> None:
+        """Remember a step's record and this process's (2,) loss and routers' auxiliary loss, without waiting for the device."""
+        self.pending.append((record, losses.float()))
+
+    def write(self, progress: Progress) -> list[dict]:
+        """Append what was added since the last call, count it in `progress`, and return its records. Every process calls this."""
+        if not self.pending:
+            return []
+        means = self.accelerator.reduce(torch.stack([losses for _, losses in self.pending]), "mean").tolist()
+        records = []
+        for (record, _), (loss, aux_loss) in zip(self.pending, means, strict=True):
+            records.append(record | {"loss": loss, "router_aux_loss": aux_loss})
+            progress.loss_sum += loss
+            progress.aux_loss_sum += aux_loss
+            progress.epoch_steps += 1
+        self.pending.clear()
+        if self.accelerator.is_main_process:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(record) + "\n" for record in records))
+        return records
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes and bytes of tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,267 @@
+"""The model card of a model that is pushed: `model_card.md` filled from what its run and its evaluations left behind (ours).
+
+Every figure on it stands in `evaluation-*.json`, `history.json`, `tuning.json` or `settings.yaml`; what is in none of them is not
+on it.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
+from huggingface_hub.utils import validate_repo_id
+
+from training.configuration import TrainingSettings, dump_settings, load_settings
+from training.learning.building import IMAGE_SIZE
+from training.scoring.metric import SentenceScore, summarize
+from training.scoring.reports import data_name, format_report, model_index
+from training.support.environment import without_folders, without_paths
+
+TEMPLATE = Path(__file__).resolve().parents[2] / "model_card.md"
+NO_RESULTS = "There are no results: this model was published without an evaluation."
+CHOSEN = "Images and expressions were chosen by whoever published the model."
+NOT_CHOSEN = "The first held-out scenes and the first expression about each, not chosen by how they came out."
+METADATA = {
+    "license": "apache-2.0",
+    "library_name": "transformers",
+    "pipeline_tag": "image-segmentation",
+    "language": "en",
+    "tags": ["referring-image-segmentation", "mixture-of-experts", "dinov2", "clip"],
+}
+
+
+@dataclass
+class TrainingRun:
+    """What a run keeps about itself: its folder, its settings, and `tuning.json` and `history.json` where they are."""
+
+    folder: Path
+    settings: TrainingSettings
+    tuning: dict[str, Any] | None
+    history: list[dict[str, Any]]
+
+
+def read_run(model_folder: Path) -> TrainingRun | None:
+    """The run that a model folder is `model/` of; `None` where it is of none."""
+    folder = model_folder.absolute().parent
+    if model_folder.absolute().name != "model" or not (folder / "settings.yaml").is_file():
+        return None
+    tuning, history = folder / "tuning.json", folder / "history.json"
+    return TrainingRun(
+        folder,
+        load_settings(folder / "settings.yaml"),
+        _read_json(tuning) if tuning.is_file() else None,
+        _read_json(history) if history.is_file() else [],
+    )
+
+
+def read_evaluation(path: Path, models: set[str]) -> dict[str, Any]:
+    """A record that `training/evaluation.py` wrote about the model that goes by one of the names `models`.
+
+    Raises:
+        ValueError: Where it is none, is about another model, or its figures are not those of its own scores.
+        OSError: Where it cannot be read.
+    """
+    record = _read_json(path)
+    try:
+        name = record["model"]
+        scores = [SentenceScore(**score) for score in record["scores"]]
+        changed = record["summary"]["as written"] != summarize(scores)
+        format_report(record), model_index(record)
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        raise ValueError(f"{path} is no evaluation that training/evaluation.py wrote ({error!r}).") from error
+    if name not in models:
+        raise ValueError(f"{path} is an evaluation of {name!r}, not of {' or '.join(sorted(models))}.")
+    if changed:
+        raise ValueError(f"{path} was changed: its figures are not those of the scores in it; evaluate again.")
+    return record
+
+
+def model_card(
+    repo_id: str,
+    *,
+    run: TrainingRun | None,
+    evaluations: list[dict[str, Any]],
+    examples: list[tuple[str, str]],
+    chosen: bool,
+    predicts_presence: bool,
+) -> str:
+    """The card as text.
+
+    Args:
+        repo_id: "user/name" that the model is pushed to.
+        run: The run that made it, if known.
+        evaluations: Records of [`read_evaluation`]; without any the card says so.
+        examples: (expression, path of the image in the repository) of the gallery; beside an image "1.png", which shows the
+            answer, lies the bare one as "1-image.png".
+        chosen: Whether somebody chose them; otherwise they are the first held-out scenes.
+        predicts_presence: Whether the model has a presence head.
+
+    Raises:
+        ValueError: Where two evaluations are of the same split.
+    """
+    name = repo_id.partition("/")[2]
+    metadata = dict(METADATA)
+    if run is not None:
+        metadata |= {
+            key: ids for key, ids in (("datasets", _dataset_ids(run)), ("base_model", _base_models(run))) if ids
+        }
+    if examples:
+        metadata["widget"] = [{"text": text, "output": {"url": path}} for text, path in examples]
+    if evaluations:
+        index = [{"name": name, "results": _index_results(evaluations)}]
+        metadata |= {"model_name": name, "eval_results": model_index_to_eval_results(index)[1]}
+    drawn_scenes = run is not None and run.settings.data.source == "scenes"
+    expression, image = "the red circle" if drawn_scenes else "left zebra", "image.png"
+    if examples:
+        expression, path = examples[0]
+        image = f"https://huggingface.co/{repo_id}/resolve/main/{path.removesuffix('.png')}-image.png"
+    card = ModelCard.from_template(
+        ModelCardData(**metadata),
+        template_path=str(TEMPLATE),
+        name=name,
+        repo_id=repo_id,
+        image=image,
+        expression=json.dumps(expression, ensure_ascii=False),
+        examples=examples,
+        examples_note=CHOSEN if chosen else NOT_CHOSEN,
+        predicts_presence=predicts_presence,
+        drawn_scenes=drawn_scenes,
+        pretrained=without_folders(run.settings.model.pretrained) if run and run.settings.model.pretrained else None,
+        pretrained_is_published=run is not None and run.settings.model.pretrained in _base_models(run),
+        training=_describe_training(run),
+        results="\n".join(_demoted(format_report(record)) for record in evaluations) or NO_RESULTS,
+    )
+    return str(card).rstrip() + "\n"
+
+
+def check_card(text: str, folder: Path) -> None:
+    """What can be checked of a card without the Hub: `ModelCard.validate` posts it there, and pushing does so before anything else.
+
+    Args:
+        text: The card.
+        folder: Folder that goes up with it.
+
+    Raises:
+        ValueError: Where its metadata do not read back as they are, or it shows an image that does not go up.
+    """
+    metadata = ModelCard(text).data.to_dict()  # raises where the model-index is none
+    written = yaml.safe_load(text.split("---\n")[1])
+    if written != metadata:
+        raise ValueError("The card's metadata do not read back as they were written.")
+    if "model-index" in written:
+        results = model_index_to_eval_results(written["model-index"])
+        if eval_results_to_model_index(*results) != written["model-index"]:
+            raise ValueError("The card's model-index does not read back as it was written.")
+    for example in written.get("widget", []):
+        if not (folder / example["output"]["url"]).is_file():
+            raise ValueError(f"The card shows {example['output']['url']}, which does not go up.")
+
+
+def _index_results(evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    results, seen = [], set()
+    for record in evaluations:
+        (result,) = yaml.safe_load(model_index(record))["model-index"][0]["results"]
+        place = tuple(result["dataset"].get(key) for key in ("type", "config", "split"))
+        if place in seen:
+            raise ValueError(
+                f"Two of the evaluations are of {data_name(record)}, split {record['split']}; give one of them."
+            )
+        seen.add(place)
+        results.append(result)
+    return results
+
+
+def _describe_training(run: TrainingRun | None) -> str:
+    if run is None:
+        return "How this model was trained is not recorded with it."
+    settings, optimization = run.settings, run.settings.optimization
+    data, model = settings.data, settings.model
+    sets = ", ".join([data_name({"data": asdict(data)}), *(str(without_folders(name)) for name in data.mix)])
+    start = {"vision tower": model.vision_model, "text tower": model.text_model}
+    if model.pretrained:
+        start = {"whole model": model.pretrained}
+    origins = ", ".join(
+        f"{part} from {f'`{without_folders(source)}`' if source else 'random weights'}"
+        for part, source in start.items()
+    )
+    size = "the size of the model gone on from"
+    if data.image_size or not model.pretrained:
+        size = " x ".join(map(str, data.image_size or IMAGE_SIZE)) + " pixels"
+    lines = [f"- Data: {sets}, split {data.train_split}; images letterboxed to {size}."]
+    if data.source == "scenes":
+        lines[0] += f" {data.num_scenes[0]} scenes of {data.scene_size} pixels, seed {data.scene_seed}."
+    lines.append(f"- Start: {origins}.")
+    tuned = f"- Tuned: vision tower {model.vision_tuning}, text tower {model.text_tuning}"
+    if run.tuning:
+        counts = run.tuning
+        tuned += f"; {counts['vision_trained']:,} of {counts['vision_total']:,} and {counts['text_trained']:,} of "
+        tuned += f"{counts['text_total']:,} parameters, and all {counts['added']:,} that SERA adds"
+    lines.append(tuned + ".")
+    lines.append(
+        f"- Recipe: {optimization.optimizer}, learning rate {optimization.learning_rate:g}, {optimization.schedule} schedule, "
+        f"{optimization.epochs} epochs, {optimization.batch_size} images per batch and process, seed {settings.seed}, mixed "
+        f"precision {settings.mixed_precision}."
+    )
+    scored = [record for record in run.history if "val" in record]
+    if scored:
+        best = max(scored, key=lambda record: record["val"]["mIoU"])
+        lines.append(
+            f"- Kept: epoch {best['epoch']} of {len(run.history)}, the best mIoU on {data.val_split} of {len(scored)} evaluated: "
+            f"{100 * best['val']['mIoU']:.1f} %."
+        )
+    lines.append(
+        "- Hardware: the run keeps no record of its own; that of every evaluation stands with it under Results."
+    )
+    written = yaml.safe_dump(without_paths(yaml.safe_load(dump_settings(settings))), sort_keys=False)
+    lines += [
+        "- Command: `accelerate launch training/train.py --config settings.yaml`, the file being",
+        "",
+        f"<details><summary>settings.yaml</summary>\n\n```yaml\n{written}```\n\n</details>",
+    ]
+    return "\n".join(lines)
+
+
+def _dataset_ids(run: TrainingRun) -> list[str]:
+    data = run.settings.data
+    if data.source == "refer":
+        return list(dict.fromkeys([data.dataset, *(name.partition("/")[0] for name in data.mix)]))
+    roots = [data.root, *data.mix] if data.source == "folder" else []
+    return [root for root in roots if _is_hub_id(root, run)]
+
+
+def _base_models(run: TrainingRun) -> list[str]:
+    model = run.settings.model
+    sources = [model.pretrained] if model.pretrained else [model.vision_model, model.text_model]
+    return [source for source in dict.fromkeys(sources) if _is_hub_id(source, run)]
+
+
+def _is_hub_id(name: str | None, run: TrainingRun) -> bool:
+    """Whether a setting is a Hub id and not a folder, seen from here or from any folder that the run lies in.
+
+    A folder may be gone by now: what begins like the run's own output, such as "outputs/first", was a run, too.
+    """
+    if name is None or "/" not in name:
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    if Path(name).parts[0] == Path(run.settings.output_dir).parts[0]:
+        return False
+    return not any((parent / name).exists() for parent in [Path(), *run.folder.parents])
+
+
+def _demoted(report: str) -> str:
+    """A report as a section of a card: its heading two levels lower."""
+    return f"##{report}"
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # of UTF-8 too
+        raise ValueError(f"{path} is not JSON: {error}.") from error

@@ -1,0 +1,207 @@
+"""What an evaluation leaves behind: the record (JSON), its tables (Markdown) and the model card's `model-index` (YAML)."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+from huggingface_hub import EvalResult, ModelCardData
+
+from training.configuration import DataSettings
+from training.scoring.boundary import TOLERANCE
+from training.scoring.intervals import LEVEL, RESAMPLES, bootstrap_intervals
+from training.scoring.mask_selection import FIXED_THRESHOLD, MaskSelection
+from training.scoring.metric import SentenceScore, by_kind, format_table, format_value, score_terms, summarize
+from training.scoring.slices import slice_scores
+from training.support.environment import counted, describe_hardware, library_versions, without_folders
+
+SET_NAMES = {"refcoco": "RefCOCO", "refcoco+": "RefCOCO+", "refcocog": "RefCOCOg", "grefcoco": "gRefCOCO"}
+SLICE_COLUMNS = ("mIoU", "oIoU", "Pr@0.5", "boundary_F")
+FLIPPED = (
+    " Test-time augmentation: each answer is the mean of those for the image and for the horizontally flipped image."
+)
+EXPECTED_IOU = " Each answer has its own expected-IoU threshold."
+LARGEST_COMPONENT = " The largest connected component of each mask is kept."
+# how masks were selected, in records
+SELECTION_FIELDS = ("threshold", "tta", "expected_iou", "largest_component")
+
+
+@dataclass
+class Threshold:
+    """Above which probability a pixel is in the mask.
+
+    Attributes:
+        value: In (0, 1); `None` where no one serves all answers.
+        source: Where it comes from.
+        curve: If it was chosen, the mIoU at each candidate.
+    """
+
+    value: float | None
+    source: str
+    curve: dict[float, float] | None = None
+
+
+def evaluation_record(
+    *,
+    model: str,
+    data: DataSettings,
+    split: str,
+    rows: datasets.Dataset,
+    scores: list[SentenceScore],
+    shuffled: list[SentenceScore],
+    threshold: Threshold,
+    selection: MaskSelection = FIXED_THRESHOLD,
+    weights: str | None = None,
+    command: str,
+    processes: int,
+    precision: str = "no",
+) -> dict[str, Any]:
+    """All that an evaluation found and how, as plain values; metrics and intervals are shares in [0, 1].
+
+    Args:
+        model: The model's name.
+        data: Where the split comes from.
+        split: Its name.
+        rows: The split.
+        scores: Of every sentence.
+        shuffled: Of every sentence asked of another object.
+        threshold: That both were scored with.
+        selection: How masks were selected.
+        weights: Checksum of the model's weights, which tells it from another of its name.
+        command: That did it.
+        processes: How many shared the work.
+        precision: Arithmetic of the forward pass, where it is not that of the weights.
+    """
+    images = rows["image_id"][:]
+
+    def intervals(group: list[SentenceScore]) -> dict[str, tuple[float, float]]:
+        shown = [images[score.row] for score in group]
+        if len(set(shown)) < 2:
+            return {}  # a single image says nothing about others
+        return bootstrap_intervals(score_terms(group), shown)
+
+    return {
+        "model": model,
+        "weights": weights,
+        "split": split,
+        "data": {name: without_folders(value) for name, value in asdict(data).items() if value is not None},
+        "counts": {
+            "images": len(set(images)),
+            "objects": len(rows),
+            "expressions": len(scores),
+            "without_target": sum(score.truth == 0 for score in scores),
+        },
+        "threshold": {
+            "value": threshold.value,
+            "source": threshold.source,
+            "candidates": None if threshold.curve is None else {f"{k:g}": v for k, v in threshold.curve.items()},
+        },
+        "tta": "flip" if selection.flip else None,
+        "expected_iou": selection.expected_iou,
+        "largest_component": selection.largest_component,
+        "predicts_presence": any(score.no_target is not None for score in scores),
+        "summary": {"as written": summarize(scores), "shuffled": summarize(shuffled)},
+        "intervals": {name: intervals(group) for name, group in by_kind(scores).items()},
+        "slices": {
+            dimension: {
+                label: summarize(group)["all"] | {"intervals": intervals(group)} for label, group in groups.items()
+            }
+            for dimension, groups in slice_scores(rows, scores).items()
+        },
+        "bootstrap": {"resamples": RESAMPLES, "level": LEVEL, "unit": "image", "seed": 0},
+        "boundary_tolerance": TOLERANCE,
+        "command": command,
+        "processes": processes,
+        "precision": precision,
+        "hardware": describe_hardware(),
+        "versions": library_versions(),
+        "image_ids": list(images),  # of each row
+        "scores": [asdict(score) for score in scores],
+    }
+
+
+def format_report(record: dict[str, Any]) -> str:
+    """An [`evaluation_record`] as Markdown: how it was scored, the metrics with their intervals, and the slices."""
+    counts, bootstrap = record["counts"], record["bootstrap"]
+    hardware = record["hardware"]
+    lines = [
+        f"# {record['model']} on {data_name(record)}, split {record['split']}",
+        "",
+        f"{counts['expressions']} expressions about {counts['objects']} objects ({counts['without_target']} expressions without a "
+        f"target) in {counts['images']} images, every mask compared at its image's own size. "
+        f"{selection_note(record)} Percentages; in brackets "
+        f"{bootstrap['level']:.0%} bootstrap intervals from {bootstrap['resamples']} resamples of images.",
+        "",
+        "mIoU is the mean over expressions, oIoU total intersection / total union, Pr@X the share of expressions with IoU > X; "
+        f"boundary_F the mean boundary F-score within {record['boundary_tolerance']:g} of the image's diagonal. Shuffled: each "
+        "object asked the sentences of another.",
+        "",
+        format_table(record["summary"], record["intervals"]),
+        "",
+        "| | | expressions | " + " | ".join(SLICE_COLUMNS) + " |",
+        "|---|---|--:|" + "--:|" * len(SLICE_COLUMNS),
+    ]
+    for dimension, groups in record["slices"].items():
+        for label, group in groups.items():
+            cells = [format_value(group[column], group["intervals"].get(column)) for column in SLICE_COLUMNS]
+            lines.append(f"| {dimension} | {label} | {group['num_expressions']} | " + " | ".join(cells) + " |")
+    devices = ", ".join(hardware["gpus"]) or "no GPU"
+    lines += ["", f"`{record['command']}`", ""]
+    cores, processes = counted(hardware["cores"], "core"), counted(record["processes"], "process")
+    precision = record.get("precision", "no")  # older records do not say
+    arithmetic = "" if precision == "no" else f", forward pass in {precision}"
+    lines += [f"{hardware['processor']}, {cores}, {devices}; {processes}{arithmetic}. "]
+    lines[-1] += ", ".join(f"{name} {version}" for name, version in record["versions"].items()) + "."
+    return "\n".join(lines) + "\n"
+
+
+def model_index(record: dict[str, Any]) -> str:
+    """The `model-index` of a model card: every metric over all expressions, in percent, with threshold and interval."""
+    data, metrics, intervals = record["data"], record["summary"]["as written"]["all"], record["intervals"]["all"]
+    results = [
+        EvalResult(
+            task_type="image-segmentation",
+            task_name="Referring image segmentation",
+            dataset_type=data["dataset"] if data["source"] == "refer" else data_name(record).replace(" ", "-"),
+            dataset_name=data_name(record),
+            # the Hub's libraries join results of one type, configuration and split: RefCOCOg has a val of UMD's and of Google's
+            dataset_config=data["split_by"] if data["source"] == "refer" else None,
+            dataset_split=record["split"],
+            dataset_args=record["counts"],
+            metric_type=name,
+            metric_name=f"{name} (%)",
+            metric_value=round(100 * value, 2),
+            metric_args={
+                "threshold": record["threshold"]["value"],
+                "threshold_source": record["threshold"]["source"],
+            }
+            | ({"expected_iou": True} if record.get("expected_iou") else {})
+            | ({"tta": record["tta"]} if record.get("tta") else {})
+            | ({"largest_component": True} if record.get("largest_component") else {})
+            | ({"interval": [round(100 * end, 2) for end in intervals[name]]} if intervals else {}),
+        )
+        for name, value in metrics.items()
+        if name != "num_expressions"
+    ]
+    card = ModelCardData(model_name=record["model"], eval_results=results)
+    return card.to_yaml() + "\n"
+
+
+def data_name(record: dict[str, Any]) -> str:
+    """A set as a person would name it."""
+    data = record["data"]
+    if data["source"] == "refer":
+        return f"{SET_NAMES.get(data['dataset'], data['dataset'])} ({data['split_by']})"
+    return "embedded scenes" if data["source"] == "scenes" else Path(data.get("root") or data["source"]).name
+
+
+def selection_note(record: dict[str, Any]) -> str:
+    """How masks were selected, in whole sentences."""
+    notes = {"tta": FLIPPED, "expected_iou": EXPECTED_IOU, "largest_component": LARGEST_COMPONENT}
+    return threshold_note(record) + "." + "".join(note for name, note in notes.items() if record.get(name))
+
+
+def threshold_note(record: dict[str, Any]) -> str:
+    """The threshold of an evaluation and where it comes from, as the beginning of a sentence."""
+    value, source = record["threshold"]["value"], record["threshold"]["source"]
+    return f"Threshold: {source}" if value is None else f"Threshold {value:g}, {source}"

@@ -1,0 +1,156 @@
+"""Masks as COCO run-length codes and polygons.
+
+The code is COCO's, computed by pycocotools; the rest is ours.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+# Polygons are clipped this many pixels outside the image: pycocotools then rounds at the border as ever.
+CLIP_MARGIN = 1.0
+
+# Beyond this, float64 no longer resolves a pixel and a clipped edge would land anywhere.
+MAX_COORDINATE = 1e15
+
+
+def encode_mask(mask: np.ndarray) -> dict[str, Any]:
+    """Encodes a bool mask (H, W) as a COCO compressed run-length code {"size": [H, W], "counts": str}.
+
+    Raises ValueError when `mask` is not a bool array with two sides of at least one pixel.
+    """
+    if not isinstance(mask, np.ndarray) or mask.dtype != bool or mask.ndim != 2 or mask.size == 0:
+        given = f"{mask.dtype} {mask.shape}" if isinstance(mask, np.ndarray) else type(mask).__name__
+        raise ValueError(f"a mask must be a non-empty bool array (height, width), got {given}")
+    rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": list(mask.shape), "counts": rle["counts"].decode("ascii")}
+
+
+def decode_mask(rle: Mapping[str, Any]) -> np.ndarray:
+    """Decodes a COCO run-length code {"size": [H, W], "counts": str, bytes or list} to a bool mask (H, W).
+
+    Raises ValueError when the code is damaged or its runs do not add up to H * W pixels.
+    """
+    return coco_mask.decode(_checked_rle(rle)).astype(bool)
+
+
+def segmentation_to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:
+    """Turns a COCO `segmentation` of an image of `height` x `width` pixels into a code like encode_mask's.
+
+    Takes COCO's three forms: a list of polygons [x0, y0, x1, y1, ...] in pixels, whose union is meant; a
+    run-length code, uncompressed (`counts` a list) or compressed (str or bytes). What lies outside the image
+    is cut off. A polygon of one or two points (COCO holds a few) has no area and adds nothing.
+
+    Raises ValueError for anything malformed: an odd number of coordinates, coordinates that are not finite,
+    no polygon of three points or more, a run-length code that is damaged or of another size than the image.
+    """
+    if isinstance(segmentation, Mapping):
+        rle = _checked_rle(segmentation)
+        if rle["size"] != [height, width]:
+            raise ValueError(f"the run-length code has the size {rle['size']}, its image {[height, width]}")
+        return {"size": rle["size"], "counts": rle["counts"].decode("ascii")}
+    if not isinstance(segmentation, (list, tuple)):
+        given = type(segmentation).__name__
+        raise ValueError(f"a segmentation is a list of polygons or a run-length code, got {given}")
+    polygons = [points for points in map(_polygon_points, segmentation) if len(points) >= 3]
+    if not polygons:
+        raise ValueError("the segmentation has no polygon of at least 3 points")
+    visible = [points for points in (_clip(points, height, width) for points in polygons) if len(points) >= 3]
+    if not visible:
+        return encode_mask(np.zeros((height, width), dtype=bool))
+    rles = coco_mask.frPyObjects([points.ravel().tolist() for points in visible], height, width)
+    return {"size": [height, width], "counts": coco_mask.merge(rles)["counts"].decode("ascii")}
+
+
+def merge_rles(rles: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The union of one or more codes that encode_mask or segmentation_to_rle gave, all of one size, as such a code."""
+    merged = coco_mask.merge([{"size": rle["size"], "counts": rle["counts"].encode("ascii")} for rle in rles])
+    return {"size": list(rles[0]["size"]), "counts": merged["counts"].decode("ascii")}
+
+
+def _checked_rle(rle: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns {"size": [H, W], "counts": compressed bytes}; raises ValueError for a damaged code, with which
+    pycocotools would read and write out of bounds."""
+    size, counts = rle.get("size"), rle.get("counts")
+    is_pair = isinstance(size, (list, tuple)) and len(size) == 2
+    if not is_pair or not all(isinstance(side, Integral) and side > 0 for side in size):
+        raise ValueError(f"the size of a run-length code is [height, width] in pixels, got {size!r}")
+    size = [int(side) for side in size]
+    if isinstance(counts, str):
+        counts = counts.encode("utf-8", "surrogatepass")
+    if isinstance(counts, bytes):
+        runs = _decompress_runs(counts)
+    elif isinstance(counts, (list, tuple)) and all(isinstance(run, Integral) for run in counts):
+        runs = [int(run) for run in counts]
+    else:
+        raise ValueError(f"the counts of a run-length code are whole numbers or text, got {str(counts)[:60]}")
+    if sum(runs) != math.prod(size) or min(runs) < 0:
+        raise ValueError(f"the runs must be >= 0 and fill a mask of size {size}, they add up to {sum(runs)}")
+    if not isinstance(counts, bytes):
+        counts = coco_mask.frPyObjects({"size": size, "counts": runs}, *size)["counts"]
+    return {"size": size, "counts": counts}
+
+
+def _decompress_runs(counts: bytes) -> list[int]:
+    """Reads COCO's compressed counts; raises ValueError where they are damaged.
+
+    Each character, counted from "0", holds five bits of a number, low bits first, and a sixth for "more
+    follow"; the highest bit is the sign. The fourth run and later ones are differences to the one two before.
+    """
+    runs: list[int] = []
+    value = shift = 0
+    for character in counts:
+        bits = character - ord("0")
+        if not 0 <= bits < 64:
+            raise ValueError(f"the counts of a run-length code hold the character {chr(character)!r}")
+        value |= (bits & 0x1F) << shift
+        shift += 5
+        if not bits & 0x20:
+            if bits & 0x10:
+                value -= 1 << shift
+            runs.append(value + runs[-2] if len(runs) > 2 else value)
+            value = shift = 0
+    if shift:
+        raise ValueError("the counts of a run-length code end in the middle of a number")
+    return runs
+
+
+def _polygon_points(polygon: Any) -> np.ndarray:
+    """Returns a flat COCO polygon as points (N, 2), x before y, in pixels. Raises ValueError."""
+    if not isinstance(polygon, (list, tuple)) or not all(isinstance(number, Real) for number in polygon):
+        raise ValueError(f"a polygon is a flat list of numbers [x0, y0, x1, ...], got {str(polygon)[:60]}")
+    if len(polygon) % 2:
+        raise ValueError(f"a polygon needs an even number of coordinates, got {len(polygon)}")
+    for number in polygon:
+        if not abs(number) <= MAX_COORDINATE:
+            raise ValueError(f"the coordinates of a polygon must be finite and sensible, got {number}")
+    return np.array(polygon, dtype=np.float64).reshape(-1, 2)
+
+
+def _clip(points: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Clips a polygon (N, 2) to the image and its margin; returns points (M, 2), none when it lies outside.
+
+    pycocotools walks every edge in full, outside the image too: time and memory grow with the coordinates.
+    After Sutherland and Hodgman, "Reentrant polygon clipping", 1974, one side of the frame after the other;
+    the pieces of a concave polygon stay joined by edges along the frame, which enclose nothing.
+    """
+    for axis, side in ((0, width), (1, height)):
+        for bound, inward in ((-CLIP_MARGIN, 1.0), (side + CLIP_MARGIN, -1.0)):
+            depth = inward * (points[:, axis] - bound)
+            if (depth >= 0).all():
+                continue
+            kept: list[np.ndarray] = []
+            for i in range(len(points)):
+                if (depth[i - 1] < 0) != (depth[i] < 0):
+                    share = depth[i - 1] / (depth[i - 1] - depth[i])
+                    crossing = points[i - 1] + share * (points[i] - points[i - 1])
+                    crossing[axis] = bound
+                    kept.append(crossing)
+                if depth[i] >= 0:
+                    kept.append(points[i])
+            points = np.array(kept, dtype=np.float64).reshape(-1, 2)
+    return points
