@@ -1,10 +1,11 @@
-"""Layers that several parts of SERA use: attention, feed-forward, convolution units and coordinates of a grid."""
+"""Layers that several parts of SERA use: attention, feed-forward, convolution units, statistics over samples, coordinates."""
 
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from transformers import initialization as init
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_sera import SeraConfig
@@ -163,4 +164,128 @@ class SeraConvUnit(nn.Sequential):
             self[0], self[1] = fuse_conv_bn_eval(self[0], self[1]), nn.Identity()
 
 
-__all__ = ["SeraAttention", "SeraConvUnit", "SeraFeedForward", "SeraGridCache"]
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum of a tensor over all processes. What depends on it in any of them has a gradient here."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor) -> Tensor:
+        total = tensor.clone()
+        distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        total = gradient.clone()
+        distributed.all_reduce(total)
+        return total
+
+
+@torch.compiler.disable
+def _sum_over_processes(tensor: Tensor) -> Tensor:
+    return _SumOverProcesses.apply(tensor)
+
+
+class SeraSampleStatistics(nn.Module):
+    """Running mean and variance of samples, of all processes together and in float32 whatever the model's dtype (ours).
+
+    A step's weight follows its number of samples, so that steps of one sample measure as well as steps of many, and the first
+    steps count alike: a start from nothing would be forgotten slowly.
+    """
+
+    MOMENTUM = 0.1  # share of a step of ENOUGH samples or more in the running statistics, as batch norms have it
+    ENOUGH = 8  # samples whose own statistics are good enough to normalise by
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(dim, dtype=torch.float32))
+        self.register_buffer("running_var", torch.ones(dim, dtype=torch.float32))
+        self.register_buffer("num_samples", torch.zeros((), dtype=torch.long))
+        self.is_kept = False  # while activation checkpointing computes a block again
+
+    def reset(self) -> None:
+        """Back to mean 0 and variance 1 of no samples."""
+        init.zeros_(self.running_mean)
+        init.ones_(self.running_var)
+        init.zeros_(self.num_samples)
+
+    def observe(self, rows: Tensor, num_samples: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Have a training step's samples move the running statistics. Every process calls this.
+
+        Args:
+            rows: (N, dim), this process's.
+            num_samples: How many of them are independent, such as the number of images that N expressions are about; `None`
+                means all.
+
+        Returns:
+            Of all processes: the number of samples (a scalar), the mean and the variance over the rows, both (dim,) in float32
+            and with gradients.
+        """
+        rows = rows.float()
+        before = self.running_mean.clone()  # sums of differences from it lose no digits
+        shifted = rows - before
+        counts = torch.stack(
+            [torch.full((), float(n), device=rows.device) for n in (len(rows), num_samples or len(rows))]
+        )
+        sums = torch.cat([counts, shifted.sum(dim=0), shifted.square().sum(dim=0)])
+        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+            sums = _sum_over_processes(sums)
+        (total, count), first, second = sums[:2], *sums[2:].chunk(2)
+        shift = first / total
+        mean, var = before + shift, (second / total - shift.square()).clamp(min=0)
+        if not self.is_kept:
+            self._move(count, shift, var)
+        return count, mean, var
+
+    @torch.no_grad()
+    def _move(self, count: Tensor, shift: Tensor, var: Tensor) -> None:
+        self.num_samples += count.long()
+        share = torch.maximum(self.MOMENTUM * (count / self.ENOUGH).clamp(max=1), count / self.num_samples)
+        # of a mixture of both: also of samples so few that they themselves vary too little
+        self.running_var.copy_((1 - share) * (self.running_var + share * shift.square()) + share * var)
+        self.running_mean.add_(share * shift)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SeraSampleStatistics":
+        """As of every module, but a cast of the model to half precision leaves the statistics in float32."""
+        kept = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            if self._buffers[name].dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(self._buffers[name].device)
+        return self
+
+
+class SeraSampleNorm(SeraSampleStatistics):
+    """Every channel to mean 0 and variance 1 over samples: a batch norm without parameters (ours).
+
+    In training by the statistics of the step's samples in all processes or, where these are fewer than ENOUGH, by the running
+    ones, which otherwise serve in inference.
+    """
+
+    EPSILON = 1e-5
+
+    def forward(self, rows: Tensor, num_samples: int | None = None) -> Tensor:
+        """(N, dim) to the same shape and dtype; for `num_samples` see [`observe`]."""
+        mean, var = self.running_mean, self.running_var
+        if self.training:
+            count, own_mean, own_var = self.observe(rows, num_samples)
+            is_enough = count >= self.ENOUGH
+            # copies: a later step moves the statistics, and this step's gradient needs them as they are
+            mean, var = torch.where(is_enough, own_mean, mean), torch.where(is_enough, own_var, var)
+        return ((rows.float() - mean) * (var + self.EPSILON).rsqrt()).to(rows.dtype)
+
+    @torch.no_grad()
+    def fold_into(self, linear: nn.Linear, bias: Tensor) -> None:
+        """Take what this does in inference into the layer that reads it, whose bias `bias` stands for, for good."""
+        weight = linear.weight.float() * (self.running_var + self.EPSILON).rsqrt()
+        bias.sub_((weight @ self.running_mean).to(bias.dtype))
+        linear.weight.copy_(weight)
+
+
+__all__ = [
+    "SeraAttention",
+    "SeraConvUnit",
+    "SeraFeedForward",
+    "SeraGridCache",
+    "SeraSampleNorm",
+    "SeraSampleStatistics",
+]

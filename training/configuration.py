@@ -127,6 +127,7 @@ class OptimizationSettings:
         batch_size: Images in a batch of one process.
         optimizer: "adamw", or "muon": Muon on the matrices, AdamW on the rest. It takes fewer steps for small models from nothing.
         learning_rate: The learning rate after warm-up.
+        router_rate: Factor on the learning rate of the routers, which AdamW trains whatever the optimizer.
         schedule: "multistep" multiplies the rate by 0.1 at each milestone, "cosine" lowers it to zero.
         milestones: Shares of training at which "multistep" acts.
         warmup: Share of training in which the rate rises linearly.
@@ -139,6 +140,7 @@ class OptimizationSettings:
     batch_size: PositiveInt = 16
     optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: PositiveFloat = 1e-4
+    router_rate: PositiveFloat = 1.0
     schedule: Literal["multistep", "cosine"] = "multistep"
     milestones: list[float] = field(default_factory=lambda: [0.7])
     warmup: ClosedUnitInterval = 0.0
