@@ -7,17 +7,18 @@ from os import PathLike
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, interpolate, pad
 from transformers import AutoConfig, AutoModel, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.utils import ModelOutput, logging
 
 from .adapter_sera import SeraAdapterBoundaryExpert, SeraUpProjection
+from .checks_sera import check_batch
 from .configuration_sera import TOWER_TYPES, SeraConfig
 from .decoder_sera import SeraMaskDecoder, SeraSentenceGate
 from .fusion_sera import SeraFixedFilters, SeraFusion, SeraSpatialExpert
 from .layers_sera import SeraConvUnit
+from .loss_sera import mask_segmentation_loss, presence_detection_loss
 from .routing_sera import SeraRouterScore, SeraRouting, router_auxiliary_loss
 from .vision_sera import SeraAdaptedBlock, SeraImages, SeraVisionEncoder
 
@@ -164,7 +165,7 @@ class SeraModel(SeraPreTrainedModel):
         Raises:
             ValueError: Where sizes do not fit each other or the patch.
         """
-        _check_batch(pixel_values, input_ids, image_index, image_states)
+        check_batch(pixel_values, input_ids, image_index, image_states)
         images = self.encode_images(pixel_values, image_states)
         return self.condition(*images, input_ids, attention_mask, image_index)
 
@@ -460,7 +461,7 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
         max_expressions: int,
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Logits, presence logits and the adapters' and the fusions' router weights, of so many expressions at once."""
-        _check_batch(pixel_values, input_ids, image_index)
+        check_batch(pixel_values, input_ids, image_index)
         shared = self.model.encode_images(pixel_values, image_states)
         if image_index is None:
             image_index = torch.arange(len(input_ids), device=input_ids.device)
@@ -495,59 +496,6 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
         return torch.stack(losses).mean()
 
 
-def mask_segmentation_loss(logits: Tensor, labels: Tensor, config: SeraConfig) -> Tensor:
-    """Weighted binary cross-entropy plus Dice on area-averaged targets (ours).
-
-    Args:
-        logits: (N, h, w).
-        labels: (N, H, W) masks in [0, 1], negative where a pixel does not count; each logit's target is their mean over the area
-            that it covers or, with `mask_targets="nearest"`, their value at one of its pixels. A logit counts by its share of
-            pixels that do.
-        config: For the two weights and the kind of target.
-
-    Returns:
-        A scalar in float32.
-    """
-    logits, labels = logits.float(), labels.float()
-    parts = torch.stack([labels.clamp(min=0), (labels >= 0).float()], dim=1)
-    size = logits.shape[-2:]
-    shrunk = (
-        interpolate(parts, size=size, mode="nearest") if config.mask_targets == "nearest" else area_average(parts, size)
-    )
-    covered, counted = shrunk.unbind(1)
-    targets = (covered / counted.clamp(min=torch.finfo(torch.float32).tiny)).clamp(max=1)
-    bce = (binary_cross_entropy_with_logits(logits, targets, reduction="none") * counted).sum()
-    bce = bce / counted.sum().clamp(min=1)
-    probability = logits.sigmoid() * counted
-    overlap = (probability * targets).sum(dim=(1, 2))
-    total = probability.sum(dim=(1, 2)) + covered.sum(dim=(1, 2))
-    dice = 1 - (2 * overlap + 1) / (total + 1)
-    return config.bce_loss_weight * bce + config.dice_loss_weight * dice.mean()
-
-
-def area_average(masks: Tensor, size: tuple[int, int]) -> Tensor:
-    """Means of (..., H, W) float32 masks over the h × w equal rectangles that tile them, pixels counted by their share in each.
-
-    `interpolate(mode="area")` gives the same where the sides are multiples; elsewhere (448 to 128) its windows overlap.
-    """
-    for dim, length in ((-2, size[0]), (-1, size[1])):
-        masks = masks.transpose(dim, -1)
-        edges = torch.linspace(0, masks.shape[-1], length + 1, device=masks.device)
-        whole = edges.floor().clamp(max=masks.shape[-1] - 1).long()  # the last edge lies at the end of the last pixel
-        before = pad(masks.cumsum(-1), (1, 0))[..., whole] + (edges - whole) * masks[..., whole]
-        masks = (before.diff(dim=-1) * (length / masks.shape[-1])).transpose(dim, -1)
-    return masks
-
-
-def presence_detection_loss(presence_logits: Tensor, labels: Tensor) -> Tensor:
-    """Binary cross-entropy of presence logits (N,) against whether each of the masks (N, H, W) holds anything (ours).
-
-    The labels are taken as they come, before any shrinking, so that no object is too small to count.
-    """
-    present = (labels > 0).flatten(1).any(dim=1)
-    return binary_cross_entropy_with_logits(presence_logits.float(), present.float())
-
-
 def _is_sera(checkpoint: str | PathLike) -> bool:
     return AutoConfig.from_pretrained(checkpoint).model_type == SeraConfig.model_type
 
@@ -555,35 +503,6 @@ def _is_sera(checkpoint: str | PathLike) -> bool:
 def _refuse_missing(keys: set[str], checkpoint: str | PathLike, tower: str) -> None:
     if keys:
         raise ValueError(f"{checkpoint} lacks weights of the {tower}, the first being {sorted(keys)[0]!r}.")
-
-
-def _check_batch(
-    pixel_values: Tensor, input_ids: Tensor, image_index: Tensor | None, image_states: Tensor | None = None
-) -> None:
-    if pixel_values.ndim != 4:
-        raise ValueError(f"pixel_values have shape {tuple(pixel_values.shape)}; expected (images, 3, height, width).")
-    if input_ids.ndim != 2:
-        raise ValueError(f"input_ids have shape {tuple(input_ids.shape)}; expected (expressions, tokens).")
-    if not torch.compiler.is_compiling() and 0 in input_ids.shape:
-        raise ValueError(f"input_ids have shape {tuple(input_ids.shape)}; there must be an expression.")
-    if image_states is not None and image_states.shape[0] != pixel_values.shape[0]:
-        raise ValueError(f"image_states are of {len(image_states)} images, pixel_values of {len(pixel_values)}.")
-    if image_index is None:
-        if input_ids.shape[0] != pixel_values.shape[0]:  # len() would make a constant of it in a traced graph
-            raise ValueError(
-                f"{len(input_ids)} expressions for {len(pixel_values)} images need image_index, which says the image that "
-                "each expression is about."
-            )
-    elif image_index.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"image_index is of {image_index.dtype}; it must be of torch.int64 or torch.int32.")
-    elif image_index.shape != input_ids.shape[:1]:
-        raise ValueError(f"image_index has shape {tuple(image_index.shape)}; expected ({len(input_ids)},).")
-    elif (
-        not torch.compiler.is_compiling() and image_index.device.type == "cpu"
-    ):  # elsewhere reading it would stall the device
-        low, high = int(image_index.min()), int(image_index.max())
-        if low < 0 or high >= len(pixel_values):
-            raise ValueError(f"image_index holds {low if low < 0 else high}; there are {len(pixel_values)} images.")
 
 
 __all__ = ["SeraForReferringSegmentation", "SeraModel", "SeraPreTrainedModel"]

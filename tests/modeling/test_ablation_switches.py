@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from conftest import make_inputs, make_model
 
 from modeling_sera import SeraConfig, SeraForReferringSegmentation, adapter_sera
-from modeling_sera.modeling_sera import mask_segmentation_loss
+from modeling_sera.loss_sera import mask_segmentation_loss
 from training.configuration import DataSettings
 from training.examples.splits import load_splits, load_training_splits
 from training.learning.routing_health import RoutingHealth

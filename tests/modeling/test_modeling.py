@@ -11,7 +11,7 @@ from conftest import make_inputs, make_model
 from transformers import PreTrainedConfig, Trainer, TrainingArguments
 
 from modeling_sera import SeraConfig, SeraForReferringSegmentation
-from modeling_sera.modeling_sera import area_average, mask_segmentation_loss
+from modeling_sera.loss_sera import area_average, mask_segmentation_loss
 
 
 def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 2e-5) -> bool:
