@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 
 import torch
@@ -110,10 +111,27 @@ class SeraPreTrainedModel(PreTrainedModel):
         gradient_checkpointing_func: Callable = torch.utils.checkpoint.checkpoint,
         **options,
     ) -> None:
-        """As of every model, but a block's second computation leaves batch norm's running statistics alone, which would otherwise
-        move twice a step. (With `use_reentrant`, which torch gives up, it does not.)"""
+        """Checkpointing of activations as in every model, in the modes that leave the gradients as they are.
+
+        A block that is computed again leaves the running statistics of batch norm alone: they would move twice in a step.
+
+        Raises:
+            ValueError: For a mode that changes gradients.
+        """
+        if enable:
+            settings = getattr(gradient_checkpointing_func, "keywords", {})
+            if settings.get("use_reentrant"):
+                raise ValueError(
+                    "use_reentrant is True, which loses the gradients of a block's text and of blocks behind a frozen part; "
+                    "leave it out or set it to False."
+                )
+            if not settings.get("preserve_rng_state", True):
+                raise ValueError(
+                    "preserve_rng_state is False, which changes the gradients under dropout; leave it out or set it to True."
+                )
+            gradient_checkpointing_func = partial(gradient_checkpointing_func, use_reentrant=False)
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **options)
-        if enable and not getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant", False):
+        if enable:
             for module in self.modules():
                 if isinstance(module, SeraAdaptedBlock):
                     module.keep_statistics_when_recomputed()

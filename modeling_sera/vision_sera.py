@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -96,19 +96,25 @@ class SeraAdaptedBlock(GradientCheckpointingLayer):
 
     def keep_statistics_when_recomputed(self) -> None:
         """Have the second computation, of activation checkpointing, leave the batch norms' running statistics alone."""
-        self._gradient_checkpointing_func = partial(
-            self._gradient_checkpointing_func, context_fn=lambda: (nullcontext(), self._running_statistics_kept())
-        )
+        checkpoint = self._gradient_checkpointing_func
+        given = getattr(checkpoint, "keywords", {}).get("context_fn", lambda: (nullcontext(), nullcontext()))
+
+        def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+            first, second = given()
+            return first, self._running_statistics_kept(second)
+
+        self._gradient_checkpointing_func = partial(checkpoint, context_fn=contexts)
 
     @contextmanager
-    def _running_statistics_kept(self) -> Iterator[None]:
+    def _running_statistics_kept(self, context: AbstractContextManager) -> Iterator[None]:
         norms = [module for module in self.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
         before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
         for norm in norms:
             norm.momentum = 0.0
             norm.num_batches_tracked = torch.zeros_like(norm.num_batches_tracked)  # synchronised norms want one
         try:
-            yield
+            with context:
+                yield
         finally:
             for norm, (momentum, count) in zip(norms, before, strict=True):
                 norm.momentum, norm.num_batches_tracked = momentum, count
