@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.utils import ModelOutput, logging
+from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .adapter_sera import SeraAdapterBoundaryExpert, SeraUpProjection
-from .checks_sera import check_batch
+from .checks_sera import check_batch, check_finite, check_requested_outputs
 from .configuration_sera import TOWER_TYPES, SeraConfig
 from .decoder_sera import SeraMaskDecoder, SeraSentenceGate
 from .fusion_sera import SeraFixedFilters, SeraFusion, SeraSpatialExpert
@@ -157,9 +157,10 @@ class SeraModel(SeraPreTrainedModel):
 
         The sentence feature is the projection of the end-of-text token's feature.
         """
-        encoded = self.text_tower(input_ids=input_ids, attention_mask=attention_mask)
+        encoded = self.text_tower(input_ids=input_ids, attention_mask=attention_mask, return_dict=True)
         return encoded.last_hidden_state, self.text_projection(encoded.pooler_output)
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values: Tensor,
@@ -183,7 +184,8 @@ class SeraModel(SeraPreTrainedModel):
         Raises:
             ValueError: Where sizes do not fit each other or the patch.
         """
-        check_batch(pixel_values, input_ids, image_index, image_states)
+        check_requested_outputs(self.config, kwargs)
+        check_batch(pixel_values, input_ids, attention_mask, image_index, image_states)
         images = self.encode_images(pixel_values, image_states)
         return self.condition(*images, input_ids, attention_mask, image_index)
 
@@ -395,6 +397,7 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
                 f"{projection.shape[0]} features; leave projection_dim out to take it."
             )
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values: Tensor,
@@ -426,11 +429,8 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
         Raises:
             ValueError: Where sizes do not fit each other or the patch, and for `max_expressions` below 1 or in training.
         """
-        if labels is not None and labels.shape != (len(input_ids), *pixel_values.shape[-2:]):
-            raise ValueError(
-                f"labels have shape {tuple(labels.shape)}; expected {(len(input_ids), *pixel_values.shape[-2:])}, one mask per "
-                "expression over the input image."
-            )
+        check_requested_outputs(self.config, kwargs)
+        check_batch(pixel_values, input_ids, attention_mask, image_index, image_states, labels)
         if max_expressions is not None:
             if max_expressions < 1:
                 raise ValueError(f"max_expressions is {max_expressions}; it must be 1 or more, or None for all.")
@@ -443,11 +443,17 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
             )
             router_aux_loss = None
         else:
-            encoded = self.model(pixel_values, input_ids, attention_mask, image_index, image_states)
+            encoded = self.model(
+                pixel_values, input_ids, attention_mask, image_index, image_states, return_dict=True, **kwargs
+            )
             logits, presence_logits = self._decode(encoded)
             adapter_weights = encoded.adapter_router_weights
             fusion_weights = tuple(routing.weights for routing in encoded.fusion_routings)
             router_aux_loss = self._router_loss(encoded.fusion_routings, logits) if self.training else None
+
+        if not (self.training or torch.compiler.is_compiling()) and logits.device.type == "cpu":
+            # elsewhere the check would wait for the device; in training the loss says so, too
+            check_finite(logits, presence_logits, self, pixel_values, image_states)
 
         loss = mask_loss = presence_loss = None
         if labels is not None:
@@ -479,7 +485,6 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
         max_expressions: int,
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Logits, presence logits and the adapters' and the fusions' router weights, of so many expressions at once."""
-        check_batch(pixel_values, input_ids, image_index)
         shared = self.model.encode_images(pixel_values, image_states)
         if image_index is None:
             image_index = torch.arange(len(input_ids), device=input_ids.device)
