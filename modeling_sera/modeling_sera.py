@@ -136,6 +136,27 @@ class SeraPreTrainedModel(PreTrainedModel):
                 if isinstance(module, SeraAdaptedBlock):
                     module.keep_statistics_when_recomputed()
 
+    def train(self, mode: bool = True) -> "SeraPreTrainedModel":
+        """As of every module, but a batch norm in a frozen layer stays in evaluation mode.
+
+        Its running statistics then stay as they are, as the layer's weights do. So a LoRA, which saves no running statistics
+        of frozen layers, gives the same masks when it is loaded again.
+        """
+        super().train(mode)
+        self._keep_frozen_statistics()
+        return self
+
+    def _keep_frozen_statistics(self) -> None:
+        layers: list[nn.Module] = [self]
+        while layers:
+            layer = layers.pop()
+            norms = [child for child in layer.children() if isinstance(child, nn.modules.batchnorm._BatchNorm)]
+            if norms and not all(parameter.requires_grad for parameter in layer.parameters()):
+                for norm in norms:
+                    norm.eval()
+            # a tower, which is a model of transformers', has most of the layers and no batch norm
+            layers += (c for c in layer.children() if isinstance(c, SeraModel) or not isinstance(c, PreTrainedModel))
+
 
 class SeraModel(SeraPreTrainedModel):
     """Images and expressions to fused, expression-conditioned feature maps: all of SERA but the mask decoder."""
@@ -263,6 +284,16 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         """The text tower's token embedding."""
         return self.model.get_input_embeddings()
+
+    @property
+    def modules_to_save_for_lora(self) -> list[str]:
+        """Names of the modules that SERA adds to its towers, for `peft.LoraConfig(modules_to_save=…)`.
+
+        With them a LoRA on the towers trains these modules whole, and saves them with their batch norms' running statistics.
+        """
+        adapters = [f"model.vision.adapted_blocks.{i}.adapter" for i in self.config.adapter_layers]
+        fusions = [f"model.fusions.{i}" for i in range(len(self.config.tap_layers))]
+        return ["model.text_projection", *adapters, *fusions, "decoder"]
 
     def fuse_for_inference(self) -> "SeraForReferringSegmentation":
         """Make this model, in place and for good, one that only predicts, a little faster: same results but for rounding.
@@ -431,6 +462,8 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
         """
         check_requested_outputs(self.config, kwargs)
         check_batch(pixel_values, input_ids, attention_mask, image_index, image_states, labels)
+        if self.training and not torch.compiler.is_compiling():
+            self._keep_frozen_statistics()  # what is frozen may have changed since train() was called
         if max_expressions is not None:
             if max_expressions < 1:
                 raise ValueError(f"max_expressions is {max_expressions}; it must be 1 or more, or None for all.")
