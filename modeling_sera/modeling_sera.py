@@ -25,6 +25,9 @@ from .vision_sera import SeraAdaptedBlock, SeraImages, SeraVisionEncoder
 
 logger = logging.get_logger(__name__)
 
+# of transformers, which load a SERA; its pipeline for image segmentation asks for the last two
+AUTO_CLASSES = ("AutoModel", "AutoModelForImageSegmentation", "AutoModelForUniversalSegmentation")
+
 
 @dataclass
 class SeraModelOutput(ModelOutput):
@@ -136,6 +139,20 @@ class SeraPreTrainedModel(PreTrainedModel):
                 if isinstance(module, SeraAdaptedBlock):
                     module.keep_statistics_when_recomputed()
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
+        """Another number of token embeddings of the text tower, as in every model; `config.text_config` says the new number.
+
+        Raises:
+            ValueError: For new tokens in a tower that would take them for the end of the text.
+        """
+        text_config = self.config.text_config
+        if text_config.eos_token_id == 2 and (new_num_tokens or 0) > text_config.vocab_size:
+            raise ValueError(
+                "text_config.eos_token_id is 2, with which a CLIP takes the token of the highest id as the end of the text, so "
+                "also a new one; set it to the tokenizer's own eos_token_id and load the model with this configuration."
+            )
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+
     def train(self, mode: bool = True) -> "SeraPreTrainedModel":
         """As of every module, but a batch norm in a frozen layer stays in evaluation mode.
 
@@ -172,6 +189,10 @@ class SeraModel(SeraPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         """The text tower's token embedding."""
         return self.text_tower.embeddings.token_embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Give the text tower another token embedding."""
+        self.text_tower.embeddings.token_embedding = value
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(N, L) token ids to token features (N, L, text hidden size) and sentence features (N, projection_dim).
@@ -285,6 +306,10 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
         """The text tower's token embedding."""
         return self.model.get_input_embeddings()
 
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Give the text tower another token embedding."""
+        self.model.set_input_embeddings(value)
+
     @property
     def modules_to_save_for_lora(self) -> list[str]:
         """Names of the modules that SERA adds to its towers, for `peft.LoraConfig(modules_to_save=…)`.
@@ -328,6 +353,11 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
         if self.is_fused:
             raise ValueError(
                 "fuse_for_inference() has folded this model's batch norms; save it before, or load it again."
+            )
+        if self._auto_class is not None:  # transformers itself notes one class, the last that was registered
+            reference = f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"
+            self.config.auto_map = (getattr(self.config, "auto_map", None) or {}) | dict.fromkeys(
+                AUTO_CLASSES, reference
             )
         super().save_pretrained(*args, **kwargs)
 
