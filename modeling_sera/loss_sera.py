@@ -1,4 +1,4 @@
-"""What the model is trained for: the loss of a mask and of the presence (ours). The routers' losses lie with the routers."""
+"""The losses of masks and of presence (ours). The routers' losses are in the file of the routers."""
 
 import torch
 from torch import Tensor
@@ -12,10 +12,10 @@ def mask_segmentation_loss(logits: Tensor, labels: Tensor, config: SeraConfig) -
 
     Args:
         logits: (N, h, w).
-        labels: (N, H, W) masks in [0, 1], negative where a pixel does not count; each logit's target is their mean over the area
-            that it covers or, with `mask_targets="nearest"`, their value at one of its pixels. A logit counts by its share of
-            pixels that do.
-        config: For the two weights and the kind of target.
+        labels: (N, H, W) masks in [0, 1], negative where a pixel does not count. The target of a logit is the mean of the labels
+            over the area that the logit covers or, with `mask_targets="nearest"`, the label of one of its pixels. The weight of
+            a logit is the share of its pixels that count.
+        config: Gives the two weights and the kind of target.
 
     Returns:
         A scalar in float32.
@@ -38,9 +38,10 @@ def mask_segmentation_loss(logits: Tensor, labels: Tensor, config: SeraConfig) -
 
 
 def area_average(masks: Tensor, size: tuple[int, int]) -> Tensor:
-    """Means of (..., H, W) float32 masks over the h × w equal rectangles that tile them, pixels counted by their share in each.
+    """Means of (..., H, W) float32 masks over h × w equal rectangles that tile them.
 
-    `interpolate(mode="area")` gives the same where the sides are multiples; elsewhere (448 to 128) its windows overlap.
+    A pixel on an edge counts in each rectangle by its share there. `interpolate(mode="area")` gives the same where the sides are
+    multiples; elsewhere (448 to 128) its windows overlap.
     """
     for dim, length in ((-2, size[0]), (-1, size[1])):
         masks = masks.transpose(dim, -1)
@@ -52,9 +53,9 @@ def area_average(masks: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def presence_detection_loss(presence_logits: Tensor, labels: Tensor) -> Tensor:
-    """Binary cross-entropy of presence logits (N,) against whether each of the masks (N, H, W) holds anything (ours).
+    """Binary cross-entropy of presence logits (N,); a target is 1 where the mask (N, H, W) is not empty (ours).
 
-    The labels are taken as they come, before any shrinking, so that no object is too small to count.
+    The labels are used at their full size, so that no object is too small to count.
     """
     present = (labels > 0).flatten(1).any(dim=1)
     return binary_cross_entropy_with_logits(presence_logits.float(), present.float())
