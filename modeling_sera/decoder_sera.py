@@ -20,11 +20,11 @@ from .layers_sera import (
 
 
 class SeraSentenceGate(nn.Linear):
-    """`F · (W·sentence + b)`: what cross-attention to the sentence as a single key comes to. b starts at one, letting F through."""
+    """Sentence (N, projection_dim) to one factor per channel of a map F: cross-attention to the sentence as a single key gives
+    `F · (W·sentence + b)`. b starts at one, so that F passes.
 
-    def forward(self, grid: Tensor, sentence: Tensor) -> Tensor:
-        """Map (N, fusion_dim, H, W) and sentence (N, projection_dim) to the gated map."""
-        return grid * super().forward(sentence)[:, :, None, None]
+    `forward` is that of a linear layer, so that LoRA can be put on it.
+    """
 
 
 class SeraMerge(nn.Module):
@@ -40,7 +40,7 @@ class SeraMerge(nn.Module):
 
     def forward(self, maps: list[Tensor], sentence: Tensor) -> Tensor:
         """Maps (N, fusion_dim, H, W) and sentence (N, projection_dim) to (N, decoder_dim, H, W)."""
-        gated = [gate(grid, sentence) for grid, gate in zip(maps, self.gates, strict=True)]
+        gated = [grid * gate(sentence)[:, :, None, None] for grid, gate in zip(maps, self.gates, strict=True)]
         merged = self.reduce(torch.cat(gated, dim=1))
         coordinates = self.coordinates(*merged.shape[-2:], merged).expand(merged.shape[0], -1, -1, -1)
         coordinates = coordinates.contiguous(memory_format=torch.channels_last)  # as `merged` lies, or both are copied
@@ -117,7 +117,7 @@ class SeraPresenceHead(nn.Module):
 
     def forward(self, grid: Tensor, sentence: Tensor) -> Tensor:
         """Map (N, decoder_dim, H, W) and sentence (N, projection_dim) to logits (N,), positive for "it is there"."""
-        gated = self.gate(grid, sentence)
+        gated = grid * self.gate(sentence)[:, :, None, None]
         return self.score(torch.cat([gated.mean(dim=(2, 3)), gated.amax(dim=(2, 3))], dim=1))[:, 0]
 
 
