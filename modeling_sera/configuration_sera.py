@@ -90,6 +90,7 @@ class SeraConfig(PreTrainedConfig):
 
     model_type = "sera"
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
+    keys_to_ignore_at_inference = ["mask_loss", "presence_loss", "router_aux_loss"]  # no predictions, for the Trainer
 
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None

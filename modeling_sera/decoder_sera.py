@@ -21,14 +21,12 @@ from .layers_sera import (
 
 
 class SeraSentenceGate(nn.Linear):
-    """`F · (W·sentence + b)`: what cross-attention to the sentence as a single key comes to. b starts at one.
+    """Sentence (N, projection_dim) to one factor per channel of a map F: cross-attention to the sentence as a single key gives
+    `F · (W·sentence + b)`. b starts at one, but with W's random start a fresh factor is far from one: the sentence features of
+    a CLIP have a norm of 10 to 20.
 
-    With W's random start a fresh gate is far from one: a CLIP's sentence features have a norm of 10 to 20.
+    `forward` is that of a linear layer, so that LoRA can be put on it.
     """
-
-    def forward(self, grid: Tensor, sentence: Tensor) -> Tensor:
-        """Map (N, fusion_dim, H, W) and sentence (N, projection_dim) to the gated map."""
-        return grid * super().forward(sentence)[:, :, None, None]
 
 
 class SeraOpenGate(SeraSentenceGate):
@@ -54,8 +52,8 @@ class SeraMerge(nn.Module):
     def forward(self, maps: list[Tensor], sentence: Tensor) -> Tensor:
         """Maps (N, fusion_dim, H, W) and sentence (N, projection_dim) to (N, decoder_dim, H, W)."""
         if self.gates is not None:
-            said = sentence if self.sentence_norm is None else self.sentence_norm(sentence)
-            maps = [gate(grid, said) for grid, gate in zip(maps, self.gates, strict=True)]
+            seen = sentence if self.sentence_norm is None else self.sentence_norm(sentence)
+            maps = [grid * gate(seen)[:, :, None, None] for grid, gate in zip(maps, self.gates, strict=True)]
         merged = self.reduce(torch.cat(list(maps), dim=1))
         coordinates = self.coordinates(*merged.shape[-2:], merged).expand(merged.shape[0], -1, -1, -1)
         coordinates = coordinates.contiguous(memory_format=torch.channels_last)  # as `merged` lies, or both are copied
@@ -139,7 +137,7 @@ class SeraPresenceHead(nn.Module):
 
     def forward(self, grid: Tensor, sentence: Tensor) -> Tensor:
         """Map (N, decoder_dim, H, W) and sentence (N, projection_dim) to logits (N,), positive for "it is there"."""
-        gated = self.gate(grid, sentence)
+        gated = grid * self.gate(sentence)[:, :, None, None]
         return self.score(torch.cat([gated.mean(dim=(2, 3)), gated.amax(dim=(2, 3))], dim=1))[:, 0]
 
 

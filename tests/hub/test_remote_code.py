@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY, save_tiny_model
 from PIL import Image
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer, pipeline
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageSegmentation,
+    AutoModelForUniversalSegmentation,
+    AutoProcessor,
+    AutoTokenizer,
+    pipeline,
+)
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from modeling_sera import SeraConfig, SeraForReferringSegmentation
@@ -76,6 +85,8 @@ def test_the_folder_holds_all_code_flat_and_nothing_that_could_run_by_itself(sav
     assert config["auto_map"] == {
         "AutoConfig": "configuration_sera.SeraConfig",
         "AutoModel": "modeling_sera.SeraForReferringSegmentation",
+        "AutoModelForImageSegmentation": "modeling_sera.SeraForReferringSegmentation",
+        "AutoModelForUniversalSegmentation": "modeling_sera.SeraForReferringSegmentation",
     }
     assert set(config["custom_pipelines"]) == set(TASKS)
     for entry in config["custom_pipelines"].values():
@@ -98,7 +109,8 @@ def test_with_the_packages_installed_no_trust_is_needed_nor_foreign_code_run(sav
         path.write_text("raise SystemExit('code from the folder was run')")
     for options in ({}, {"trust_remote_code": True}):
         assert type(AutoConfig.from_pretrained(folder, **options)) is SeraConfig
-        assert type(AutoModel.from_pretrained(folder, **options)) is SeraForReferringSegmentation
+        for auto_class in (AutoModel, AutoModelForImageSegmentation, AutoModelForUniversalSegmentation):
+            assert type(auto_class.from_pretrained(folder, **options)) is SeraForReferringSegmentation
         assert type(AutoProcessor.from_pretrained(folder, **options)) is SeraProcessor
         assert type(AutoImageProcessor.from_pretrained(folder, **options)) is SeraImageProcessor
         assert AutoTokenizer.from_pretrained(folder, **options)("zebra").input_ids

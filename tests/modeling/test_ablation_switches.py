@@ -1,4 +1,4 @@
-"""The parts that an ablation switches off: gone altogether, and nothing else changed."""
+"""Parts that an ablation switches off are not there, and nothing else changes."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from conftest import make_inputs, make_model
 
 from modeling_sera import SeraConfig, SeraForReferringSegmentation, adapter_sera
-from modeling_sera.modeling_sera import mask_segmentation_loss
+from modeling_sera.loss_sera import mask_segmentation_loss
 from training.configuration import DataSettings
 from training.examples.splits import load_splits, load_training_splits
 from training.learning.routing_health import RoutingHealth
@@ -91,7 +91,7 @@ def test_fusion_without_experts_projects_and_normalises():
 
 
 @pytest.mark.parametrize("switches", SWITCHES)
-def test_expressions_that_share_a_image_get_what_they_get_alone(switches):
+def test_expressions_that_share_an_image_get_what_they_get_alone(switches):
     model = make_model(**switches)
     shared = make_inputs(2, [0, 0, 1])
     alone = shared | {"pixel_values": shared["pixel_values"][shared["image_index"]], "image_index": None}
@@ -130,7 +130,7 @@ def test_nearest_targets_read_one_pixel_of_those_that_a_logit_covers():
     config = {kind: SeraConfig.tiny(mask_targets=kind) for kind in ("area", "nearest")}
     logits = torch.randn(2, 6, 6, generator=torch.Generator().manual_seed(0))
     blocks = (torch.rand(2, 6, 6, generator=torch.Generator().manual_seed(1)) > 0.5).float()
-    labels = blocks.repeat_interleave(2, 1).repeat_interleave(2, 2)  # the same in every 2x2 block: nothing to choose
+    labels = blocks.repeat_interleave(2, 1).repeat_interleave(2, 2)  # every 2x2 block has one value
     losses = {kind: mask_segmentation_loss(logits, labels, config[kind]).item() for kind in config}
     assert losses["area"] == pytest.approx(losses["nearest"])
     thinned = labels.clone()

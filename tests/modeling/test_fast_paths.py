@@ -1,4 +1,4 @@
-"""Every faster way against the plain one: folded batch norms, expressions in parts, the image's share, quick resizing."""
+"""Every faster path gives what the plain one gives: folded batch norms, expressions in parts, shared images, resizing."""
 
 import io
 

@@ -201,7 +201,7 @@ def test_what_does_not_go_together_is_refused(changed, message, store_of, tmp_pa
     "option", ["data.copy_paste=3", "model.whitened_start=true", "augmentation.feature_dropout=0.1"]
 )
 def test_what_acts_on_the_feature_cache_wants_some(option, tmp_path):
-    with pytest.raises(ValueError, match=f"{option.partition('=')[0]} acts on kept versions"):
+    with pytest.raises(ValueError, match=f"{option.partition('=')[0]} needs the feature cache"):
         start_accelerator(read_settings([f"--{option}", "--output_dir", str(tmp_path)]))
 
 

@@ -223,7 +223,7 @@ def sets(tmp_path) -> DataSettings:
             ("refcocog", "google", {"train": [1, 5, 8, 11], "val": [11, 5]}),  # it splits objects, not images
         ]
     ):
-        Folder(root, images=f"images{i}" if i else "images", dataset=dataset, split_by=split_by).fill(images)
+        Folder(root, image_dir=f"images{i}" if i else "images", dataset=dataset, split_by=split_by).fill(images)
         for image in (root / f"images{i}").glob("*.png") if i else ():
             image.rename(root / "images" / image.name)
     return DataSettings(root=str(root), mix=["refcoco+/unc", "refcocog/google"])
@@ -304,7 +304,7 @@ def test_settings_that_do_not_go_together_are_refused(sets, changes, message):
 
 
 def test_a_mixture_that_leaves_nothing_of_a_set_is_refused(sets, tmp_path):
-    Folder(tmp_path / "refer", images="images3", dataset="other", split_by="unc").fill({"train": [6, 7]})
+    Folder(tmp_path / "refer", image_dir="images3", dataset="other", split_by="unc").fill({"train": [6, 7]})
     with pytest.raises(ValueError, match="every image of other/unc train stands in another split"):
         load_training_splits(replace(sets, mix=["other/unc"], image_dir=str(tmp_path / "refer" / "images")))
 

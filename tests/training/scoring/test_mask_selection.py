@@ -160,5 +160,5 @@ def test_scores_are_those_of_the_greatest_expected_iou(rows, processor, flip, co
 
 
 def test_a_threshold_beside_the_greatest_expected_iou_is_refused():
-    with pytest.raises(ValueError, match=r"threshold is 0\.4 beside expected_iou"):
+    with pytest.raises(ValueError, match=r"threshold is 0\.4, but expected_iou gives each answer its own"):
         MaskSelection(0.4, expected_iou=True)

@@ -1,0 +1,1 @@
+../../../modeling_sera/checks_sera.py

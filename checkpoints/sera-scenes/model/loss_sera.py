@@ -1,0 +1,1 @@
+../../../modeling_sera/loss_sera.py

@@ -1,0 +1,1 @@
+../../../modeling_sera/statistics_sera.py
