@@ -16,9 +16,9 @@ BOUNDARY_GAIN = 0.15  # of the boundary expert in G_corr (paper)
 class SeraMultiScaleConv(nn.Module):
     """Parallel 1×1, 3×3 and 5×5 convolutions joined along channels, plus the input, normalised: `G_rich` (paper).
 
-    The widths are ours, and so is the normalisation: every position's channels to mean 0 and variance 1, without parameters.
-    The experts end in batch norms, so their maps have one scale. Without a scale of its own, `G_rich` grows in training until
-    the shares 0.25 and 0.15 of theirs are nothing beside it.
+    The widths are ours, and so is the normalisation: the channels of every position to mean 0 and variance 1, without
+    parameters. The experts end in batch norms, so their maps have a fixed scale. `G_rich` would grow in training, until the
+    experts' shares of 0.25 and 0.15 are nothing beside it.
     """
 
     def __init__(self, dim: int):

@@ -69,10 +69,11 @@ class SeraConfig(PreTrainedConfig):
         router_balance_loss_weight (`float`, *optional*, defaults to 1e-2): λb, weight of the squared coefficient of variation.
         router_token_loss_weight (`float`, *optional*, defaults to 1e-2):
             λt, weight of the selection-times-probability term. It stands where `num_selected_experts` is below four alone.
-        sentence_gate (`str`, *optional*, defaults to `"none"`):
-            How the decoder multiplies each tap's map by the sentence: `"none"`, not at all, which leaves the work to the routers;
-            `"linear"`, by a linear function of the sentence feature; or `"standardized"`, by one of the feature standardised
-            over samples, which starts at exactly one.
+        sentence_gate (`str`, *optional*, defaults to `"standardized"`):
+            How the decoder multiplies the channels of each tap's map by factors from the sentence. `"standardized"`: a linear
+            function of the sentence feature standardised over samples, which starts at exactly one. `"linear"`: a linear function
+            of the feature itself, which starts at random. `"none"`: no factors; the routers alone then weigh the taps' maps by
+            the sentence.
         decoder_dim (`int`, *optional*, defaults to 512): Width of the mask decoder; a multiple of eight.
         decoder_num_layers (`int`, *optional*, defaults to 3): Decoder layers.
         decoder_num_heads (`int`, *optional*, defaults to 8): Heads of the decoder's attentions.
@@ -114,7 +115,7 @@ class SeraConfig(PreTrainedConfig):
     router_logit_bound: float | int = 3.0
     router_balance_loss_weight: float | int = 1e-2
     router_token_loss_weight: float | int = 1e-2
-    sentence_gate: Literal["none", "linear", "standardized"] = "none"
+    sentence_gate: Literal["standardized", "linear", "none"] = "standardized"
     decoder_dim: int = 512
     decoder_num_layers: int = 3
     decoder_num_heads: int = 8

@@ -30,16 +30,16 @@ class SeraSentenceGate(nn.Linear):
 
 
 class SeraOpenGate(SeraSentenceGate):
-    """A gate of which W starts at zero as well: a fresh one is exactly one."""
+    """A gate whose W starts at zero, too: its fresh factors are exactly one."""
 
 
 class SeraMerge(nn.Module):
-    """Maps of all taps, gated by the sentence or as they are, to one map: concat → 1×1 → coordinate convolution, residual."""
+    """Maps of all taps to one map: sentence gates (if any) → concat → 1×1 → coordinate convolution, residual."""
 
     def __init__(self, config: SeraConfig):
         super().__init__()
         num_taps = len(config.tap_layers)
-        kind = {"linear": SeraSentenceGate, "standardized": SeraOpenGate, "none": None}[config.sentence_gate]
+        kind = {"standardized": SeraOpenGate, "linear": SeraSentenceGate, "none": None}[config.sentence_gate]
         self.gates = self.sentence_norm = None
         if kind is not None:
             self.gates = nn.ModuleList(kind(config.projection_dim, config.fusion_dim) for _ in range(num_taps))
@@ -60,7 +60,7 @@ class SeraMerge(nn.Module):
         return merged + self.coordinate_conv(torch.cat([merged, coordinates], dim=1))
 
     def fold(self) -> None:
-        """Take what standardises the sentence in inference into the gates, for good."""
+        """Take the norm of the sentence, as in inference, into the gates, for good."""
         if self.sentence_norm is not None:
             for gate in self.gates:
                 self.sentence_norm.fold_into(gate, gate.bias)

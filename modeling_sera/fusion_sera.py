@@ -60,8 +60,8 @@ class SeraFixedFilters(nn.Module):
 class SeraSpatialExpert(nn.Module):
     """`X + α·Conv1×1(G)`, G the coordinate grid in [-1, 1], α learnable from 1 (paper; α's start ours).
 
-    X has unit variance at every position, and what is added to it then over a half of that: from a start at a tenth, training
-    leaves the expert one that adds nothing.
+    X has unit variance at every position, and the fresh expert adds a map of more than half its size. With α from 0.1, the
+    expert still adds next to nothing after training.
     """
 
     ALPHA = 1.0
@@ -121,7 +121,8 @@ class SeraBoundaryExpert(nn.Module):
 class SeraShapeExpert(nn.Module):
     """Low frequencies (fixed blur) and high frequencies (fixed Laplacian), mixed back by a 1×1 convolution, residual (paper).
 
-    The Laplacian is divided by four, the difference of a cell from its neighbours' mean (ours): both parts are then of X's scale.
+    The Laplacian is divided by four: the difference between a cell and the mean of its neighbours (ours). Both parts then have
+    the scale of X.
     """
 
     def __init__(self, config: SeraConfig):
@@ -138,12 +139,12 @@ class SeraShapeExpert(nn.Module):
 
 @dataclass
 class SeraFusionView:
-    """A tapped map, and what its experts make of it, each at its first use: all that expressions about an image can share.
+    """A tapped map with the results of its experts: all that the expressions about an image can share.
 
     Attributes:
         grid: (B, fusion_dim, H, W), projected and normalised.
-        refined: (B, fusion_dim, H, W) by the name of the expert.
-        fused: Weighted sum (B, fusion_dim, H, W) and routing of a router that does not see the sentence.
+        refined: Results of the experts, (B, fusion_dim, H, W) by name; each is added when it is first used.
+        fused: Weighted sum (B, fusion_dim, H, W) and routing, once computed. Only of a router that does not see the sentence.
     """
 
     grid: Tensor

@@ -165,7 +165,7 @@ class SeraConvUnit(nn.Sequential):
 
 
 class _SumOverProcesses(torch.autograd.Function):
-    """The sum of a tensor over all processes. What depends on it in any of them has a gradient here."""
+    """The sum of a tensor over all processes. Its gradient is the sum of the gradients of all processes."""
 
     @staticmethod
     def forward(ctx, tensor: Tensor) -> Tensor:
@@ -186,42 +186,42 @@ def _sum_over_processes(tensor: Tensor) -> Tensor:
 
 
 class SeraSampleStatistics(nn.Module):
-    """Running mean and variance of samples, of all processes together and in float32 whatever the model's dtype (ours).
+    """Running mean and variance of samples. They are in float32 in a model of any dtype, and common to all processes (ours).
 
-    A step's weight follows its number of samples, so that steps of one sample measure as well as steps of many, and the first
-    steps count alike: a start from nothing would be forgotten slowly.
+    The weight of a step follows its number of samples, so that steps of one sample measure as well as steps of many. The first
+    samples all count alike, so that the start, mean 0 and variance 1, is forgotten at once.
     """
 
-    MOMENTUM = 0.1  # share of a step of ENOUGH samples or more in the running statistics, as batch norms have it
-    ENOUGH = 8  # samples whose own statistics are good enough to normalise by
+    MOMENTUM = 0.1  # weight of a step of ENOUGH samples or more, as in batch norms
+    ENOUGH = 8  # with fewer samples, the statistics of a step are too rough to normalise by
 
     def __init__(self, dim: int):
         super().__init__()
         self.register_buffer("running_mean", torch.zeros(dim, dtype=torch.float32))
         self.register_buffer("running_var", torch.ones(dim, dtype=torch.float32))
         self.register_buffer("num_samples", torch.zeros((), dtype=torch.long))
-        self.is_kept = False  # while activation checkpointing computes a block again
+        self.is_kept = False  # True while activation checkpointing computes a block a second time
 
     def reset(self) -> None:
-        """Back to mean 0 and variance 1 of no samples."""
+        """Set the statistics to their start: mean 0, variance 1, no samples."""
         init.zeros_(self.running_mean)
         init.ones_(self.running_var)
         init.zeros_(self.num_samples)
 
     def observe(self, rows: Tensor, num_samples: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Have a training step's samples move the running statistics. Every process calls this.
+        """Move the running statistics by the samples of a training step. Every process must call this.
 
         Args:
-            rows: (N, dim), this process's.
-            num_samples: How many of them are independent, such as the number of images that N expressions are about; `None`
-                means all.
+            rows: (N, dim), the samples of this process.
+            num_samples: Number of independent samples among the rows, for example the number of images of N expressions; `None`
+                means N.
 
         Returns:
-            Of all processes: the number of samples (a scalar), the mean and the variance over the rows, both (dim,) in float32
-            and with gradients.
+            The number of samples (a scalar), and the mean and the variance over the rows, both (dim,) in float32 and with
+            gradients; all three over all processes.
         """
         rows = rows.float()
-        before = self.running_mean.clone()  # sums of differences from it lose no digits
+        before = self.running_mean.clone()  # differences from it are small, so that their squares lose few digits
         shifted = rows - before
         counts = torch.stack(
             [torch.full((), float(n), device=rows.device) for n in (len(rows), num_samples or len(rows))]
@@ -240,12 +240,12 @@ class SeraSampleStatistics(nn.Module):
     def _move(self, count: Tensor, shift: Tensor, var: Tensor) -> None:
         self.num_samples += count.long()
         share = torch.maximum(self.MOMENTUM * (count / self.ENOUGH).clamp(max=1), count / self.num_samples)
-        # of a mixture of both: also of samples so few that they themselves vary too little
+        # the variance of the mixture of old and new: it is right even for a step of one sample, whose own variance is 0
         self.running_var.copy_((1 - share) * (self.running_var + share * shift.square()) + share * var)
         self.running_mean.add_(share * shift)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SeraSampleStatistics":
-        """As of every module, but a cast of the model to half precision leaves the statistics in float32."""
+        """Move or cast the buffers as in every module, but leave them in float32 in a cast to half precision."""
         kept = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, buffer in kept.items():
@@ -255,27 +255,32 @@ class SeraSampleStatistics(nn.Module):
 
 
 class SeraSampleNorm(SeraSampleStatistics):
-    """Every channel to mean 0 and variance 1 over samples: a batch norm without parameters (ours).
+    """A batch norm without parameters: every channel to mean 0 and variance 1 over samples (ours).
 
-    In training by the statistics of the step's samples in all processes or, where these are fewer than ENOUGH, by the running
-    ones, which otherwise serve in inference.
+    Training normalises by the statistics of the step, over all processes. Inference, and a step of fewer than ENOUGH samples,
+    normalise by the running statistics.
     """
 
     EPSILON = 1e-5
 
     def forward(self, rows: Tensor, num_samples: int | None = None) -> Tensor:
-        """(N, dim) to the same shape and dtype; for `num_samples` see [`observe`]."""
+        """(N, dim) to the same shape and dtype. `num_samples` is that of [`observe`]."""
         mean, var = self.running_mean, self.running_var
         if self.training:
             count, own_mean, own_var = self.observe(rows, num_samples)
             is_enough = count >= self.ENOUGH
-            # copies: a later step moves the statistics, and this step's gradient needs them as they are
+            # `where` makes copies: a later step moves the buffers, while the gradient of this step needs the old values
             mean, var = torch.where(is_enough, own_mean, mean), torch.where(is_enough, own_var, var)
         return ((rows.float() - mean) * (var + self.EPSILON).rsqrt()).to(rows.dtype)
 
     @torch.no_grad()
     def fold_into(self, linear: nn.Linear, bias: Tensor) -> None:
-        """Take what this does in inference into the layer that reads it, whose bias `bias` stands for, for good."""
+        """Take this norm, as in inference, into the layer that follows it, for good.
+
+        Args:
+            linear: The layer; its weight is changed.
+            bias: Bias that is added to the layer's output, its own or another's; changed, too.
+        """
         weight = linear.weight.float() * (self.running_var + self.EPSILON).rsqrt()
         bias.sub_((weight @ self.running_mean).to(bias.dtype))
         linear.weight.copy_(weight)

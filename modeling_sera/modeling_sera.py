@@ -41,7 +41,7 @@ class SeraModelOutput(ModelOutput):
         text_mask: Attention mask that hides the padding, in the form that the attention kernel takes. `None` without padding.
         sentence: (N, projection_dim) sentence features.
         fusion_routings: One [`SeraRouting`] per tap, of N rows; none where the taps have no experts.
-        decided_routings: The same with a row for each decision: an image's is one where it is the same for all expressions.
+        decided_routings: The same, but with one row per image where the routing is the same for all expressions about it.
         adapter_router_weights: One (N, 2) per adapter with experts: weights of the spatial and of the boundary expert.
     """
 
@@ -237,7 +237,7 @@ class SeraModel(SeraPreTrainedModel):
         """Compute all that does not depend on the text, of (B, 3, H, W) images: their expressions share it.
 
         Returns:
-            What the vision tower makes of them, and what SERA-Fusion does of every tap that no text has reached.
+            The results of the vision tower, and those of SERA-Fusion for every tap before the first adapter.
         """
         images = self.vision.encode_images(pixel_values, image_states)
         views = [

@@ -17,8 +17,8 @@ class SeraRouting(NamedTuple):
         weights: (N, E) in [0, 1], rows sum to 1, at most k entries of a row are non-zero.
         logits: (N, E) routing logits r before the training noise.
         selected: (N, E) bool, the k experts kept for each sample.
-        usage: In training (2, E): each expert's mean weight and the share of samples that select it, over the steps so far and
-            all processes. Their gradients are those of this step's means.
+        usage: In training (2, E): each expert's mean weight, and the share of samples that select it. The values are running
+            means over steps and processes, the gradients are those of this step's means. Else `None`.
     """
 
     weights: Tensor
@@ -32,14 +32,14 @@ class SeraRouting(NamedTuple):
 
 
 class SeraRouterScore(nn.Linear):
-    """Scores of experts. Starts at zero: the experts start equal, and none is lost before it has learnt."""
+    """Scores of experts. Starts at zero: the experts start with equal weights, and none is lost before it has learnt."""
 
 
 class SeraAdapterRouter(nn.Module):
     """Soft router of an adapter: `[w_s, w_b] = softmax(Linear(mean over positions of G))` (paper, SERA-Adapter).
 
-    The mean is standardised over samples, and the standardised sentence is added as a second input (both ours). With
-    `routing="uniform"` the router holds no parameters and both weights are 1/2.
+    The mean is standardised over samples, and the standardised sentence is a second input (both ours). Without the first, the
+    router saturates. With `routing="uniform"` it holds no parameters and both weights are 1/2.
     """
 
     def __init__(self, config: SeraConfig):
@@ -84,7 +84,7 @@ class SeraAdapterRouter(nn.Module):
         return logits.softmax(dim=-1)
 
     def fold(self, sentence_norm: SeraSampleNorm | None) -> None:
-        """Take what standardises the inputs in inference into the scores, for good."""
+        """Take the norms of the inputs, as in inference, into the scores, for good."""
         if self.norm is not None:
             self.norm.fold_into(self.score, self.score.bias)
             self.norm = None
@@ -95,9 +95,9 @@ class SeraAdapterRouter(nn.Module):
 class SeraTopKRouter(nn.Module):
     """Sparse router of SERA-Fusion: `r = W2·σ(W1·z)`, noise in training, top k, softmax over those kept (paper).
 
-    z is standardised over samples, and the standardised sentence is added as a second input of the hidden layer; σ is a GELU,
-    since the units of a ReLU can be off for every sample and then learn nothing any more (all ours). With `routing="uniform"`
-    the router holds no parameters, its logits are zero and every weight is 1/4.
+    z is standardised over samples, and the standardised sentence is a second input of the hidden layer. σ is a GELU: the units
+    of a ReLU can be off for every sample, and then they never learn again. (All ours.) With `routing="uniform"` the router
+    holds no parameters, its logits are zero and every weight is 1/4.
     """
 
     def __init__(self, config: SeraConfig):
@@ -153,16 +153,16 @@ class SeraTopKRouter(nn.Module):
         noisy = logits + self.noise_std * torch.randn_like(logits) if self.training else logits
         selected = torch.zeros_like(noisy, dtype=torch.bool).scatter(-1, noisy.topk(self.k, dim=-1).indices, True)
         weights = noisy.masked_fill(~selected, float("-inf")).softmax(dim=-1)
-        usage = self._count(weights, selected) if self.training else None
+        usage = self._count(weights, selected) if self.usage.training else None
         return SeraRouting(weights=weights, logits=logits, selected=selected, usage=usage)
 
     def _count(self, weights: Tensor, selected: Tensor) -> Tensor:
-        """The field `usage` of a [`SeraRouting`]."""
+        """The field `usage` of a [`SeraRouting`] for (N, E) weights and selections."""
         _, mean, _ = self.usage.observe(torch.cat([weights, selected.to(weights.dtype)], dim=1))
         return (self.usage.running_mean + (mean - mean.detach())).unflatten(0, (2, NUM_FUSION_EXPERTS))
 
     def fold(self, sentence_norm: SeraSampleNorm | None) -> None:
-        """Take what standardises the inputs in inference into the hidden layer, for good."""
+        """Take the norms of the inputs, as in inference, into the hidden layer, for good."""
         if self.norm is not None:
             self.norm.fold_into(self.hidden, self.hidden.bias)
             self.norm = None
@@ -175,11 +175,12 @@ def router_auxiliary_loss(
 ) -> Tensor:
     """Auxiliary loss of one fusion router (paper): `λz·mean(max(|r| - bound, 0)²) + λb·CV(u)² + λt·E·Σ fᵢ·pᵢ`.
 
-    `u` is each expert's mean routing weight, `f` the share of samples whose top k hold the expert, both as [`SeraRouting`] has
-    them in `usage` or, where it has none, over the rows; `p` is the expert's mean probability under a softmax over all experts.
-    The bound is ours, with 0 it is the paper's term: pulled to zero, logits cannot tell samples apart. That `u` and `f` are
-    means over many steps is ours too: over one small batch, the terms would have every single sample use all experts alike. The
-    form of the last term is ours (the paper names it only).
+    `u` is each expert's mean routing weight, and `f` the share of samples whose top k hold the expert. Both come from `usage`
+    of the routing; without it they are means over the rows. `p` is the expert's mean probability in a softmax over all experts.
+
+    The bound is ours, and 0 gives the paper's term, which pulls all logits to zero. Running means are ours, too: in a small
+    batch, a balance of the batch alone would make every sample use all experts alike. The form of the last term is ours (the
+    paper gives its name alone).
 
     Returns:
         A scalar.
@@ -199,7 +200,7 @@ def router_auxiliary_loss(
 def mean_router_loss(routings: Sequence[SeraRouting], config: SeraConfig) -> Tensor:
     """[`router_auxiliary_loss`] with a configuration's weights, averaged over the taps; a scalar in float32.
 
-    The token term stands only where a sample does not use all experts: elsewhere it is a constant.
+    The token term needs `num_selected_experts` below four: where every sample uses all experts, it is a constant.
     """
     losses = [
         router_auxiliary_loss(

@@ -21,7 +21,7 @@ SWITCHES = [
     {"adapter_experts": False, "fusion_experts": False},
 ]
 PARTS = {
-    "routing": ["router.", "sentence_norm"],
+    "routing": ["router.", "model.sentence_norm"],
     "adapter_experts": ["adapter.spatial_expert", "adapter.boundary_expert", "adapter.router"],
     "fusion_experts": [".experts.", "fusions.0.router", "fusions.1.router", "fusions.2.router"],
 }
@@ -40,7 +40,7 @@ def test_the_parameters_of_a_part_that_is_off_are_gone_and_no_others(switches):
     full, reduced = set(make_model().state_dict()), set(make_model(**switches).state_dict())
     named = [part for switch in switches for part in PARTS[switch]]
     if len(switches) == 2:  # no router is left that could see the sentence
-        named.append("sentence_norm")
+        named.append("model.sentence_norm")
     gone = {name for name in full if any(part in name for part in named)}
     assert gone and reduced == full - gone
 

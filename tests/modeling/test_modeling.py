@@ -380,6 +380,10 @@ def test_fresh_weights_start_as_documented():
     for fusion in model.model.fusions:
         assert not fusion.router.score.weight.any() and not fusion.router.score.bias.any()
         assert fusion.router.hidden.weight.std() > 0.1 and fusion.router.hidden_sentence.weight.std() > 0.1
+    for gate in model.decoder.merge.gates:
+        assert (gate.bias == 1).all() and not gate.weight.any()
+    for gate in SeraForReferringSegmentation(SeraConfig.tiny(sentence_gate="linear")).decoder.merge.gates:
+        assert (gate.bias == 1).all() and gate.weight.std() > 0.1
     deviation = model.decoder.layers[0].ffn[0].weight.std() * 32**0.5
     assert 0.8 < float(deviation) < 1.2  # variance 1 / fan-in
 
