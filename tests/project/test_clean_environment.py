@@ -15,7 +15,7 @@ import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from PIL import Image
-from test_remote_code import EXPRESSIONS, TASKS, contents, copy, save_photo, save_presence_model
+from saved import EXPRESSIONS, TASKS, contents, copy, save_photo, save_presence_model
 
 from modeling_sera import SeraForReferringSegmentation
 from processing_sera import ReferringImageSegmentationPipeline, SeraProcessor

@@ -9,38 +9,14 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-import yaml
 from PIL import Image
-from test_training import TINY, written
+from runs import TINY, VARIANTS, write_grid
 
 from training import ablation
 from training.ablation import FAILED, OK, UNFINISHED, main
 from training.ablations.grid import Records, read_grid
 from training.ablations.tables import fresh_seed_interval, mean_and_error
 from training.scoring.intervals import bootstrap_intervals, paired_intervals
-
-VARIANTS = {
-    "baseline": {"model.config.adapter_experts": False, "model.config.fusion_experts": False},
-    "full": None,
-    "k2": {"model.config.num_selected_experts": 2},
-}
-
-
-def write_grid(folder: Path, **changes) -> Path:
-    """A grid upon the tiny training of the other tests."""
-    written(TINY, folder / "base.yaml")
-    content = {
-        "config": "base.yaml",
-        "options": {"optimization.epochs": 1},
-        "split": "test",
-        "baseline": "baseline",
-        "seeds": [0, 1],
-        "variants": VARIANTS,
-    }
-    path = folder / "grid.yaml"
-    path.write_text(yaml.safe_dump(content | changes))
-    return path
-
 
 # Grids and records
 

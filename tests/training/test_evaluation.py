@@ -1,7 +1,6 @@
 """Scoring every sentence, in one process and in two; the command for evaluation; files."""
 
 import io
-import os
 import runpy
 import sys
 from pathlib import Path
@@ -11,53 +10,20 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from builders import special_ids, tiny_tokenizer
-from conftest import REFER_MINI, REPOSITORY, make_model, needs_refer_mini
+from conftest import REFER_MINI, REPOSITORY, needs_refer_mini
 from PIL import Image
 from pycocotools import mask as coco_mask
+from stand_ins import Presence, StandIn, counts_of, make_processor, make_rows, places, tiny_model
 
-from modeling_sera import SeraForReferringSegmentation
-from modeling_sera.modeling_sera import SeraReferringSegmentationOutput
-from processing_sera import SeraImageProcessor, SeraProcessor
+from processing_sera import SeraProcessor
 from training.configuration import DataSettings, TrainingSettings, dump_settings
 from training.evaluation import best_threshold, score_sentences, threshold_curve
 from training.examples.batches import image_as_annotated, shuffled_sentences
 from training.scoring.mask_selection import MaskSelection
-from training.scoring.metric import SentenceScore, summarize
+from training.scoring.metric import summarize
 from training.sources.masks import decode_mask
 from training.sources.refer import load_refer
-from training.sources.scenes.dataset import generate_scenes
 from training.support.files import partial_folder, recover_folder, replace_folder, write_binary, write_text
-
-ENVIRONMENT = os.environ | {
-    "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")]),
-    "ACCELERATE_USE_CPU": "true",
-    "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
-}
-
-
-class StandIn(torch.nn.Module):
-    """In the model's place: logits from the image and the expression, the same to the last bit in whatever batch."""
-
-    def forward(self, pixel_values, input_ids, attention_mask, image_index, **kwargs):
-        brightness = pixel_values.double().mean(dim=1)[:, 3::7, 3::7]
-        word = (input_ids * attention_mask * torch.arange(1, input_ids.shape[1] + 1)).sum(dim=1) % 11 / 5 - 1
-        return SeraReferringSegmentationOutput(logits=(brightness[image_index] * word[:, None, None]).float())
-
-
-def make_processor() -> SeraProcessor:
-    return SeraProcessor(SeraImageProcessor(size={"height": 56, "width": 56}), tiny_tokenizer())
-
-
-def make_rows(num_scenes: int = 5) -> datasets.Dataset:
-    return generate_scenes(num_scenes, seed=3, image_size=64)
-
-
-def tiny_model(**overrides) -> SeraForReferringSegmentation:
-    tokenizer = tiny_tokenizer()
-    special = special_ids(tokenizer)
-    return make_model(text_config={"vocab_size": len(tokenizer), **special}, **overrides)
 
 
 def score_alone(
@@ -69,10 +35,6 @@ def score_alone(
     masks = result["mask"].numpy(), decode_mask(row["mask"])
     predicted, truth = (set(zip(*np.nonzero(mask), strict=True)) for mask in masks)
     return len(predicted & truth), len(predicted), len(truth)
-
-
-def counts_of(score: SentenceScore) -> tuple[int, int, int]:
-    return score.intersection, score.predicted, score.truth
 
 
 @pytest.fixture(scope="module")
@@ -91,10 +53,6 @@ def accelerator() -> Accelerator:
 
 
 # Scores
-
-
-def places(rows: datasets.Dataset) -> list[tuple[int, int, str]]:
-    return [(n, i, kind) for n, kinds in enumerate(rows["sentence_kinds"]) for i, kind in enumerate(kinds)]
 
 
 @pytest.mark.parametrize("threshold", [None, 0.45])
@@ -204,15 +162,6 @@ def ask_and_evaluate(model: torch.nn.Module, processor: SeraProcessor, rows: dat
     return evaluate_masks(pairs)
 
 
-class Presence(StandIn):
-    """The stand-in with an opinion on whether the thing meant is there."""
-
-    def forward(self, input_ids, attention_mask, **kwargs):
-        outputs = super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        outputs["presence_logits"] = ((input_ids * attention_mask).sum(dim=1) % 7 - 2.0).float()
-        return outputs
-
-
 def without_some_targets(rows: datasets.Dataset) -> datasets.Dataset:
     """The rows with nothing meant in every third."""
 
@@ -276,15 +225,6 @@ def run_folder(tmp_path_factory) -> Path:
     data = DataSettings(source="scenes", num_scenes=(1, 1, 3), scene_size=64)
     write_text(folder / "settings.yaml", dump_settings(TrainingSettings(data=data)))
     return folder
-
-
-def message_of(command, arguments: list[str], capsys) -> str:
-    """What a command says when it fails."""
-    with pytest.raises((SystemExit, ValueError, OSError)) as error:
-        command(arguments)
-    if isinstance(error.value, SystemExit):
-        assert error.value.code not in (None, 0)
-    return capsys.readouterr().err + str(error.value)
 
 
 def test_the_failing_script_ends_with_a_message_alone(run_folder, monkeypatch, capsys):

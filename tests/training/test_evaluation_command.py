@@ -11,7 +11,8 @@ import yaml
 from accelerate import Accelerator
 from builders import Folder
 from PIL import Image
-from test_evaluation import ENVIRONMENT, StandIn, make_processor, make_rows, message_of, places, tiny_model
+from runs import ENVIRONMENT, ON_CPU
+from stand_ins import StandIn, make_processor, make_rows, places, tiny_model
 
 from training import evaluation
 from training.configuration import DataSettings, TrainingSettings, dump_settings
@@ -47,6 +48,15 @@ def evaluated(run_folder, tmp_path_factory) -> Path:
         patch.setenv("ACCELERATE_USE_CPU", "true")
         evaluation.main([str(run_folder / "model"), *options])
     return output
+
+
+def message_of(command, arguments: list[str], capsys) -> str:
+    """What a command says when it fails."""
+    with pytest.raises((SystemExit, ValueError, OSError)) as error:
+        command(arguments)
+    if isinstance(error.value, SystemExit):
+        assert error.value.code not in (None, 0)
+    return capsys.readouterr().err + str(error.value)
 
 
 def scores_in(record: dict) -> list[SentenceScore]:
@@ -247,7 +257,7 @@ import json, sys
 from dataclasses import astuple
 from pathlib import Path
 from accelerate import Accelerator
-from test_evaluation import StandIn, make_processor, make_rows
+from stand_ins import StandIn, make_processor, make_rows
 from training import evaluation
 
 accelerator = Accelerator()
@@ -268,7 +278,7 @@ def test_two_processes_give_the_same_scores(run_folder, tmp_path):
     script.write_text(TWO_PROCESSES)
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
     launch += ["--rdzv_endpoint", "localhost:0", str(script), str(tmp_path), str(run_folder / "model")]
-    done = subprocess.run(launch, env=ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run(launch, env=ENVIRONMENT | ON_CPU, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for num_scenes in (5, 1):
         expected = score_sentences(StandIn(), make_processor(), make_rows(num_scenes), Accelerator(cpu=True))
@@ -294,7 +304,7 @@ def test_the_arithmetic_is_as_asked_for_and_said(run_folder, tmp_path):
         output = tmp_path / f"{precision}.json"
         command = [sys.executable, evaluation.__file__, str(run_folder / "model"), "--output", str(output)]
         done = subprocess.run(
-            [*command, "--mixed_precision", precision], env=ENVIRONMENT, capture_output=True, text=True
+            [*command, "--mixed_precision", precision], env=ENVIRONMENT | ON_CPU, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
         records[precision] = json.loads(output.read_text())

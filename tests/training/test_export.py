@@ -13,7 +13,7 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from builders import tiny_tokenizer
 from conftest import REPOSITORY, make_inputs, make_model
-from test_readme import commands
+from documents import commands
 from torch.nn.functional import pad
 
 from modeling_sera import SeraForReferringSegmentation

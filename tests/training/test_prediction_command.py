@@ -13,12 +13,11 @@ import pytest
 import torch
 from conftest import REPOSITORY, save_tiny_model
 from PIL import Image
-from pycocotools import mask as coco_mask
+from segmenting import check_files, refusal, segment, smooth_image
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from modeling_sera import SeraForReferringSegmentation
 from processing_sera import SeraProcessor
-from training.prediction import main
 
 EXPRESSIONS = ["left zebra", 'the "right" cup', "zebra — drinking"]
 COMMAND = "import sys; from training.prediction import main; sys.exit(main())"
@@ -31,9 +30,7 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def photograph() -> Image.Image:
-    rows, columns = np.mgrid[0:40, 0:64]
-    wave = 127 + 120 * np.sin(rows / 7)[..., None] * np.cos(columns[..., None] / np.array([5, 9, 14]))
-    return Image.fromarray(wave.astype(np.uint8))
+    return smooth_image()
 
 
 @pytest.fixture
@@ -42,45 +39,10 @@ def photo(photograph, tmp_path) -> Path:
     return tmp_path / "photo.png"
 
 
-def segment(*arguments: object) -> None:
-    main([str(argument) for argument in arguments])
-
-
-def refusal(capsys, *arguments: object) -> str:
-    """What the command says when it ends with exit code 2: one line."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as error:
-        segment(*arguments)
-    out, err = capsys.readouterr()
-    assert error.value.code == 2 and out == ""
-    assert err.startswith("sera-segment: error: ") and err.count("\n") == 1 and err.endswith("\n")
-    return err
-
-
 def run_command(*arguments: str | bytes, code: str = COMMAND, **environment: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"} | environment
     command = [sys.executable, "-c", code, *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace")
-
-
-def check_files(folder: Path, size: tuple[int, int], expressions: list[str]) -> list[np.ndarray]:
-    """The files agree with each other; returns the masks."""
-    records = json.loads((folder / "prediction.json").read_text(encoding="utf-8"))
-    assert [record["expression"] for record in records] == expressions
-    masks = []
-    for record in records:
-        written = Image.open(folder / record["mask"])
-        assert written.mode == "L" and written.size == size
-        mask = np.asarray(written)
-        assert set(np.unique(mask)) <= {0, 255}
-        assert np.array_equal(coco_mask.decode(record["rle"]) == 1, mask == 255)
-        assert 0 <= record["score"] <= 1
-        masks.append(mask == 255)
-    assert Image.open(folder / "overlay.png").size == size
-    names = {record["mask"] for record in records}
-    assert len(names) == len(records)
-    assert {path.name for path in folder.iterdir()} == names | {"overlay.png", "prediction.json"}
-    return masks
 
 
 def results_of(model: Path, photo: Path, expressions: list[str], **options) -> list[dict]:

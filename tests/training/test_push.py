@@ -19,11 +19,12 @@ import torch
 import yaml
 from builders import image_bytes
 from conftest import REPOSITORY
+from evaluations import write_evaluation
 from huggingface_hub import constants
 from PIL import Image
+from runs import ENVIRONMENT, ON_CPU
 from safetensors.torch import load_file, save_file
-from test_card import write_evaluation
-from test_evaluation import ENVIRONMENT, make_processor, tiny_model
+from stand_ins import make_processor, tiny_model
 
 from training import push
 from training.configuration import DataSettings, TrainingSettings, dump_settings
@@ -278,7 +279,7 @@ def test_a_dry_run_lists_byte_for_byte_what_a_push_sends(run_folder, hub, monkey
     }
     done = subprocess.run(
         [sys.executable, str(REPOSITORY / "training" / "push.py"), *command],
-        env=environment,
+        env=environment | ON_CPU,
         capture_output=True,
         text=True,
     )

@@ -3,12 +3,12 @@
 import ast
 import json
 import re
-from dataclasses import asdict, replace
-from functools import cache
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
+from evaluations import SCENES, write_evaluation
 from huggingface_hub import ModelCard
 
 from training.configuration import (
@@ -20,43 +20,11 @@ from training.configuration import (
     load_settings,
 )
 from training.publishing.card import NO_RESULTS, check_card, model_card, read_evaluation, read_run
-from training.scoring.metric import SentenceScore
-from training.scoring.reports import Threshold, evaluation_record, model_index
-from training.sources.scenes.dataset import generate_scenes
+from training.scoring.reports import model_index
 from training.support.files import write_text
 
-SCENES = DataSettings(source="scenes", num_scenes=(40, 2, 3), scene_size=64)
 REFCOCOG = {by: DataSettings(source="refer", root="refer", dataset="refcocog", split_by=by) for by in ("umd", "google")}
 CODE = "```python"
-
-
-@cache
-def made_up_record(shift: int) -> str:
-    """An evaluation's JSON about made-up answers to the sentences of two scenes."""
-    rows = generate_scenes(2, 0, 64, split="test")
-    scores = [
-        SentenceScore(i, j, kind, intersection=40 + 7 * (i % 5) + shift, predicted=100 + j, truth=90, boundary_f=0.5)
-        for i, kinds in enumerate(rows["sentence_kinds"])
-        for j, kind in enumerate(kinds)
-    ]
-    record = evaluation_record(
-        model="trial",
-        data=SCENES,
-        split="test",
-        rows=rows,
-        scores=scores,
-        shuffled=scores,
-        threshold=Threshold(0.35, "chosen on val for the highest mIoU"),
-        command="python training/evaluation.py model --split test",
-        processes=1,
-    )
-    return json.dumps(record)
-
-
-def write_evaluation(path: Path, data: DataSettings = SCENES, split: str = "test", shift: int = 0) -> Path:
-    """Such a record, said to be about a split of other data."""
-    write_text(path, json.dumps(json.loads(made_up_record(shift)) | {"data": asdict(data), "split": split}))
-    return path
 
 
 def write_run(folder: Path, **settings) -> Path:

@@ -9,8 +9,8 @@ import torch
 from conftest import make_inputs, make_model, save_tiny_model
 from PIL import Image
 from reference import softmax
-from test_evaluation import make_processor, make_rows, tiny_model
-from test_prediction_command import check_files, photo, photograph, refusal, segment  # noqa: F401 (two fixtures)
+from segmenting import check_files, refusal, segment, smooth_image
+from stand_ins import make_processor, make_rows, tiny_model
 
 from modeling_sera.fusion_sera import EXPERT_NAMES
 from training.configuration import DataSettings, TrainingSettings, dump_settings
@@ -100,7 +100,9 @@ def test_maps_are_differences_of_two_answers(image):
     assert np.array_equal(np.asarray(sheets[0]), np.asarray(sheets[1])[: sheets[0].height])
 
 
-def test_the_command_for_prediction_draws_the_maps_on_request(photo, tmp_path, capsys):  # noqa: F811
+def test_the_command_for_prediction_draws_the_maps_on_request(tmp_path, capsys):
+    photo = tmp_path / "photo.png"
+    smooth_image().save(photo)
     model = save_tiny_model(tmp_path / "model")
     texts = ["left zebra", "the $5 cup — " * 12]
     segment(photo, *texts, "--model", model, "--out", tmp_path / "out", "--experts")

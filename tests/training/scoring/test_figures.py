@@ -9,7 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 from PIL import Image
-from test_evaluation import make_processor, make_rows, tiny_model
+from stand_ins import make_processor, make_rows, tiny_model
 
 from training.examples.batches import image_as_annotated
 from training.scoring.figures import draw_report, draw_sheet, evenly_ranked, fit_lines, overlay, sheet_figure

@@ -5,8 +5,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from test_evaluation import counts_of, make_processor, make_rows
-from test_flip_averaging import Lopsided, LopsidedPresence, probabilities_of, swapped
+from stand_ins import Lopsided, LopsidedPresence, counts_of, make_processor, make_rows, probabilities_of, swapped
 
 from training.evaluation import score_sentences, threshold_curve
 from training.examples.batches import image_as_annotated
@@ -159,6 +158,6 @@ def test_scores_are_those_of_the_greatest_expected_iou(rows, processor, flip, co
     assert 0 < found_absent < len(scores)
 
 
-def test_a_threshold_beside_the_greatest_expected_iou_is_refused():
-    with pytest.raises(ValueError, match=r"threshold is 0\.4, but expected_iou gives each answer its own"):
+def test_a_threshold_together_with_expected_iou_is_refused():
+    with pytest.raises(ValueError, match=r"threshold is 0\.4, but expected_iou"):
         MaskSelection(0.4, expected_iou=True)
