@@ -1,6 +1,6 @@
 """Score a model on every sentence of a split, at every image's own size.
 
-As a command: `python training/evaluation.py RUN/model --split test`; prints a table and writes `evaluation-SPLIT.json`, the same
+As a command: `python training/evaluation.py RUN --split test`; prints a table and writes `evaluation-SPLIT.json`, the same
 as Markdown, as a PNG of curves and of the worst and best cases, and as the `model-index` of a model card (YAML).
 """
 
@@ -37,6 +37,7 @@ from training.scoring.reports import Threshold, evaluation_record, format_report
 from training.support.commands import run_command
 from training.support.environment import command_line
 from training.support.files import write_text
+from training.support.model_location import locate_model
 from training.support.workers import end_with_parent
 
 logger = logging.getLogger(__name__)
@@ -214,22 +215,21 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("--threshold and --calibrate exclude each other: a threshold is either given or chosen.")
     if options.expected_iou and (options.calibrate or options.threshold is not None):
         parser.error("--expected_iou gives each answer its own threshold; leave out --threshold and --calibrate.")
-    model_folder = Path(options.model)
-    if not model_folder.is_dir() and (model_folder.is_absolute() or len(model_folder.parts) != 2):
-        parser.error(f"{model_folder} is not a folder, and no id on the Hub (user/name) either.")
-    settings_file = Path(options.settings) if options.settings else model_folder.parent / "settings.yaml"
-    if settings_file.is_file():
+    location = locate_model(options.model)
+    settings_file = Path(options.settings) if options.settings else location.settings
+    if settings_file is not None and settings_file.is_file():
         default_data(parser, settings_file)
         options = parser.parse_args(arguments)
     elif options.settings or options.data == parser.get_defaults().data:
-        parser.error(f"{settings_file} is not there; name the run's settings with --settings, or the data with --data.")
+        missing = f"{settings_file} is not there" if settings_file else "A model on the Hub brings no settings.yaml"
+        parser.error(f"{missing}; name the run's settings with --settings, or the data with --data.")
     data: DataSettings = parser.instantiate(options).data
 
     accelerator = Accelerator(mixed_precision=options.mixed_precision)
-    model, processor = load_whole(options.model)
+    model, processor = load_whole(location.source)
     model.to(accelerator.device)
     rows, *calibration_rows = load_splits(data, [options.split, *([options.calibrate] if options.calibrate else [])])
-    output = Path(options.output) if options.output else model_folder.parent / f"evaluation-{options.split}.json"
+    output = Path(options.output) if options.output else location.home / f"evaluation-{options.split}.json"
     if accelerator.is_main_process:
         output.parent.mkdir(parents=True, exist_ok=True)  # rather fails now than after the work
 
@@ -254,7 +254,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
 
     record = evaluation_record(
-        model=model_name(options.model),
+        model=location.name,
         data=data,
         split=options.split,
         rows=rows,
@@ -278,18 +278,10 @@ def main(arguments: list[str] | None = None) -> None:
     logger.info(f"{output} and, beside it, .md, .png and .yaml (model-index)")
 
 
-def model_name(model: str) -> str:
-    """A Hub id as it is; of a folder its own name or, where training calls it "model", its run's."""
-    folder = Path(model).absolute()
-    if not folder.is_dir():
-        return model
-    return folder.parent.name if folder.name == "model" else folder.name
-
-
 def evaluation_parser() -> ArgumentParser:
     """The options of the command."""
     parser = ArgumentParser(description="Score a saved SERA on every sentence of a split.")
-    parser.add_argument("model", type=str, help="folder or Hub id of a SERA")
+    parser.add_argument("model", type=str, help="a run's folder, the model's own, or an id on the Hub")
     parser.add_argument("--split", type=str, default="test", help="split to score")
     parser.add_argument(
         "--settings",

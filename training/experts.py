@@ -1,4 +1,4 @@
-"""What the experts of a trained model do: `python training/experts.py RUN/model --split test`.
+"""What the experts of a trained model do: `python training/experts.py RUN --split test`.
 
 Writes, beside the model, `experts.md` and `.json` (routing weights by kind of expression, how evenly the experts are used, and the
 scores with each fusion expert left out), `experts-routing.png` and `experts-maps.png` (where an expert changes the answer). (Ours.)
@@ -26,7 +26,7 @@ from modeling_sera import SeraForReferringSegmentation
 from modeling_sera.fusion_sera import EXPERT_NAMES
 from processing_sera import SeraProcessor
 from training.configuration import DataSettings, default_data
-from training.evaluation import model_name, score_sentences
+from training.evaluation import score_sentences
 from training.examples.batches import Collator, EvaluationExamples, image_as_annotated
 from training.examples.splits import load_splits
 from training.learning.building import load_whole
@@ -39,6 +39,7 @@ from training.scoring.slices import wording_of
 from training.support.commands import run_command
 from training.support.environment import command_line, describe_hardware, library_versions
 from training.support.files import write_binary, write_text
+from training.support.model_location import locate_model
 
 logger = logging.getLogger(__name__)
 
@@ -216,7 +217,7 @@ def _experts(router: str) -> tuple[str, ...]:
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = ArgumentParser(description="Draw and count what the experts of a trained SERA do on a split.")
-    parser.add_argument("model", type=str, help="folder of a SERA, its run's settings.yaml beside it")
+    parser.add_argument("model", type=str, help="a run's folder, or its model's")
     parser.add_argument("--split", type=str, default="test", help="split to look at")
     parser.add_class_arguments(DataSettings, "data")  # whose defaults are the run's
     parser.add_argument(
@@ -224,24 +225,24 @@ def main(arguments: list[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    folder = Path(options.model)
-    settings = folder.parent / "settings.yaml"
-    if not settings.is_file():
-        parser.error(f"{settings} is not there; it says what data the model was made for.")
-    default_data(parser, settings)
+    location = locate_model(options.model)
+    if location.settings is None or not location.settings.is_file():
+        missing = location.settings or f"the settings.yaml of {location.name}"
+        parser.error(f"{missing} is not there; it names the data that the model was trained on.")
+    default_data(parser, location.settings)
     data: DataSettings = parser.instantiate(parser.parse_args(arguments)).data
     device = Accelerator().device
-    model, processor = load_whole(folder)
+    model, processor = load_whole(location.source)
     model.to(device)
     if not (model.config.fusion_experts or (model.config.adapter_experts and model.config.adapter_layers)):
-        raise ValueError(f"{folder} has no experts.")
+        raise ValueError(f"{location.source} has no experts.")
     (rows,) = load_splits(data, [options.split])
-    output = Path(options.output) if options.output else folder.parent
+    output = Path(options.output) if options.output else location.home
 
     routing, health = routing_by_kind(model, processor, rows)
     scores = score_sentences(model, processor, rows, Accelerator())
     record = {
-        "model": model_name(options.model),
+        "model": location.name,
         "split": options.split,
         "expressions": len(scores),
         "routing": routing,

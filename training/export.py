@@ -1,6 +1,6 @@
 """A saved SERA as an ONNX graph, checked in ONNX Runtime against the model that it came from.
 
-`python training/export.py MODEL --output DIR` writes `model.onnx`, its weights beside it and the processor's files. Images,
+`python training/export.py RUN --output DIR` writes `model.onnx`, its weights beside it and the processor's files. Images,
 expressions, their length and the images' sides may be of any number and size. `--int8` also writes `model_int8.onnx`, with
 most weights in eight bits; `--evaluate test` scores the model and the graphs on a split of the run's data: what that costs.
 """
@@ -32,13 +32,14 @@ from modeling_sera import SeraConfig, SeraForReferringSegmentation
 from modeling_sera.modeling_sera import SeraReferringSegmentationOutput
 from processing_sera import SeraProcessor
 from training.configuration import load_settings
-from training.evaluation import model_name, score_sentences
+from training.evaluation import score_sentences
 from training.examples.splits import load_splits
 from training.learning.building import load_whole
 from training.scoring.metric import format_value, summarize
 from training.support.commands import run_command
 from training.support.environment import command_line, describe_hardware, library_versions
 from training.support.files import partial_folder, replace_folder, write_text, writing
+from training.support.model_location import locate_model
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -175,7 +176,7 @@ def measure(
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = ArgumentParser(description="Write a saved SERA as an ONNX graph and check it in ONNX Runtime.")
-    parser.add_argument("model", type=str, help="folder or Hub id of a SERA")
+    parser.add_argument("model", type=str, help="a run's folder, the model's own, or an id on the Hub")
     parser.add_argument("--output", type=str, required=True, help="folder to write, new or of an earlier export")
     parser.add_argument(
         "--int8", action="store_true", help="also write model_int8.onnx, with most weights in eight bits"
@@ -185,22 +186,27 @@ def main(arguments: list[str] | None = None) -> None:
         type=str | None,
         default=None,
         metavar="SPLIT",
-        help="score the model and the graphs on this split of the data in the settings.yaml beside the model",
+        help="score the model and the graphs on this split of the data in the model's settings.yaml",
     )
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    output, settings_file = Path(options.output), Path(options.model).parent / "settings.yaml"
+    output = Path(options.output)
     missing = [name for name in REQUIRED if importlib.util.find_spec(name) is None]
     if missing:
         parser.error(f"{', '.join(missing)} not found; the command needs pip install '.[export]'.")
     if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / "model.onnx").is_file())):
         parser.error(f"--output {output} holds something else than an export; name a new folder.")
-    if options.evaluate and not settings_file.is_file():
-        parser.error(f"--evaluate {options.evaluate}: {settings_file}, which would name the data, is not there.")
+    try:
+        location = locate_model(options.model)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    if options.evaluate and (location.settings is None or not location.settings.is_file()):
+        missing = location.settings or f"the settings.yaml of {location.name}"
+        parser.error(f"--evaluate {options.evaluate}: {missing} is not there; it names the data.")
     accelerator = Accelerator(cpu=True)  # before the data ask for one, which would choose a GPU for the whole process
     try:
-        rows = load_splits(load_settings(settings_file).data, [options.evaluate])[0] if options.evaluate else None
-        model, processor = load_whole(options.model, torch.float32)
+        rows = load_splits(load_settings(location.settings).data, [options.evaluate])[0] if options.evaluate else None
+        model, processor = load_whole(location.source, torch.float32)
     except (ValueError, OSError) as error:
         parser.error(str(error))
 
@@ -225,7 +231,7 @@ def main(arguments: list[str] | None = None) -> None:
     if rows is not None:
         measured = measure(candidates, processor, rows, accelerator)
         record = {
-            "model": model_name(options.model),
+            "model": location.name,
             "split": options.evaluate,
             "scores": {name: figures | {"bytes": sizes[name]} for name, figures in measured.items()},
             "command": command_line("training/export.py", arguments),

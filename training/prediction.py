@@ -24,6 +24,7 @@ from PIL import Image
 from training.scoring.overlay import overlay
 from training.support.commands import in_one_line
 from training.support.files import write_binary, write_text
+from training.support.model_location import locate_model
 
 if TYPE_CHECKING:
     from processing_sera import ReferringImageSegmentationPipeline
@@ -79,7 +80,7 @@ def load_pipeline(model: str, device: str | None = None, dtype: str = "auto") ->
     """The pipeline over a saved SERA, by the code installed here: nothing in the folder is run.
 
     Args:
-        model: Folder or Hub id.
+        model: A run's folder, the model's own, or an id on the Hub.
         device: Such as "cpu" or "cuda:1". `None`: the first accelerator there is, else the CPU.
         dtype: Name of a floating type of torch. "auto": the weights' own.
 
@@ -97,7 +98,8 @@ def load_pipeline(model: str, device: str | None = None, dtype: str = "auto") ->
         torch.zeros(1, device=device).tolist()
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"The device {device!r} cannot be used: {in_one_line(error)}") from error
-    _check_folder(model)
+    model = locate_model(model).source
+    _check_files(model)
     try:
         kind = SeraConfig.get_config_dict(model)[0].get("model_type")
     except OSError as error:
@@ -183,11 +185,13 @@ def _parser() -> OneLineParser:
         prog="sera-segment",
         description="Segment what expressions mean in one photograph: a mask per expression (PNG), an overlay of them all (PNG), "
         "and scores with COCO run lengths (JSON).",
-        epilog='example: sera-segment photo.jpg "left zebra" "zebra drinking" --model outputs/demo/model --out prediction',
+        epilog='example: sera-segment photo.jpg "left zebra" "zebra drinking" --model outputs/demo --out prediction',
     )
     parser.add_argument("photo", help="file or URL of the photograph")
     parser.add_argument("expressions", nargs="+", type=_expression, metavar="expression", help="what to segment")
-    parser.add_argument("--model", required=True, metavar="MODEL", help="folder or Hub id of a SERA")
+    parser.add_argument(
+        "--model", required=True, metavar="MODEL", help="a run's folder, the model's own, or an id on the Hub"
+    )
     parser.add_argument(
         "--out", default="prediction", metavar="DIR", help="folder for the files (default: %(default)s)"
     )
@@ -260,12 +264,10 @@ def _refuse_to_overwrite(parser: OneLineParser, photo: str, output: Path) -> Non
         parser.error(f"{photo} would be overwritten; name another folder with --out")
 
 
-def _check_folder(model: str) -> None:
-    """That a folder holds every file that is needed, whole as far as can be told; transformers names them in part only."""
+def _check_files(model: str) -> None:
+    """Check that a model's folder holds every file that is needed. transformers does not name all of those that are missing."""
     folder = Path(model)
-    if not folder.is_dir():
-        if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:  # no Hub id
-            raise FileNotFoundError(f"There is no folder {model}.")
+    if not folder.is_dir():  # a model on the Hub
         return
     missing = [name for name in MODEL_FILES if not (folder / name).is_file()]
     if not any((folder / name).is_file() for name in WEIGHTS):

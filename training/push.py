@@ -28,7 +28,6 @@ from PIL import Image
 import modeling_sera
 import processing_sera
 from processing_sera.image_processing_sera import to_rgb_image
-from training.evaluation import model_name
 from training.learning.building import load_whole
 from training.learning.checkpoints import checksum
 from training.publishing.card import TrainingRun, check_card, model_card, read_evaluation, read_run
@@ -37,6 +36,7 @@ from training.sources.images import open_image
 from training.sources.scenes.dataset import generate_scenes
 from training.support.commands import in_one_line, run_command
 from training.support.files import partial_folder, replace_folder, sha256_of, write_binary, write_text, writing
+from training.support.model_location import locate_model
 
 logger = logging.getLogger(__name__)
 
@@ -94,25 +94,23 @@ class PushedFile(NamedTuple):
 
 
 def find_model(folder: Path) -> Path:
-    """The model's folder: the one given, or `model/` in it.
+    """The folder of the model itself: the one given, or `model/` in it.
 
     Raises:
-        FileNotFoundError: Where there is no folder.
-        ValueError: Where it holds no SERA.
+        FileNotFoundError: There is no such folder.
+        ValueError: The folder holds no SERA.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}.")
-    for candidate in (folder, folder / "model"):
-        config = candidate / "config.json"
-        if config.is_file():
-            try:
-                kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-            except (ValueError, AttributeError) as error:
-                raise ValueError(f"{config} is not a model's configuration: {error}.") from error
-            if kind != "sera":
-                raise ValueError(f"{candidate} holds a model of type {kind!r}, not a SERA.")
-            return candidate
-    raise ValueError(f"{folder} holds no model: there is neither config.json nor model/config.json in it.")
+    found = Path(locate_model(folder).source)
+    config = found / "config.json"
+    try:
+        kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{config} is not a model's configuration: {error}.") from error
+    if kind != "sera":
+        raise ValueError(f"{found} holds a model of type {kind!r}, not a SERA.")
+    return found
 
 
 def stage(
@@ -140,7 +138,7 @@ def stage(
     """
     run = read_run(model_folder)
     name = repo_id.partition("/")[2]
-    records = [read_evaluation(path, {model_name(str(model_folder)), repo_id, name}) for path in evaluations]
+    records = [read_evaluation(path, {locate_model(model_folder).name, repo_id, name}) for path in evaluations]
     images = [(to_rgb_image(open_image({"path": path, "bytes": None})), text) for path, text in examples]
     model, processor = load_whole(model_folder)
     weights = checksum(model.state_dict())

@@ -151,6 +151,12 @@ def evaluate(*arguments: object) -> dict:
     return json.loads(Path(output).read_text())
 
 
+def test_a_run_can_be_named_by_its_folder(run_folder):
+    evaluation.main([str(run_folder), "--data.num_scenes", "[1, 1, 1]"])
+    record = json.loads((run_folder / "evaluation-test.json").read_text())
+    assert record["model"] == "trial" and record["command"].startswith("python training/evaluation.py trial --data")
+
+
 def test_single_fields_of_the_runs_data_can_be_overridden(run_folder, tmp_path):
     record = evaluate(run_folder / "model", "--data.num_scenes", "[1, 1, 2]", tmp_path / "a.json")
     assert record["counts"]["images"] == 2 and record["data"]["scene_size"] == 64
@@ -243,9 +249,10 @@ def test_what_it_cannot_use_is_named_before_any_work(refusal, options, named):
 def test_a_missing_model_or_its_data_is_named(refusal, run_folder, tmp_path):
     missing = tmp_path / "nowhere" / "model"
     assert str(missing) in refusal(model=missing)
-    assert "is not a folder" in refusal(model="gone")
+    assert "There is no folder gone, and an id on the Hub has the form user/name" in refusal(model="gone")
     (tmp_path / "model").symlink_to(run_folder / "model")
-    assert "settings.yaml" in refusal(model=tmp_path / "model")
+    assert f"{tmp_path / 'settings.yaml'} is not there" in refusal(model=tmp_path / "model")
+    assert "A model on the Hub brings no settings.yaml" in refusal(model="someone/zebra-finder")
     (tmp_path / "empty").mkdir()
     assert str(tmp_path / "empty") in refusal("--data.source", "scenes", model=tmp_path / "empty")
 

@@ -438,7 +438,7 @@ def test_bad_tags(run_folder, tag):
 def test_folders_without_a_model(tmp_path, run_folder):
     with pytest.raises(FileNotFoundError, match="There is no folder"):
         find_model(tmp_path / "none")
-    with pytest.raises(ValueError, match=r"neither config\.json nor model/config\.json"):
+    with pytest.raises(ValueError, match=r"holds no model: it has no config\.json, and no model/config\.json"):
         find_model(tmp_path)
     for content, message in (
         ("{", "not a model's configuration"),

@@ -20,6 +20,7 @@ from training.learning.building import IMAGE_SIZE
 from training.scoring.metric import SentenceScore, summarize
 from training.scoring.reports import data_name, format_report, model_index
 from training.support.environment import without_folders, without_paths
+from training.support.model_location import locate_model
 
 TEMPLATE = Path(__file__).resolve().parents[2] / "model_card.md"
 NO_RESULTS = "There are no results: this model was published without an evaluation."
@@ -45,10 +46,18 @@ class TrainingRun:
 
 
 def read_run(model_folder: Path) -> TrainingRun | None:
-    """The run that a model folder is `model/` of; `None` where it is of none."""
-    folder = model_folder.absolute().parent
-    if model_folder.absolute().name != "model" or not (folder / "settings.yaml").is_file():
+    """The run that a model comes from; `None` where no settings lie with the model.
+
+    Args:
+        model_folder: The run's folder, or the model's own.
+
+    Raises:
+        ValueError: The folder holds no model.
+    """
+    location = locate_model(model_folder)
+    if location.settings is None or not location.settings.is_file():
         return None
+    folder = location.home.absolute()
     tuning, history = folder / "tuning.json", folder / "history.json"
     return TrainingRun(
         folder,

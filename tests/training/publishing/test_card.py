@@ -36,7 +36,7 @@ def write_run(folder: Path, **settings) -> Path:
     history = [{"epoch": i, "val": {"mIoU": value}} for i, value in ((1, 0.123), (3, 0.4567), (4, 0.3))]
     history.insert(1, {"epoch": 2})
     write_text(folder / "history.json", json.dumps(history))
-    (folder / "model").mkdir()
+    write_text(folder / "model" / "config.json", "{}")
     return folder / "model"
 
 
@@ -257,6 +257,7 @@ def test_evaluations_that_do_not_belong_on_the_card(tmp_path):
 
 def test_a_model_of_no_run_has_no_account_of_training(tmp_path):
     write_run(tmp_path / "trial")
-    (tmp_path / "trial" / "copy").mkdir()
-    assert read_run(tmp_path / "trial" / "copy") is None and read_run(tmp_path) is None
+    write_text(tmp_path / "trial" / "copy" / "config.json", "{}")
+    assert read_run(tmp_path / "trial" / "copy") is None
     assert read_run(tmp_path / "trial" / "model").settings.data == SCENES
+    assert read_run(tmp_path / "trial").settings.data == SCENES
