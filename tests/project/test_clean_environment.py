@@ -1,18 +1,14 @@
 """What was pushed, in a virtual environment that holds the Hub's libraries and nothing of ours: it computes the same."""
 
 import base64
-import importlib.metadata
 import io
 import json
-import os
-import subprocess
-import venv
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from packaging.requirements import Requirement
+from environments import make_environment, needed_distributions, run_elsewhere
 from packaging.utils import canonicalize_name
 from PIL import Image
 from saved import EXPRESSIONS, TASKS, contents, copy, save_photo, save_presence_model
@@ -76,24 +72,6 @@ np.savez(out / "arrays.npz", **arrays)
 """
 
 
-def needed_distributions(requirements: list[str]) -> dict[str, importlib.metadata.Distribution]:
-    """What is installed here of the requirements and, in turn, of theirs; by normalised name."""
-    found, seen, waiting = {}, set(), [Requirement(line) for line in requirements]
-    while waiting:
-        wanted = waiting.pop()
-        if str(wanted) in seen:
-            continue
-        seen.add(str(wanted))
-        distribution = importlib.metadata.distribution(wanted.name)
-        found[canonicalize_name(wanted.name)] = distribution
-        for line in distribution.requires or []:
-            further = Requirement(line)
-            extras = ("", *wanted.extras)
-            if further.marker is None or any(further.marker.evaluate({"extra": extra}) for extra in extras):
-                waiting.append(further)
-    return found
-
-
 @pytest.fixture(scope="module")
 def pushed(tmp_path_factory) -> Path:
     """The folder that `training/push.py` sends, of a tiny model that predicts presence."""
@@ -112,36 +90,8 @@ def photo(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def clean_python(pushed, tmp_path_factory) -> Path:
-    """Python of a new virtual environment with what `requirements.txt` asks for, linked from here where pip would copy it."""
-    place = tmp_path_factory.mktemp("clean")
-    venv.create(place, symlinks=True)
-    python = place / "bin" / "python"
-    ask = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
-    packages = Path(subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip())
-    assert packages.is_relative_to(place) and not list(packages.iterdir())
-    for distribution in needed_distributions((pushed / "requirements.txt").read_text().split()).values():
-        for name in {file.parts[0] for file in distribution.files} - {"..", "__pycache__"}:
-            link = packages / name
-            if not link.exists():  # packages of one namespace share its folder
-                link.symlink_to(distribution.locate_file(name))
-    return python
-
-
-def run_elsewhere(python: Path, place: Path, *arguments: object) -> str:
-    """A script's output in an empty folder of a machine that has never seen us, and is not connected."""
-    (place / "empty").mkdir(exist_ok=True)
-    settings = {"HF_HOME": str(place / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON", "VIRTUAL"))}
-    done = subprocess.run(
-        [python, "-B", *map(str, arguments)],  # -B: nothing is written into what is linked
-        cwd=place / "empty",
-        env=inherited | settings,
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    """Python of a new virtual environment with what `requirements.txt` asks for."""
+    return make_environment(tmp_path_factory.mktemp("clean"), (pushed / "requirements.txt").read_text().split())
 
 
 def compute_elsewhere(python: Path, source: object, photo: Path, place: Path) -> None:
