@@ -1,7 +1,8 @@
-"""What the experts of a trained model do: `python training/experts.py RUN --split test`.
+"""Measure and draw what the experts of a trained model do: `python training/experts.py RUN --split test`. (Ours.)
 
-Writes, beside the model, `experts.md` and `.json` (routing weights by kind of expression, how evenly the experts are used, and the
-scores with each fusion expert left out), `experts-routing.png` and `experts-maps.png` (where an expert changes the answer). (Ours.)
+It writes `experts.md` and `experts.json` into the run's folder: the routing weights by kind of expression, how evenly the experts
+are used, and the scores without each fusion expert. It also draws `experts-routing.png`, and `experts-maps.png`, which shows where
+an expert changes the answer.
 """
 
 from __future__ import annotations
@@ -50,13 +51,13 @@ Weights = dict[str, dict[str, float]]  # per router the mean weight of each expe
 def routing_by_kind(
     model: SeraForReferringSegmentation, processor: SeraProcessor, rows: datasets.Dataset, batch_size: int = 8
 ) -> tuple[dict[str, Weights], dict[str, Any]]:
-    """The mean weight of every expert over the expressions of each kind, and the routers' health over all of them.
+    """The mean weight of every expert over the expressions of each kind, and the routers' health over all expressions.
 
-    The kinds are the split's own; where it has one alone, those of `training.scoring.slices.wording_of`.
+    The kinds are the split's own. If the split has only one kind, they are those of `training.scoring.slices.wording_of`.
 
     Returns:
-        Per kind, "all" first, and per router ("tap 2", "adapter 3": the depth, the block) the experts' weights; and what
-        `RoutingHealth.summary` gives.
+        The experts' weights per kind ("all" first) and per router ("tap 2" with its depth, "adapter 3" with its block), and the
+        result of `RoutingHealth.summary`.
     """
     kinds, sentences = rows["sentence_kinds"][:], rows["sentences"][:]
     has_kinds = len({kind for group in kinds for kind in group}) > 1
@@ -94,7 +95,7 @@ def routing_by_kind(
 def scores_without_experts(
     model: SeraForReferringSegmentation, processor: SeraProcessor, rows: datasets.Dataset, whole: list[SentenceScore]
 ) -> dict[str, Any]:
-    """Per fusion expert the metrics of METRICS with it left out: "value", "difference" from `whole`, and its "interval"."""
+    """Per fusion expert the METRICS without it: "value", "difference" from `whole`, and the "interval" of the difference."""
     image_ids = rows["image_id"][:]
     images = [image_ids[score.row] for score in whole]
     found = {}
@@ -115,7 +116,7 @@ def scores_without_experts(
 
 
 def format_experts(record: dict[str, Any]) -> str:
-    """What was found as Markdown."""
+    """The record as Markdown."""
     lines = [
         f"# Experts of {record['model']}, split {record['split']}",
         "",
@@ -132,8 +133,8 @@ def format_experts(record: dict[str, Any]) -> str:
     if record["health"]["taps"]:
         lines += [
             "",
-            "How evenly the fusion experts are used (entropy: of the weights, mean over samples, 100 where all are equal; "
-            "selected: share of samples whose top k hold the expert).",
+            "How evenly the fusion experts are used. Entropy: entropy of the weights, mean over samples; 100 if all are equal. "
+            "Selected: share of samples that have the expert among their top k.",
             "",
         ]
         lines += ["| tap | least share | greatest share | least selected | entropy |", "|---|--:|--:|--:|--:|"]
@@ -144,8 +145,8 @@ def format_experts(record: dict[str, Any]) -> str:
     if record["without"]:
         lines += [
             "",
-            f"Scores with one fusion expert left out at every tap, the others routed as before; in brackets {LEVEL:.0%} of "
-            f"the differences in {RESAMPLES} paired resamples of images. A model trained without the expert may do better.",
+            f"Scores without one fusion expert at every tap. The other experts are routed as before. In brackets: {LEVEL:.0%} of "
+            f"the differences in {RESAMPLES} paired resamples of images. A model that is trained without the expert may be better.",
             "",
         ]
         lines += [
@@ -168,7 +169,7 @@ def format_experts(record: dict[str, Any]) -> str:
 
 
 def draw_routing(routing: dict[str, Weights], path: Path) -> None:
-    """One panel per router: kinds of expression down, experts across, mean weights as numbers and shades."""
+    """One panel per router. Rows are kinds of expression, columns are experts; numbers and shades show the mean weights."""
     routers = list(routing["all"])
     figure = new_figure(1.5 + sum(0.9 * len(_experts(router)) for router in routers), 1.6 + 0.35 * len(routing))
     panels = figure.subplots(
@@ -194,7 +195,7 @@ def draw_maps(
     path: Path,
     number: int = 6,
 ) -> None:
-    """What each fusion expert does to the answers in the middles of equal parts of the ranking by IoU, the worse above."""
+    """Draw what each fusion expert changes, for answers at evenly spaced ranks of IoU, the worst at the top."""
     ranked = sorted(scores, key=lambda score: score.iou)
     number = min(number, len(ranked))
     sheets = []
@@ -216,13 +217,11 @@ def _experts(router: str) -> tuple[str, ...]:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = ArgumentParser(description="Draw and count what the experts of a trained SERA do on a split.")
+    parser = ArgumentParser(description="Measure and draw what the experts of a trained SERA do on a split.")
     parser.add_argument("model", type=str, help="a run's folder, or its model's")
-    parser.add_argument("--split", type=str, default="test", help="split to look at")
-    parser.add_class_arguments(DataSettings, "data")  # whose defaults are the run's
-    parser.add_argument(
-        "--output", type=str | None, default=None, help="folder for the files; default: the one beside the model"
-    )
+    parser.add_argument("--split", type=str, default="test", help="split to measure on")
+    parser.add_class_arguments(DataSettings, "data")  # the defaults are the run's
+    parser.add_argument("--output", type=str | None, default=None, help="folder for the files (default: the run's)")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     location = locate_model(options.model)

@@ -179,7 +179,7 @@ def test_what_it_cannot_use_is_named(model, photo, tmp_path, capsys, monkeypatch
     assert "required: expression" in said(photo, "--model", model)
     assert "required: --model" in said(photo, text)
     for threshold in ("1.5", "0", "nan", "half"):
-        assert f"--threshold: '{threshold}' is no number between 0 and 1" in said(
+        assert f"--threshold: '{threshold}' is not a number between 0 and 1" in said(
             photo, text, "--model", model, "--threshold", threshold
         )
     assert "--dtype: invalid choice: 'int8'" in said(photo, text, "--model", model, "--dtype", "int8")
@@ -230,7 +230,7 @@ def test_a_model_that_is_none_or_another(model, photo, tmp_path, capsys, monkeyp
     for folder in (tmp_path / "nowhere", "./nowhere", "a/b/c"):
         assert f"There is no folder {folder}, and" in said(folder)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert "someone/nothing is no folder here and cannot be had from the Hub" in said("someone/nothing")
+    assert "someone/nothing is no folder here and could not be loaded from the Hub" in said("someone/nothing")
 
     other = tmp_path / "other"
     shutil.copytree(model, other)

@@ -366,8 +366,8 @@ def test_a_space_that_is_refused_is_named(hub, already_staged, run_folder):
     with pytest.raises(ValueError, match="someone/zebra-space exists and is public"):
         push.main([str(run_folder), REPO, "--private", "--space", SPACE])
     assert hub.space_files == {}
-    assert "no repository on the Hub" in refusal([str(run_folder), REPO, "--space", "zebra", "--dry-run"])
-    assert "is there already" in refusal([str(run_folder), REPO, "--output", str(run_folder), "--dry-run"])
+    assert "cannot be a repository on the Hub" in refusal([str(run_folder), REPO, "--space", "zebra", "--dry-run"])
+    assert "exists already" in refusal([str(run_folder), REPO, "--output", str(run_folder), "--dry-run"])
 
 
 def test_nothing_is_sent_to_a_public_repository_that_should_be_private(hub, already_staged, run_folder):
@@ -426,7 +426,7 @@ def test_without_a_token_nothing_is_begun(hub, run_folder, monkeypatch, tmp_path
 @pytest.mark.parametrize("repo_id", ["zebra-finder", "a/b/c", "someone/", "some one/zebra", "someone/a--b", "../x", ""])
 def test_bad_names_of_repositories(run_folder, repo_id):
     said = refusal([str(run_folder), repo_id, "--dry-run"])
-    assert repr(repo_id) in said and "no repository on the Hub" in said
+    assert repr(repo_id) in said and "cannot be a repository on the Hub" in said
 
 
 @pytest.mark.parametrize("tag", ["", "v 1", "../v1", "refs/tags/v1"])
@@ -530,7 +530,7 @@ def test_a_token_is_refused_its_file_named_and_not_repeated(tmp_path, token, mon
     ],
 )
 def test_only_known_files_go_up(tmp_path, name):
-    with pytest.raises(ValueError, match=rf"^{re.escape(name)} is not a file that goes up"):
+    with pytest.raises(ValueError, match=rf"^{re.escape(name)} is not one of the files that may be sent"):
         planted(tmp_path, name, "")
 
 

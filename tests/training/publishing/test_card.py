@@ -117,7 +117,7 @@ def test_without_an_evaluation_the_card_says_so_and_has_no_figures(tmp_path):
     assert section(card, "Results").strip() == NO_RESULTS
     assert "model-index" not in front_matter(card)
     assert decimals(card) == {"2.0", "2603.12538"}  # of the licence and the paper
-    assert "not recorded" in section(card, "Training")
+    assert "no record" in section(card, "Training")
 
 
 def test_what_the_hub_needs_to_show_and_find_it():
@@ -149,11 +149,14 @@ def test_the_settings_on_the_card_are_those_of_the_run(tmp_path):
 def test_limits_are_those_of_the_model(tmp_path):
     scenes = write_run(tmp_path / "scenes")
     photographs = write_run(tmp_path / "photographs", data=REFCOCOG["umd"])
-    assert "knows nothing of photographs" in make_card([], scenes)
+    assert "does not know photographs" in make_card([], scenes)
     onward = make_card([], write_run(tmp_path / "onward", model=ModelSettings(pretrained=str(tmp_path / "first"))))
-    assert "last trained on drawn scenes" in onward and "beginning as `first`, a model that is not published" in onward
+    assert (
+        "last trained only on drawn scenes" in onward
+        and "started from `first`, a model that is not published" in onward
+    )
     published = make_card([], write_run(tmp_path / "further", model=ModelSettings(pretrained="someone/sera-base")))
-    assert "beginning as [someone/sera-base](https://huggingface.co/someone/sera-base)" in published
+    assert "started from [someone/sera-base](https://huggingface.co/someone/sera-base)" in published
     assert "identify or judge people" in make_card([], photographs) and "identify or judge people" in make_card()
     assert "still gets a mask" in make_card() and "still gets a mask" not in make_card(predicts_presence=True)
 
@@ -216,8 +219,10 @@ def test_examples_stand_in_the_gallery_whatever_their_words(tmp_path):
     assert (
         image == "https://huggingface.co/someone/zebra-finder/resolve/main/examples/0-image.png" and asked == texts[:1]
     )
-    assert "not chosen by how" in card and "were chosen by whoever" in make_card(examples=examples, chosen=True)
-    with pytest.raises(ValueError, match=r"examples/0\.png, which does not go up"):
+    assert "not chosen by their results" in card and "publisher of the model chose" in make_card(
+        examples=examples, chosen=True
+    )
+    with pytest.raises(ValueError, match=r"examples/0\.png, which is not sent"):
         check_card(card, tmp_path)
     for _, path in examples:
         write_text(tmp_path / path, "")
@@ -228,7 +233,7 @@ def test_a_card_with_a_broken_model_index_is_refused(record, tmp_path):
     card = make_card([record])
     with pytest.raises(ValueError):
         check_card(card.replace("      type: image-segmentation\n", "", 1), tmp_path)
-    with pytest.raises(ValueError, match="read back"):
+    with pytest.raises(ValueError, match="written and parsed again"):
         check_card(card.replace("license: apache-2.0", "license: apache-2.0\nmodel_name: other"), tmp_path)
 
 
@@ -240,7 +245,7 @@ def test_evaluations_that_do_not_belong_on_the_card(tmp_path):
 
     record["summary"]["as written"]["all"]["mIoU"] += 0.01
     write_text(path, json.dumps(record))
-    with pytest.raises(ValueError, match="its figures are not those of the scores in it"):
+    with pytest.raises(ValueError, match="its figures do not follow from its scores"):
         read_evaluation(path, {"trial"})
 
     for content in ("{", "[]", "7", '{"model": "trial"}', json.dumps(record | {"scores": [{"row": 1}]})):
