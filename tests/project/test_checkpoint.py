@@ -15,7 +15,7 @@ from training.support.model_location import locate_model
 
 RECIPES = {"sera-scenes": "scenes.yaml"}
 FOLDERS = [REPOSITORY / "checkpoints" / name for name in RECIPES]
-SCENES = 8  # of the hundreds that were scored
+SCENES = 8  # a few of the hundreds that were scored
 
 
 each_checkpoint = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
@@ -54,13 +54,13 @@ def test_it_was_trained_as_its_configuration_file_says(folder):
 
 @each_checkpoint
 def test_its_figures_are_those_of_its_weights(folder):
-    """Some of the scenes are drawn and scored again; another processor may round a pixel at a mask's edge the other way."""
+    """Some scenes are scored again. Another processor may round a pixel at the edge of a mask differently."""
     model, info = SeraForReferringSegmentation.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values())
     processor = SeraProcessor.from_pretrained(folder)
     record = read_evaluation(folder / "evaluation-test.json", {folder.name})
     data = DataSettings(**record["data"])
-    assert record.get("weights") in (None, checksum(model.state_dict()))  # the first part's record is older than that
+    assert record.get("weights") in (None, checksum(model.state_dict()))  # an older record has no checksum
     rows = generate_scenes(SCENES, data.scene_seed, data.scene_size, split="test", scene_set=data.scene_set)
     scores = score_sentences(model.eval(), processor, rows, Accelerator(cpu=True))
     recorded = {(score["row"], score["sentence"]): score for score in record["scores"]}

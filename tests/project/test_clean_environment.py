@@ -1,4 +1,4 @@
-"""What was pushed, in a virtual environment that holds the Hub's libraries and nothing of ours: it computes the same."""
+"""A pushed model computes the same in a virtual environment with the Hub's libraries and without our packages."""
 
 import base64
 import io
@@ -78,7 +78,7 @@ def pushed(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("pushed")
     save_presence_model(place / "trained")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(push, "check_answer", lambda folder: None)  # asks less of it than is asked here
+        patch.setattr(push, "check_answer", lambda folder: None)  # this test checks more
         push.stage(place / "trained", "someone/sera", place / "staged", evaluations=[], examples=[])
     return place / "staged"
 
@@ -99,7 +99,7 @@ def compute_elsewhere(python: Path, source: object, photo: Path, place: Path) ->
 
 
 def check_equal_to_here(folder: Path, photo: Path, place: Path) -> dict:
-    """Everything computed elsewhere equals, to the last bit, what the installed packages compute; returns the rest."""
+    """Check that the results are those of the installed packages, to the last bit; return the other results."""
     model = SeraForReferringSegmentation.from_pretrained(folder).eval()
     processor = SeraProcessor.from_pretrained(folder)
     arrays, found = np.load(place / "arrays.npz"), json.loads((place / "found.json").read_text())
@@ -120,7 +120,7 @@ def check_equal_to_here(folder: Path, photo: Path, place: Path) -> dict:
             assert np.array_equal(arrays[f"{task} {i}"], mask)
     assert all(module.startswith("transformers_modules.") for module in found["classes"])
     assert "trust_remote_code" in found["refusal"]
-    # what is saved there is what was trained here
+    # the model that was saved there is the one from here
     beside = {"README.md", "LICENSE", "handler.py", "requirements.txt"}
     written = contents(folder)
     assert contents(place / "saved") == {name: written[name] for name in set(written) - beside}
@@ -153,7 +153,7 @@ def test_a_machine_with_only_the_hubs_libraries_computes_the_same(clean_python, 
 
 
 def test_a_hub_id_works_as_the_folder_does(clean_python, pushed, photo, tmp_path):
-    """Through the cache as a download leaves it; there, every file of the code is fetched on its own."""
+    """The cache is as after a download. Every file of the code is loaded from it on its own."""
     commit = "0123456789abcdef0123456789abcdef01234567"
     repository = tmp_path / "home" / "hub" / "models--someone--sera"
     copy(pushed, repository / "snapshots" / commit)

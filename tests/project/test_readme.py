@@ -1,4 +1,4 @@
-"""The commands and code of the README and of docs/ run as they are written there, in a folder that holds what they name."""
+"""The commands and the code of the README and of docs/ run as they are written, in a folder with the files that they name."""
 
 import json
 import os
@@ -70,7 +70,7 @@ def run(tmp_path_factory):
 
 
 def test_the_demo(run):
-    """All that `make demo` does after its installation, in its order, on fewer scenes and in one epoch."""
+    """All commands of `make demo` after the installation, in their order, with fewer scenes and one epoch."""
     done = subprocess.run(["make", "-n", "demo"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     lines = [line for line in done.stdout.replace("\\\n", " ").splitlines() if " training/" in line]
     assert len(lines) == 3
@@ -101,7 +101,7 @@ def test_data(run):
 
 def test_train_use_and_evaluate(run):
     (recipe,) = commands("Train")
-    # as written but for its fifty epochs, its images' size and its workers, each of which would import all libraries
+    # as written, except for fewer epochs, smaller images and no workers, which would import all libraries
     run(f"{recipe} --optimization.epochs 1 --data.image_size '[112, 112]' --num_workers 0")
     model = run.place / "outputs" / "refcoco" / "model"
     assert model.is_dir()

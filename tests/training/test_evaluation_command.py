@@ -1,4 +1,4 @@
-"""The evaluation command: what it writes, where its data and its threshold come from, two processes, and bad input."""
+"""The evaluation command: its files, the source of its data and threshold, two processes, and bad input."""
 
 import json
 import re
@@ -25,7 +25,7 @@ from training.support.files import write_text
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory) -> Path:
-    """A folder like those of training: a model (fresh) and the settings of its data."""
+    """A folder as training writes it: a fresh model and the settings of its data."""
     folder = tmp_path_factory.mktemp("outputs") / "trial"
     tiny_model(predict_presence=True).save_pretrained(folder / "model")
     make_processor().save_pretrained(folder / "model")
@@ -41,7 +41,7 @@ def on_cpu(monkeypatch):
 
 @pytest.fixture(scope="module")
 def evaluated(run_folder, tmp_path_factory) -> Path:
-    """The JSON file that the command wrote beside others."""
+    """The JSON file that the command wrote, with others beside it."""
     output = tmp_path_factory.mktemp("new") / "deeper" / "scores.json"
     options = ["--split", "test", "--output", str(output), "--sheet", str(output.with_name("sheet.png"))]
     with pytest.MonkeyPatch.context() as patch:
@@ -51,7 +51,7 @@ def evaluated(run_folder, tmp_path_factory) -> Path:
 
 
 def message_of(command, arguments: list[str], capsys) -> str:
-    """What a command says when it fails."""
+    """The message of a command that fails."""
     with pytest.raises((SystemExit, ValueError, OSError)) as error:
         command(arguments)
     if isinstance(error.value, SystemExit):
@@ -63,7 +63,7 @@ def scores_in(record: dict) -> list[SentenceScore]:
     return [SentenceScore(**score) for score in record["scores"]]
 
 
-def test_the_record_holds_the_scores_and_what_is_made_of_them(evaluated):
+def test_the_record_holds_the_scores_and_the_metrics(evaluated):
     record = json.loads(evaluated.read_text())
     rows, scores = generate_scenes(3, 0, 64, split="test"), scores_in(record)
     assert [(score.row, score.sentence, score.kind) for score in scores] == places(rows)
@@ -110,7 +110,7 @@ def test_the_model_index_is_that_of_a_model_card(evaluated):
         assert metric["args"]["threshold"] == 0.5 and metric["args"]["threshold_source"] == "the processor's"
 
 
-def test_the_images_are_images(evaluated):
+def test_the_drawings_are_images(evaluated):
     for path in (evaluated.with_suffix(".png"), evaluated.with_name("sheet.png")):
         assert Image.open(path).size > (500, 500)
 
@@ -123,7 +123,7 @@ def test_the_images_are_images(evaluated):
         ("--largest_component", "largest_component", "connected component", "largest_component"),
     ],
 )
-def test_how_masks_are_selected_is_written_everywhere(run_folder, tmp_path, option, field, said, argument):
+def test_every_file_names_the_mask_selection(run_folder, tmp_path, option, field, said, argument):
     output = tmp_path / "scores.json"
     for options in ([], [option, "--sheet", str(tmp_path / "sheet.png")]):
         evaluation.main([str(run_folder / "model"), "--output", str(output), *options])
@@ -145,7 +145,7 @@ def test_no_file_names_a_folder_of_the_machine(evaluated, run_folder):
 
 
 def evaluate(*arguments: object) -> dict:
-    """Run the command; returns its record, written to the last argument."""
+    """Run the command and return its record, which is written to the last argument."""
     *options, output = map(str, arguments)
     evaluation.main([*options, "--output", output])
     return json.loads(Path(output).read_text())
@@ -180,13 +180,13 @@ def test_a_model_without_a_run_is_scored_on_a_refer_folder(run_folder, tmp_path)
         "split": "testA",
         "args": record["counts"],
     }
-    assert record["intervals"] == {"all": {}}  # of a single image there is none
+    assert record["intervals"] == {"all": {}}  # a single image gives none
 
 
 # Threshold
 
 
-def test_a_calibrated_threshold_is_chosen_on_val_and_said_everywhere(run_folder, tmp_path, caplog):
+def test_a_calibrated_threshold_is_chosen_on_val_and_every_file_names_it(run_folder, tmp_path, caplog):
     with caplog.at_level("INFO"):
         record = evaluate(run_folder / "model", "--calibrate", "val", tmp_path / "a.json")
     threshold, candidates = record["threshold"]["value"], record["threshold"]["candidates"]
@@ -204,7 +204,7 @@ def test_a_calibrated_threshold_is_chosen_on_val_and_said_everywhere(run_folder,
 
 @pytest.fixture
 def refusal(run_folder, tmp_path, monkeypatch, capsys):
-    """Says what the command says to options that it refuses before it scores or writes anything."""
+    """Returns the message for options that the command must refuse before it scores or writes anything."""
 
     def work(*arguments, **options):
         raise AssertionError("scoring began")

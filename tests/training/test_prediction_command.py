@@ -1,4 +1,4 @@
-"""`sera-segment`: the files it writes, that they agree with each other and with the model, and what it says of bad input."""
+"""`sera-segment`: its files agree with each other and with the model, and bad input is named."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def run_command(*arguments: str | bytes, code: str = COMMAND, **environment: str
 
 
 def results_of(model: Path, photo: Path, expressions: list[str], **options) -> list[dict]:
-    """Model and processor, asked directly."""
+    """The results of model and processor, without the command."""
     loaded, processor = SeraForReferringSegmentation.from_pretrained(model).eval(), SeraProcessor.from_pretrained(model)
     inputs = processor(images=[photo], text=[expressions], return_tensors="pt")
     with torch.no_grad():
@@ -57,8 +57,8 @@ def results_of(model: Path, photo: Path, expressions: list[str], **options) -> l
 # What it writes
 
 
-def test_the_installed_command_writes_what_the_model_gives(model, photo, tmp_path):
-    """With no package that training alone needs, and no module of ours but those it is made of."""
+def test_the_installed_command_writes_the_models_results(model, photo, tmp_path):
+    """It runs without the packages that only training needs, and imports only the modules of the list below."""
     entry = re.search(r'^sera-segment = "(.+):(.+)"$', (REPOSITORY / "pyproject.toml").read_text(), flags=re.MULTILINE)
     code = f"""
 import sys
@@ -175,7 +175,9 @@ def test_what_it_cannot_use_is_named(model, photo, tmp_path, capsys, monkeypatch
     assert re.search(r"corrupt\.png is not a readable image", said(corrupt, text, "--model", model))
     assert re.search(r"bomb\.png is not a readable image.*exceeds limit", said(bomb, text, "--model", model))
     assert re.search("expression.*'  ' is an empty expression", said(photo, text, "  ", "--model", model))
-    assert "is an empty expression" in said(photo, text, "\u200b", "--model", model)  # once cleaned
+    assert "is an empty expression" in said(
+        photo, text, "\u200b", "--model", model
+    )  # nothing is left of it after cleaning
     assert "required: expression" in said(photo, "--model", model)
     assert "required: --model" in said(photo, text)
     for threshold in ("1.5", "0", "nan", "half"):
@@ -190,7 +192,7 @@ def test_what_it_cannot_use_is_named(model, photo, tmp_path, capsys, monkeypatch
 
 
 def test_an_argument_that_is_not_utf8(model, photo, tmp_path):
-    """As bytes, on its way through the system; an image's name may be such."""
+    """Arguments reach the command as bytes. The name of an image may be no UTF-8."""
     name = os.fsencode(tmp_path) + b"/photo-\xe9.png"
     try:
         shutil.copy(os.fsencode(photo), name)
@@ -223,7 +225,7 @@ def test_a_missing_or_damaged_file_of_the_model_is_named(model, photo, tmp_path,
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_that_is_none_or_another(model, photo, tmp_path, capsys, monkeypatch):
+def test_a_folder_without_a_model_or_with_another_one(model, photo, tmp_path, capsys, monkeypatch):
     def said(folder: object) -> str:
         return refusal(capsys, photo, "left", "--model", folder, "--out", tmp_path / "out")
 

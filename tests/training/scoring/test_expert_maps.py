@@ -1,4 +1,4 @@
-"""What the experts do: left out one by one, drawn, and counted by kind of expression."""
+"""The effect of the experts: without each of them, as maps, and by kind of expression."""
 
 import json
 from dataclasses import replace
@@ -33,7 +33,7 @@ def routings(model) -> list:
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
 @pytest.mark.parametrize("name", EXPERT_NAMES)
-def test_the_others_are_routed_as_if_the_expert_were_not_there(k, name):
+def test_without_an_expert_the_others_are_routed_alone(k, name):
     model = make_model(num_selected_experts=k)
     place = EXPERT_NAMES.index(name)
     before = routings(model)
@@ -109,7 +109,7 @@ def test_the_command_for_prediction_draws_the_maps_on_request(tmp_path, capsys):
     assert str(tmp_path / "out" / "experts.png") in capsys.readouterr().out
     assert np.asarray(Image.open(tmp_path / "out" / "experts.png").convert("L")).std() > 5
     (tmp_path / "out" / "experts.png").unlink()
-    check_files(tmp_path / "out", (64, 40), texts)  # the other files are those of the command without the option
+    check_files(tmp_path / "out", (64, 40), texts)  # the option changes no other file
     bare = save_tiny_model(tmp_path / "bare", fusion_experts=False)
     said = refusal(capsys, photo, "cup", "--model", bare, "--out", tmp_path / "none", "--experts")
     assert "has no fusion experts" in said and not (tmp_path / "none").exists()

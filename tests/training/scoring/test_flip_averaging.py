@@ -1,4 +1,4 @@
-"""Answers averaged with those about the flipped image."""
+"""Test-time augmentation with a horizontal flip."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def processor():
 
 @pytest.mark.parametrize("model", [Lopsided(), LopsidedPresence()], ids=["masks alone", "with presence"])
 @pytest.mark.parametrize("threshold", [None, 0.45])
-def test_a_mask_is_that_of_the_mean_of_both_answers(rows, processor, model, threshold):
+def test_a_mask_comes_from_the_mean_of_both_answers(rows, processor, model, threshold):
     options = {"batch_size": 2, "max_expressions": 5}
     scores = score_sentences(
         model, processor, rows, Accelerator(cpu=True), MaskSelection(threshold, flip=True), **options
