@@ -4,10 +4,9 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from conftest import REPOSITORY, save_tiny_model
-from PIL import Image
+from conftest import REPOSITORY
+from saved import EXPRESSIONS, TASKS, contents, copy, save_photo, save_presence_model
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -25,18 +24,6 @@ from processing_sera import ReferringImageSegmentationPipeline, SeraImageProcess
 
 PACKAGES = ("modeling_sera", "processing_sera")
 CODE = {path.name: path for package in PACKAGES for path in (REPOSITORY / package).glob("*_sera.py")}
-TASKS = ("image-segmentation", "referring-image-segmentation")
-EXPRESSIONS = ["left zebra", "the cup", "right"]
-
-
-def save_presence_model(folder: Path) -> Path:
-    """A tiny model that predicts presence, with a threshold of its own."""
-    return save_tiny_model(folder, mask_threshold=0.45, predict_presence=True)
-
-
-def save_photo(path: Path) -> Path:
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)).save(path)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -47,17 +34,6 @@ def saved(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def photo(tmp_path_factory) -> Path:
     return save_photo(tmp_path_factory.mktemp("photo") / "photo.png")
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def copy(folder: Path, target: Path) -> Path:
-    target.mkdir(parents=True)
-    for name, data in contents(folder).items():
-        (target / name).write_bytes(data)
-    return target
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The benchmarks run on small configurations, their figures fit each other, and SERA-B computes no more than its budget."""
+"""The benchmarks run on small configurations with consistent figures, and SERA-B stays within its budget of operations."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def test_training_speed(tmp_path):
         assert figure["images_per_second"] == pytest.approx(batch["images"] / figure["median"])
     tower, step = figures["tower_forward"], figures["training_step"]
     assert record["step_per_tower_forward"] == pytest.approx(step["median"] / tower["median"]) and record["hardware"]
-    assert batch["expressions"] > batch["images"] == 6  # the demo asks about every object of an image
+    assert batch["expressions"] > batch["images"] == 6  # the demo has expressions for every object of an image
     assert "training step" in done.stdout + done.stderr
 
 
@@ -55,7 +55,7 @@ def test_inference_speed(tmp_path):
     (operators,) = record["operators"].values()
     assert all(0 < share < 1 for share in operators.values()) and sum(operators.values()) <= 1 + 1e-6
     assert list(operators.values()) == sorted(operators.values(), reverse=True)
-    assert len(operators) == 8 and "addmm" in operators  # which others cost most hangs on the machine and its load
+    assert len(operators) == 8 and "addmm" in operators  # the other slow operators depend on the machine and its load
     (parts,) = record["parts"].values()
     assert min(parts.values()) > 0 and set(parts) == {
         "text",

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from test_restart import NOISY, assert_same_run, printed, start, wait_for_step
-from test_training import ENVIRONMENT, REPOSITORY, written
+from conftest import REPOSITORY
+from restarts import NOISY, assert_same_run, printed, start, wait_for_step
+from runs import ENVIRONMENT, ON_CPU, written
 from torch.nn.parallel import DistributedDataParallel
 
 from modeling_sera import SeraForReferringSegmentation
@@ -60,7 +61,7 @@ def whole(tmp_path_factory) -> Path:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
     command += ["--rdzv_endpoint", "localhost:0", str(script)]
     command += ["--config", written(SETTINGS, folder.with_suffix(".yaml")), "--output_dir", str(folder)]
-    environment = ENVIRONMENT | {"ACCELERATE_USE_CPU": "true"}
+    environment = ENVIRONMENT | ON_CPU
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("compared") == 2 * SETTINGS.optimization.epochs

@@ -1,12 +1,10 @@
 """Training: settings, schedule, and real runs of the command: scenes, a REFER folder, an interruption, and bad input."""
 
 import json
-import os
 import pickle
 import re
 import runpy
 import signal
-import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,17 +13,17 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from builders import Folder, special_ids, tiny_tokenizer
+from builders import Folder, tiny_tokenizer
 from conftest import REPOSITORY, make_inputs, make_model
+from runs import LAUNCH, ON_CPU, TINY, TRAIN, finished, history_of, refer_settings, run, written
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import CLIPTextConfig, CLIPTextModel, Dinov2Config, Dinov2Model
+from transformers import CLIPTextModel, Dinov2Model
 
 from modeling_sera import SeraForReferringSegmentation
 from processing_sera import SeraImageProcessor, SeraProcessor
 from training import train
 from training.configuration import (
-    AugmentationSettings,
     DataSettings,
     ModelSettings,
     OptimizationSettings,
@@ -41,40 +39,6 @@ from training.learning.tuning import checkpoint_activations
 from training.scoring.metric import summarize
 from training.support.commands import run_command
 from training.support.files import writing
-
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-ON_CPU = {"ACCELERATE_USE_CPU": "true"}
-TRAIN = [sys.executable, "training/train.py"]
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
-LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
-
-VISION = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_ratio": 2, "image_size": 64}
-TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-SMALL = {"adapter_dim": 16, "adapter_num_heads": 2, "fusion_dim": 16, "fusion_num_heads": 2, "router_hidden_dim": 8}
-SMALL |= {"decoder_dim": 32, "decoder_num_layers": 1, "decoder_num_heads": 2, "decoder_ffn_dim": 32}
-SMALL |= {"bce_loss_weight": 0.0}  # Dice alone: so short a training would else end at empty masks
-TINY = TrainingSettings(
-    model=ModelSettings(
-        config=SMALL
-        | {
-            "vision_config": VISION | {"model_type": "dinov2", "patch_size": 16},
-            "text_config": TEXT,
-            "projection_dim": 24,
-        },
-        vision_tuning="full",
-        text_tuning="full",
-    ),
-    data=DataSettings(source="scenes", num_scenes=(8, 3, 2), scene_size=64, image_size=(64, 64), objects_per_image=8),
-    augmentation=AugmentationSettings(flip=0.5, min_crop=0.8, color_jitter=0.1, word_dropout=0.1),
-    optimization=OptimizationSettings(epochs=3, batch_size=2, learning_rate=2e-3, schedule="cosine", warmup=0.1),
-    num_workers=0,
-)
-
-
-def written(settings: TrainingSettings, path: Path) -> str:
-    path.write_text(dump_settings(settings))
-    return str(path)
-
 
 # Settings
 
@@ -207,24 +171,6 @@ def test_a_warm_up_may_be_absent_or_all_there_is(schedule, warmup):
 # Runs
 
 
-def run(arguments: list[str], **environment: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        arguments,
-        cwd=REPOSITORY,
-        env=ENVIRONMENT | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def finished(process: subprocess.Popen) -> str:
-    """What a run wrote, once it has ended well."""
-    output, _ = process.communicate()
-    assert process.returncode == 0, output
-    return output
-
-
 # a run that ends in the midst of its second epoch, as if the machine had failed
 INTERRUPTED = """
 import os, signal
@@ -242,28 +188,6 @@ def getitem(self, index):
 batches.TrainingExamples.__getitem__ = getitem
 train.main()
 """
-
-
-def refer_settings(root: Path) -> TrainingSettings:
-    """A made-up REFER folder with large objects, and towers as folders."""
-    folder = Folder(root)
-    for annotation in folder.annotations:
-        annotation["segmentation"] = [[4, 2, 58, 2, 58, 38, 4, 38]]
-    folder.load()
-    torch.manual_seed(0)
-    Dinov2Model(Dinov2Config(**VISION, patch_size=14)).save_pretrained(root / "vision")
-    tokenizer = tiny_tokenizer()
-    special = special_ids(tokenizer)
-    text = CLIPTextConfig(**TEXT, **special, vocab_size=len(tokenizer), projection_dim=24)
-    CLIPTextModel(text).save_pretrained(root / "text")
-    tokenizer.save_pretrained(root / "text")
-    return TrainingSettings(
-        model=ModelSettings(vision_model=str(root / "vision"), text_model=str(root / "text"), config=SMALL),
-        data=DataSettings(root=str(root), image_size=(42, 56), sentences_per_object=2),
-        optimization=OptimizationSettings(epochs=4, batch_size=1, learning_rate=2e-2),
-        evaluate_every=2,
-        num_workers=1,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -290,10 +214,6 @@ def runs(tmp_path_factory) -> dict[str, tuple[Path, TrainingSettings, str]]:
         "resumed": (base / "resumed", TINY, finished(resumed)),
         "refer": (base / "refer", refer, finished(referred)),
     }
-
-
-def history_of(folder: Path) -> list[dict]:
-    return json.loads((folder / "history.json").read_text())
 
 
 @pytest.mark.parametrize("name", ["whole", "resumed", "refer"])

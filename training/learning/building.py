@@ -13,6 +13,7 @@ from processing_sera.processing_sera import token_limit
 from training.configuration import TrainingSettings
 from training.sources.scenes.dataset import train_tokenizer
 from training.support.commands import in_one_line
+from training.support.model_location import locate_model
 
 IMAGE_SIZE = (448, 448)  # the paper's
 NUM_BYTES = 256  # every one of them is in a CLIP tokenizer's vocabulary
@@ -28,7 +29,7 @@ def build_processor(settings: TrainingSettings, train_rows: datasets.Dataset) ->
     """
     model = settings.model
     if model.pretrained:
-        processor = SeraProcessor.from_pretrained(model.pretrained)
+        processor = SeraProcessor.from_pretrained(locate_model(model.pretrained).source)
         if settings.data.image_size:
             processor.image_processor.size = _size(settings.data.image_size)
         return processor
@@ -52,7 +53,7 @@ def build_model(settings: TrainingSettings, processor: SeraProcessor) -> SeraFor
     model = settings.model
     height, width = processor.image_processor.frame_size
     if model.pretrained:
-        built = _go_on(model.pretrained, model.config)
+        built = _go_on(locate_model(model.pretrained).source, model.config)
         built.config.image_size = max(height, width)
     else:
         overrides = {"image_size": max(height, width)} | model.config
