@@ -37,6 +37,7 @@ from training.examples.splits import load_training_splits
 from training.learning.optimizers import cosine_schedule
 from training.support.commands import run_command
 from training.support.files import save_model
+from training.support.hub_ids import folder_or_id
 
 logger = logging.getLogger(__name__)
 
@@ -205,7 +206,8 @@ def distillation_loss(
 def distil(settings: DistillationSettings) -> None:
     """Train the tower and save it with its tokenizer."""
     set_seed(settings.seed)
-    teacher, tokenizer = Teacher(settings.teacher), CLIPTokenizer.from_pretrained(settings.tokenizer)
+    teacher = Teacher(folder_or_id(settings.teacher, "teacher"))
+    tokenizer = CLIPTokenizer.from_pretrained(folder_or_id(settings.tokenizer, "tokenizer"))
     rows, _ = load_training_splits(replace(settings.data, streaming=False))
     phrases = Phrases([sentence for group in rows["sentences"] for sentence in group], tokenizer, settings.seed)
     teacher.measure(phrases.draw(settings.batch_size))

@@ -24,6 +24,7 @@ from PIL import Image
 from training.scoring.overlay import overlay
 from training.support.commands import in_one_line
 from training.support.files import write_binary, write_text
+from training.support.hub_ids import folder_or_id
 
 if TYPE_CHECKING:
     from processing_sera import ReferringImageSegmentationPipeline
@@ -97,6 +98,7 @@ def load_pipeline(model: str, device: str | None = None, dtype: str = "auto") ->
         torch.zeros(1, device=device).tolist()
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"The device {device!r} cannot be used: {in_one_line(error)}") from error
+    model = folder_or_id(model)
     _check_folder(model)
     try:
         kind = SeraConfig.get_config_dict(model)[0].get("model_type")
@@ -264,8 +266,6 @@ def _check_folder(model: str) -> None:
     """That a folder holds every file that is needed, whole as far as can be told; transformers names them in part only."""
     folder = Path(model)
     if not folder.is_dir():
-        if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:  # no Hub id
-            raise FileNotFoundError(f"There is no folder {model}.")
         return
     missing = [name for name in MODEL_FILES if not (folder / name).is_file()]
     if not any((folder / name).is_file() for name in WEIGHTS):

@@ -13,6 +13,7 @@ from processing_sera.processing_sera import token_limit
 from training.configuration import TrainingSettings
 from training.sources.scenes.dataset import train_tokenizer
 from training.support.commands import in_one_line
+from training.support.hub_ids import folder_or_id
 
 IMAGE_SIZE = (448, 448)  # the paper's
 NUM_BYTES = 256  # every one of them is in a CLIP tokenizer's vocabulary
@@ -74,8 +75,10 @@ def load_whole(
     """Model, in evaluation mode, and processor of a folder or Hub id.
 
     Raises:
+        FileNotFoundError: Where there is no such folder.
         ValueError: Where a part is missing, damaged or not safetensors: transformers would fill it with random numbers.
     """
+    source = folder_or_id(source)
     try:
         model, loading = SeraForReferringSegmentation.from_pretrained(
             source, dtype=dtype, use_safetensors=True, output_loading_info=True
