@@ -52,7 +52,8 @@ class SeraReferringSegmentationOutput(ModelOutput):
     Output of [`SeraForReferringSegmentation`]. N is the number of expressions.
 
     Attributes:
-        loss: Scalar, `mask_loss` plus `presence_loss`, if any, plus, in training, `router_aux_loss`. With labels only.
+        loss: Scalar, `mask_loss` plus `presence_loss`, if any, plus, in training, `router_aux_loss`. With labels only. With
+            `num_items_in_batch`, this batch's share of a step's loss.
         logits: (N, h, w) mask logits over the (letterboxed) input; h and w are four times the grid of patches.
         presence_logits: (N,), positive where the thing meant is in the image. With `config.predict_presence` only.
         mask_loss: Scalar, weighted binary cross-entropy plus Dice. With labels only.
@@ -85,7 +86,7 @@ class SeraPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     # no flash attention: transformers' unpads queries by the mask of the keys, which are other tokens here
     _supports_attention_backend = True
-    accepts_loss_kwargs = False  # or Trainer would leave it to the model to divide by the accumulated batches
+    accepts_loss_kwargs = True  # Trainer then tells the size of a step, in which every expression weighs the same
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -386,6 +387,7 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
         output_router_weights: bool = False,
         max_expressions: int | None = None,
         image_states: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         **kwargs,
     ) -> SeraReferringSegmentationOutput:
         """
@@ -402,6 +404,9 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
                 (SERA-B, 448×448, float32) and grows with the number of patches.
             image_states: (B, states, num_prefix + H·W, hidden_size) that `SeraVisionEncoder.encode_states` gave for the
                 images before, so that training need not run frozen blocks again. `pixel_values` then says their size alone.
+            num_items_in_batch: Number of label values of all batches that make one step, as `Trainer` counts them. `loss` is then
+                this batch's share of the step's loss: the shares add up to the mean over all expressions of the step. `None`:
+                `loss` is the mean over this batch's expressions.
             **kwargs: Ignored, so that everything the processor returns (such as `original_sizes`) can be handed on.
 
         Raises:
@@ -436,6 +441,8 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
             if presence_logits is not None:
                 presence_loss = presence_detection_loss(presence_logits, labels)
             loss = sum(part for part in (mask_loss, presence_loss, router_aux_loss) if part is not None)
+            if num_items_in_batch is not None:
+                loss = loss * (labels.numel() / num_items_in_batch)
         return SeraReferringSegmentationOutput(
             loss=loss,
             logits=logits,
@@ -498,6 +505,8 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
 def mask_segmentation_loss(logits: Tensor, labels: Tensor, config: SeraConfig) -> Tensor:
     """Weighted binary cross-entropy plus Dice on area-averaged targets (ours).
 
+    Both are means over the expressions of a mean over each expression's own pixels, so that all expressions weigh the same.
+
     Args:
         logits: (N, h, w).
         labels: (N, H, W) masks in [0, 1], negative where a pixel does not count; each logit's target is their mean over the area
@@ -516,13 +525,13 @@ def mask_segmentation_loss(logits: Tensor, labels: Tensor, config: SeraConfig) -
     )
     covered, counted = shrunk.unbind(1)
     targets = (covered / counted.clamp(min=torch.finfo(torch.float32).tiny)).clamp(max=1)
-    bce = (binary_cross_entropy_with_logits(logits, targets, reduction="none") * counted).sum()
-    bce = bce / counted.sum().clamp(min=1)
+    bce = (binary_cross_entropy_with_logits(logits, targets, reduction="none") * counted).sum(dim=(1, 2))
+    bce = bce / counted.sum(dim=(1, 2)).clamp(min=1)
     probability = logits.sigmoid() * counted
     overlap = (probability * targets).sum(dim=(1, 2))
     total = probability.sum(dim=(1, 2)) + covered.sum(dim=(1, 2))
     dice = 1 - (2 * overlap + 1) / (total + 1)
-    return config.bce_loss_weight * bce + config.dice_loss_weight * dice.mean()
+    return config.bce_loss_weight * bce.mean() + config.dice_loss_weight * dice.mean()
 
 
 def area_average(masks: Tensor, size: tuple[int, int]) -> Tensor:
