@@ -1,13 +1,16 @@
 """Everything a training run can be told, in one place: a YAML file under `configs/`, overridden on the command line."""
 
 import json
-from dataclasses import asdict, dataclass, field
+import math
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
 import yaml
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from training.support.hub_ids import folder_or_id
 
 Settings = TypeVar("Settings")
 Tuning = Literal["frozen", "norm_bias", "full"]
@@ -188,6 +191,60 @@ class TrainingSettings:
     log_every: PositiveInt = 10
     cache_dir: str = "outputs/feature-cache"
     tracker: Literal["none", "tensorboard", "wandb", "mlflow"] = "none"
+
+
+def check_settings(settings: TrainingSettings) -> TrainingSettings:
+    """Refuse settings that make no sense, or not together, before any work.
+
+    Returns:
+        The settings, with "~" in the folders of `model` replaced by the home folder.
+
+    Raises:
+        ValueError: Names the settings.
+        OSError: Where a folder that is named is not there.
+    """
+    model, data, optimization = settings.model, settings.data, settings.optimization
+    if Path(settings.output_dir).is_file():
+        raise ValueError(f"output_dir is {settings.output_dir}, a file; name a folder.")
+    for name in ("learning_rate", "weight_decay", "max_grad_norm"):
+        if not math.isfinite(getattr(optimization, name)):
+            raise ValueError(f"optimization.{name} is {getattr(optimization, name)}; it must be a finite number.")
+    if not all(0 <= milestone <= 1 for milestone in optimization.milestones):
+        raise ValueError(
+            f"optimization.milestones are {optimization.milestones}; they are shares of training, from 0 to 1."
+        )
+    if data.image_size is not None and min(data.image_size) < 1:
+        raise ValueError(f"data.image_size is {list(data.image_size)}; both sides must be 1 or more.")
+    if settings.augmentation.feature_dropout >= 1:
+        raise ValueError("augmentation.feature_dropout is 1; nothing of the images would be left.")
+    if settings.compile and settings.activation_checkpointing:
+        raise ValueError("compile and activation_checkpointing cannot be combined; choose one.")
+    wanting = {
+        "data.copy_paste": data.copy_paste,
+        "model.whitened_start": model.whitened_start,
+        "augmentation.feature_dropout": settings.augmentation.feature_dropout,
+    }
+    for name, value in wanting.items():
+        if value and not data.cached_versions:
+            raise ValueError(f"{name} needs the feature cache; set data.cached_versions to 1 or more.")
+    if data.cached_versions and model.vision_tuning != "frozen":
+        raise ValueError(
+            f"data.cached_versions needs a frozen vision tower, but model.vision_tuning is {model.vision_tuning!r}."
+        )
+    if data.cached_versions and data.streaming:
+        raise ValueError(
+            "data.cached_versions and data.streaming exclude each other: the feature cache needs all rows."
+        )
+    if model.pretrained:
+        for name in ("vision_model", "text_model", "tokenizer", "whitened_start"):
+            if getattr(model, name):
+                raise ValueError(
+                    f"model.{name} is for a fresh model; model.pretrained brings all of one. Leave one of them out."
+                )
+    names = ("pretrained", "vision_model", "text_model", "tokenizer")
+    given = {name: getattr(model, name) for name in names if getattr(model, name)}
+    found = {name: folder_or_id(source, f"model.{name}") for name, source in given.items()}
+    return replace(settings, model=replace(model, **found))
 
 
 def settings_parser(kind: type = TrainingSettings) -> ArgumentParser:

@@ -5,18 +5,28 @@ model by mIoU on the validation split kept as a folder that `from_pretrained` lo
 bit on the CPU, with the same command.
 """
 
-import json
 import logging
 import math
 import os
-from contextlib import nullcontext
+import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
+import datasets
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DataLoaderConfiguration, DistributedType, ProjectConfiguration, set_seed, tqdm
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedType,
+    ProjectConfiguration,
+    broadcast_object_list,
+    set_seed,
+    tqdm,
+)
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
@@ -24,6 +34,7 @@ from torch.utils.data import DataLoader
 from training.configuration import (
     OptimizationSettings,
     TrainingSettings,
+    check_settings,
     dump_settings,
     load_settings,
     read_settings,
@@ -34,14 +45,17 @@ from training.examples.feature_cache import CachedCollator, CachedExamples, Feat
 from training.examples.splits import load_training_splits
 from training.examples.streaming import StreamedExamples, streamed_loader
 from training.learning.building import build_model, build_processor
-from training.learning.checkpoints import Checkpoints, LossLog, Progress, check_same_run
+from training.learning.checkpoints import Checkpoints, Progress, check_same_run, clear_output
+from training.learning.losses import FiniteLogits, LossLog
 from training.learning.optimizers import build_optimizer
 from training.learning.routing_health import RoutingHealth
+from training.learning.steps import accumulate_gradients, batches_of_steps
 from training.learning.tuning import apply_tuning, checkpoint_activations
 from training.learning.whitening import whiten_projections
 from training.scoring.metric import summarize
 from training.support.commands import describe_error, run_command
-from training.support.files import save_model, write_text
+from training.support.files import recover_folder, save_model, write_json, write_text
+from training.support.locks import locked_folder
 from training.support.workers import end_with_parent
 
 logger = get_logger(__name__)
@@ -49,11 +63,27 @@ logger = get_logger(__name__)
 
 def main() -> None:
     """Train as the command line says."""
-    settings = read_settings()
-    output = Path(settings.output_dir)
+    settings = check_settings(read_settings())
     accelerator = start_accelerator(settings)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("accelerate").setLevel(logging.WARNING)  # it names every file of every checkpoint
+    with alone_in(Path(settings.output_dir), accelerator):
+        try:
+            train(settings, accelerator)
+        except FloatingPointError as error:  # in every process
+            traceback.clear_frames(error.__traceback__)  # they hold the model
+            end(accelerator)
+            raise
+        end(accelerator)
+
+
+def train(settings: TrainingSettings, accelerator: Accelerator) -> None:
+    """The whole run, or the rest of one that was stopped.
+
+    Raises:
+        FloatingPointError: In every process, where a loss, a gradient or the validation is no longer finite.
+    """
+    output = Path(settings.output_dir)
     set_seed(settings.seed)
 
     # Data and model: rows of one referred object each, grouped to images.
@@ -121,17 +151,19 @@ def main() -> None:
     if checkpoints.exist():
         check_same_run(settings, load_settings(output / "settings.yaml"))
         progress = checkpoints.load()
+        if accelerator.is_main_process:
+            recover_folder(output / "model")
         logger.info(
             f"{checkpoints.folder} is there: going on after epoch {progress.epoch} of {optimization.epochs}, step {progress.step}"
         )
     else:
+        clear_output(settings, accelerator)
         progress = Progress()
         set_seed(settings.seed, device_specific=True)  # dropout and routing noise of its own in every process
         if accelerator.is_main_process:
             write_text(output / "settings.yaml", dump_settings(settings))
-            tuning = vars(report) | {"tower_share": report.tower_share}
-            write_text(output / "tuning.json", json.dumps(tuning, indent=1))
-    losses = LossLog(accelerator, output / "losses.jsonl")
+            write_json(output / "tuning.json", vars(report) | {"tower_share": report.tower_share})
+    losses = LossLog(accelerator, output / "losses.jsonl", settings, partial(name_row, train_rows))
     losses.go_on_after(progress.step)
     if settings.tracker != "none":
         # TensorBoard hides what a stopped run wrote after its last checkpoint
@@ -148,30 +180,30 @@ def main() -> None:
             examples.set_epoch(epoch)
             loader.set_epoch(epoch)
             model.train()
-            summed = []  # losses of the batches that make one step
             batches = loader
             if progress.batch and settings.data.streaming:
                 examples.start_at(epoch, progress.batch)
             elif progress.batch:
                 batches = accelerator.skip_first_batches(loader, progress.batch)
-            for inputs, _ in batches:
-                with accelerator.accumulate(model):
-                    outputs = model(**inputs)
-                    accelerator.backward(outputs.loss)
-                    summed.append(torch.stack([outputs.loss.detach(), outputs.router_aux_loss.detach()]))
-                    if accelerator.sync_gradients and optimization.max_grad_norm:
-                        accelerator.clip_grad_norm_(model.parameters(), optimization.max_grad_norm)
-                    optimizer.step()
-                    optimizer.zero_grad()
-                progress.batch += 1
-                if not accelerator.sync_gradients:
-                    continue
+            for step in batches_of_steps(batches, optimization.gradient_accumulation_steps):
+                step_losses = accumulate_gradients(model, [inputs for inputs, _ in step], accelerator)
+                # without a limit it measures the norm alone
+                norm = accelerator.clip_grad_norm_(model.parameters(), optimization.max_grad_norm or math.inf)
+                optimizer.step()
+                optimizer.zero_grad()
+                progress.batch += len(step)
                 progress.step += 1
                 losses.add(
                     {"step": progress.step, "epoch": epoch + 1, "learning_rate": scheduler.get_last_lr()[0]},
-                    torch.stack(summed).mean(dim=0),
+                    step_losses,
+                    norm,
+                    [
+                        (number, text)
+                        for _, drawn in step
+                        for example in drawn
+                        for (number, _), text in zip(example.sources, example.text, strict=True)
+                    ],
                 )
-                summed.clear()
                 scheduler.step()
                 bar.update()
                 is_due = settings.checkpoint_every and progress.step % settings.checkpoint_every == 0
@@ -189,11 +221,13 @@ def main() -> None:
                     # batch norm's running statistics differ where they cannot be synchronised
                     for buffer in unwrapped.buffers():
                         torch.distributed.broadcast(buffer, src=0)
-                health = RoutingHealth(unwrapped)
-                with health.watch(), torch.compiler.set_stance("force_eager") if settings.compile else nullcontext():
+                health, logits = RoutingHealth(unwrapped), FiniteLogits(unwrapped)
+                uncompiled = torch.compiler.set_stance("force_eager") if settings.compile else nullcontext()
+                with health.watch(), logits.watch(), uncompiled:
                     scores = score_sentences(
                         unwrapped, processor, val_rows, accelerator, num_workers=settings.num_workers
                     )
+                logits.check(accelerator, settings, progress)
                 record["val"] = summarize(scores)["all"]
                 record["routing"] = health.summary(accelerator)
                 accelerator.log(flat({name: record[name] for name in ("val", "routing")}), step=progress.step)
@@ -205,14 +239,48 @@ def main() -> None:
 
             progress.history.append(record)
             if accelerator.is_main_process:
-                write_text(output / "history.json", json.dumps(progress.history, indent=1))
+                write_json(output / "history.json", progress.history)
             checkpoints.save(progress)
     logger.info(f"best val mIoU {progress.best_miou:.4f}; the model is in {output / 'model'}")
-    # what averages gradients must not be the last to hold the group of processes: it then waits, with the interpreter's lock,
-    # for a thread of gloo that may wait for that lock
-    del model
+
+
+@contextmanager
+def alone_in(folder: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Keep every other run out of a folder. The main process holds the lock, for all processes of the run.
+
+    Raises:
+        OSError: In every process, where another run is at work in the folder or it cannot be written.
+    """
+    with ExitStack() as lock:
+        refusal = [None]
+        if accelerator.is_main_process:
+            try:
+                lock.enter_context(locked_folder(folder, "choose another output_dir, or wait until it has ended"))
+            except OSError as error:
+                refusal = [str(error)]
+        if broadcast_object_list(refusal)[0]:
+            raise OSError(refusal[0])
+        yield
+
+
+def end(accelerator: Accelerator) -> None:
+    """End the trackers and the group of processes.
+
+    What averages gradients must be gone before: the last to hold the group waits, with the interpreter's lock, for a thread of gloo
+    that may wait for that lock.
+    """
     accelerator.free_memory()
     accelerator.end_training()
+
+
+def name_row(rows: datasets.Dataset | datasets.IterableDataset, number: int) -> str:
+    """What a message calls a training row; `number` is its place, in a stream the number of its ref, or -1."""
+    if number < 0:
+        return "a copy-paste image"
+    if isinstance(rows, datasets.IterableDataset):
+        return f"ref {number}"
+    row = rows.select_columns(["image_id", "ref_id"])[number]
+    return f"row {number} (image {row['image_id']}, ref {row['ref_id']})"
 
 
 def start_accelerator(settings: TrainingSettings) -> Accelerator:
@@ -220,25 +288,8 @@ def start_accelerator(settings: TrainingSettings) -> Accelerator:
     tracker = None if settings.tracker == "none" else settings.tracker
     if tracker and tracker not in map(str, get_available_trackers()):
         raise ValueError(f"tracker is {tracker!r}, but the package {tracker} is not installed.")
-    if settings.compile and settings.activation_checkpointing:
-        raise ValueError("compile and activation_checkpointing cannot be combined; choose one.")
-    wanting = {
-        "data.copy_paste": settings.data.copy_paste,
-        "model.whitened_start": settings.model.whitened_start,
-        "augmentation.feature_dropout": settings.augmentation.feature_dropout,
-    }
-    for name, value in wanting.items():
-        if value and not settings.data.cached_versions:
-            raise ValueError(f"{name} needs the feature cache; set data.cached_versions to 1 or more.")
-    if settings.model.pretrained:
-        for name in ("vision_model", "text_model", "tokenizer", "whitened_start"):
-            if getattr(settings.model, name):
-                raise ValueError(
-                    f"model.{name} is for a fresh model; model.pretrained brings all of one. Leave one of them out."
-                )
     accelerator = Accelerator(
         mixed_precision=settings.mixed_precision,
-        gradient_accumulation_steps=settings.optimization.gradient_accumulation_steps,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=settings.seed),
         step_scheduler_with_optimizer=False,
         log_with=tracker,
@@ -290,4 +341,4 @@ def message(error: Exception) -> str | None:
 
 
 if __name__ == "__main__":
-    run_command(main, message, also=(EOFError, RuntimeError))
+    run_command(main, message, also=(EOFError, FloatingPointError, RuntimeError))

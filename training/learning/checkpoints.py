@@ -6,6 +6,7 @@ training changes and `run.json`. The optimiser's file is a pickle of tensors and
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,10 +16,26 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from training.configuration import TrainingSettings
-from training.support.files import partial_folder, partial_path, recover_folder, replace_folder, write_text, writing
+from training.configuration import TrainingSettings, load_settings
+from training.support.files import (
+    partial_folder,
+    partial_path,
+    previous_path,
+    recover_folder,
+    replace_folder,
+    write_json,
+    writing,
+)
 
 WEIGHTS = "model.safetensors"
+WRITTEN = (
+    "settings.yaml",
+    "tuning.json",
+    "losses.jsonl",
+    "history.json",
+    "model",
+    "logs",
+)  # by a run, beside its checkpoint
 # settings that may change when a run goes on: where it lies, and what changes its speed, its memory or what it keeps
 FREE = {"output_dir", "num_workers", "activation_checkpointing", "compile"}
 FREE |= {"checkpoint_every", "checkpoint_contents", "log_every", "cache_dir", "tracker"}
@@ -70,6 +87,34 @@ def check_same_run(now: TrainingSettings, before: TrainingSettings) -> None:
             )
 
 
+def clear_output(settings: TrainingSettings, accelerator: Accelerator) -> None:
+    """Remove what a run left in the folder before it had a checkpoint: a new run's folder holds nothing of another run.
+
+    A model in the folder, or scores of one, must be of a run with the same settings, which makes it again. Every process calls
+    this.
+
+    Raises:
+        ValueError: Where the folder holds a model, or scores of one, of another run. Nothing is removed then.
+    """
+    output = Path(settings.output_dir)
+    results = [path for path in (output / "model", *sorted(output.glob("evaluation-*"))) if path.exists()]
+    if results:
+        written = output / "settings.yaml"
+        if not written.is_file():
+            raise ValueError(
+                f"{results[0]} is there already, and no {written} says of which run. Choose another output_dir."
+            )
+        check_same_run(settings, load_settings(written))
+    accelerator.wait_for_everyone()  # all have looked
+    if accelerator.is_main_process:
+        for path in (output / name for name in WRITTEN):
+            for place in (path, partial_path(path), previous_path(path)):
+                if place.is_dir():
+                    shutil.rmtree(place)
+                else:
+                    place.unlink(missing_ok=True)
+
+
 class Checkpoints:
     """Saves and loads a run's state at `folder`; a checkpoint is complete or absent.
 
@@ -113,7 +158,7 @@ class Checkpoints:
             accelerator.save_state(str(partial))  # every process adds its random states
             if accelerator.is_main_process:
                 run = {"processes": accelerator.num_processes, "contents": self.contents, "towers": self.towers}
-                write_text(partial / "run.json", json.dumps(run | {"progress": asdict(progress)}, indent=1))
+                write_json(partial / "run.json", run | {"progress": asdict(progress)})
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
                 replace_folder(self.folder)
@@ -160,44 +205,6 @@ class Checkpoints:
             raise ValueError(
                 f"{input_dir} does not fit the model: it lacks {sorted(missing)[:3]} and holds {found.unexpected_keys[:3]} beside."
             )
-
-
-class LossLog:
-    """`losses.jsonl`: one line per step of the optimiser, in every process's mean.
-
-    A line that a killed run left half-written is dropped when the run goes on, with all lines after the checkpoint's step.
-    """
-
-    def __init__(self, accelerator: Accelerator, path: Path):
-        self.accelerator, self.path = accelerator, path
-        self.pending: list[tuple[dict, torch.Tensor]] = []
-
-    def go_on_after(self, step: int) -> None:
-        """Keep the lines of the first `step` steps."""
-        if self.accelerator.is_main_process and self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)[:step]
-            write_text(self.path, "".join(lines))
-
-    def add(self, record: dict, losses: torch.Tensor) -> None:
-        """Remember a step's record and this process's (2,) loss and routers' auxiliary loss, without waiting for the device."""
-        self.pending.append((record, losses.float()))
-
-    def write(self, progress: Progress) -> list[dict]:
-        """Append what was added since the last call, count it in `progress`, and return its records. Every process calls this."""
-        if not self.pending:
-            return []
-        means = self.accelerator.reduce(torch.stack([losses for _, losses in self.pending]), "mean").tolist()
-        records = []
-        for (record, _), (loss, aux_loss) in zip(self.pending, means, strict=True):
-            records.append(record | {"loss": loss, "router_aux_loss": aux_loss})
-            progress.loss_sum += loss
-            progress.aux_loss_sum += aux_loss
-            progress.epoch_steps += 1
-        self.pending.clear()
-        if self.accelerator.is_main_process:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(record) + "\n" for record in records))
-        return records
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:

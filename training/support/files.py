@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
@@ -19,6 +20,19 @@ if TYPE_CHECKING:  # they take seconds to import, and torch
 def write_text(path: Path, text: str) -> None:
     """Write a text file under a temporary name in its folder (made where absent), then rename it."""
     write_binary(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file as [`write_text`] does.
+
+    Raises:
+        ValueError: Where a number is not finite: JSON has no word for it, and other programs refuse what Python writes.
+    """
+    try:
+        text = json.dumps(content, indent=1, allow_nan=False)
+    except ValueError as error:
+        raise ValueError(f"{path} is not written: a number in it is not finite.") from error
+    write_text(path, text)
 
 
 def write_binary(path: Path, write: Callable[[Path], object]) -> None:
@@ -44,6 +58,11 @@ def partial_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
+def previous_path(path: Path) -> Path:
+    """The temporary name beside `path` of what stood there before, while it is replaced."""
+    return path.with_name(f".{path.name}.previous")
+
+
 def partial_folder(path: Path) -> Path:
     """An empty folder beside `path` to write into before [`replace_folder`] puts it in its place."""
     partial = partial_path(path)
@@ -54,7 +73,7 @@ def partial_folder(path: Path) -> Path:
 
 def replace_folder(path: Path) -> None:
     """Put the folder written under [`partial_folder`]'s name in the place of what stands at `path`."""
-    partial, previous = partial_path(path), path.with_name(f".{path.name}.previous")
+    partial, previous = partial_path(path), previous_path(path)
     for file in partial.rglob("*"):
         _sync(file)  # a renamed folder must not outlive, on the disk, what it holds
     shutil.rmtree(previous, ignore_errors=True)
@@ -66,7 +85,7 @@ def replace_folder(path: Path) -> None:
 
 def recover_folder(path: Path) -> bool:
     """Whether a whole folder stands at `path`, after undoing a replacement that was interrupted half-way."""
-    previous = path.with_name(f".{path.name}.previous")
+    previous = previous_path(path)
     if not path.exists() and previous.exists():
         os.rename(previous, path)
     return path.is_dir()
