@@ -204,7 +204,15 @@ def distillation_loss(
 
 
 def distil(settings: DistillationSettings) -> None:
-    """Train the tower and save it with its tokenizer."""
+    """Train the tower and save it with its tokenizer.
+
+    Raises:
+        ValueError, OSError: Where the settings name something that is not there or does not fit.
+        FloatingPointError: Where the loss is no longer finite.
+    """
+    output = Path(settings.output)
+    if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / "config.json").is_file())):
+        raise ValueError(f"output {output} holds something else than a text tower; name a new folder.")
     set_seed(settings.seed)
     teacher = Teacher(folder_or_id(settings.teacher, "teacher"))
     tokenizer = CLIPTokenizer.from_pretrained(folder_or_id(settings.tokenizer, "tokenizer"))
@@ -224,9 +232,14 @@ def distil(settings: DistillationSettings) -> None:
         optimizer.zero_grad()
         schedule.step()
         if (step + 1) % LOG_EVERY == 0 or step + 1 == settings.steps:
+            if not math.isfinite(loss.item()):
+                raise FloatingPointError(
+                    f"the loss is {loss.item()} at step {step + 1}, and nothing is saved. Lower learning_rate (it is "
+                    f"{float(settings.learning_rate):g})."
+                )
             seconds = time.monotonic() - began
             logger.info(f"step {step + 1}: loss {loss.item():.3f}, cosine {cosine.item():.3f}, {seconds:.0f} s")
-    save_model(student, tokenizer, Path(settings.output))
+    save_model(student, tokenizer, output)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -236,4 +249,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, also=(FloatingPointError,))
