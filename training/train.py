@@ -1,8 +1,8 @@
 """Train SERA: `accelerate launch training/train.py --config training/configs/demo.yaml [--option value ...]`.
 
-Reads from top to bottom: data, model, what of it is tuned, optimiser, then epochs, each ending with a checkpoint and the best
-model by mIoU on the validation split kept as a folder that `from_pretrained` loads. A run that was stopped goes on, to the last
-bit on the CPU, with the same command.
+`train` runs from top to bottom: data, model, tuned weights, optimizer, epochs. Each epoch ends with a checkpoint. The model
+with the best mIoU on the validation split is kept in a folder that `from_pretrained` loads. The same command continues a run
+that was stopped; on the CPU the result is the same to the last bit.
 """
 
 import logging
@@ -78,15 +78,15 @@ def main() -> None:
 
 
 def train(settings: TrainingSettings, accelerator: Accelerator) -> None:
-    """The whole run, or the rest of one that was stopped.
+    """Do the whole run, or the rest of a run that was stopped.
 
     Raises:
-        FloatingPointError: In every process, where a loss, a gradient or the validation is no longer finite.
+        FloatingPointError: In every process, where a loss, a gradient or an answer in the validation is not finite.
     """
     output = Path(settings.output_dir)
     set_seed(settings.seed)
 
-    # Data and model: rows of one referred object each, grouped to images.
+    # Data and model. Each row is one object; an example is one image with some of its rows.
     train_rows, val_rows = load_training_splits(settings.data)
     processor = build_processor(settings, train_rows)
     model = build_model(settings, processor)
@@ -98,7 +98,7 @@ def train(settings: TrainingSettings, accelerator: Accelerator) -> None:
         "augmentation": settings.augmentation,
         "seed": settings.seed,
     }
-    if settings.data.streaming and not settings.data.cached_versions:
+    if settings.data.streaming:
         place = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
         examples = StreamedExamples(train_rows, batch_size=batch_size, **drawing, **place)
         loader = streamed_loader(examples, collator, settings.num_workers, accelerator)
@@ -116,21 +116,23 @@ def train(settings: TrainingSettings, accelerator: Accelerator) -> None:
                 examples,
                 batch_size,
                 shuffle=True,
-                # batch norm wants full batches; fewer than one for each process are filled up
+                # batch norm needs full batches; a set smaller than one batch for each process is filled up
                 drop_last=len(examples) >= batch_size * accelerator.num_processes,
                 collate_fn=collator,
                 num_workers=settings.num_workers,
                 worker_init_fn=end_with_parent,
-                generator=torch.Generator(),  # its own, or going on in an epoch's midst would take from dropout's numbers
+                generator=torch.Generator(),  # its own: a run that goes on would else change the numbers that dropout draws
             )
         )
     logger.info(f"training on {len(examples)} groups of objects, validating on {len(val_rows)} objects")
 
-    # What of the model is tuned.
+    # Which weights are tuned.
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     elif accelerator.num_processes > 1:
-        logger.info(f"batch norm statistics are each process's own: {accelerator.device.type} cannot synchronise them")
+        logger.info(
+            f"each process has its own batch norm statistics: {accelerator.device.type} cannot synchronise them"
+        )
     report = apply_tuning(model, vision=settings.model.vision_tuning, text=settings.model.text_tuning)
     logger.info(str(report))
     if settings.activation_checkpointing:
@@ -138,7 +140,7 @@ def train(settings: TrainingSettings, accelerator: Accelerator) -> None:
     if settings.compile:
         model.compile()
 
-    # Optimiser and schedule.
+    # Optimizer and schedule.
     optimization = settings.optimization
     checkpoints = Checkpoints(accelerator, model, output / "checkpoint", settings)
     model, optimizer = accelerator.prepare(model, build_optimizer(model, optimization))
@@ -147,7 +149,7 @@ def train(settings: TrainingSettings, accelerator: Accelerator) -> None:
     scheduler = LambdaLR(optimizer, lambda step: learning_rate_factor(step / total_steps, optimization))
     accelerator.register_for_checkpointing(scheduler)
 
-    # What a stopped run left behind.
+    # The checkpoint of a run that was stopped, or a new run.
     if checkpoints.exist():
         check_same_run(settings, load_settings(output / "settings.yaml"))
         progress = checkpoints.load()
@@ -159,14 +161,14 @@ def train(settings: TrainingSettings, accelerator: Accelerator) -> None:
     else:
         clear_output(settings, accelerator)
         progress = Progress()
-        set_seed(settings.seed, device_specific=True)  # dropout and routing noise of its own in every process
+        set_seed(settings.seed, device_specific=True)  # every process draws its own dropout and routing noise
         if accelerator.is_main_process:
             write_text(output / "settings.yaml", dump_settings(settings))
             write_json(output / "tuning.json", vars(report) | {"tower_share": report.tower_share})
     losses = LossLog(accelerator, output / "losses.jsonl", settings, partial(name_row, train_rows))
     losses.go_on_after(progress.step)
     if settings.tracker != "none":
-        # TensorBoard hides what a stopped run wrote after its last checkpoint
+        # TensorBoard then hides what the stopped run wrote after its last checkpoint
         accelerator.init_trackers("sera", init_kwargs={"tensorboard": {"purge_step": progress.step + 1}})
 
     with tqdm(total=total_steps, initial=progress.step, desc="training", unit="step") as bar:
@@ -187,7 +189,7 @@ def train(settings: TrainingSettings, accelerator: Accelerator) -> None:
                 batches = accelerator.skip_first_batches(loader, progress.batch)
             for step in batches_of_steps(batches, optimization.gradient_accumulation_steps):
                 step_losses = accumulate_gradients(model, [inputs for inputs, _ in step], accelerator)
-                # without a limit it measures the norm alone
+                # without a limit this only measures the norm
                 norm = accelerator.clip_grad_norm_(model.parameters(), optimization.max_grad_norm or math.inf)
                 optimizer.step()
                 optimizer.zero_grad()
@@ -207,7 +209,7 @@ def train(settings: TrainingSettings, accelerator: Accelerator) -> None:
                 scheduler.step()
                 bar.update()
                 is_due = settings.checkpoint_every and progress.step % settings.checkpoint_every == 0
-                is_due = is_due and progress.batch < len(loader)  # the epoch's end has a checkpoint of its own
+                is_due = is_due and progress.batch < len(loader)  # the end of the epoch has its own checkpoint
                 if is_due or progress.step % settings.log_every == 0:
                     write_losses()
                 if is_due:
@@ -218,7 +220,7 @@ def train(settings: TrainingSettings, accelerator: Accelerator) -> None:
             if (epoch + 1) % settings.evaluate_every == 0 or epoch + 1 == optimization.epochs:
                 unwrapped = accelerator.unwrap_model(model)
                 if accelerator.num_processes > 1:
-                    # batch norm's running statistics differ where they cannot be synchronised
+                    # the running statistics of batch norms differ where they cannot be synchronised
                     for buffer in unwrapped.buffers():
                         torch.distributed.broadcast(buffer, src=0)
                 health, logits = RoutingHealth(unwrapped), FiniteLogits(unwrapped)
@@ -266,15 +268,20 @@ def alone_in(folder: Path, accelerator: Accelerator) -> Iterator[None]:
 def end(accelerator: Accelerator) -> None:
     """End the trackers and the group of processes.
 
-    What averages gradients must be gone before: the last to hold the group waits, with the interpreter's lock, for a thread of gloo
-    that may wait for that lock.
+    The wrapper that averages gradients must be gone before. If it is the last to hold the group, it waits for a thread of gloo
+    while it holds the interpreter's lock, and that thread may wait for this lock.
     """
     accelerator.free_memory()
     accelerator.end_training()
 
 
 def name_row(rows: datasets.Dataset | datasets.IterableDataset, number: int) -> str:
-    """What a message calls a training row; `number` is its place, in a stream the number of its ref, or -1."""
+    """The name of a training row in a message.
+
+    Args:
+        rows: The training rows.
+        number: The place of the row; in a stream the id of its ref; -1 for a copy-paste image.
+    """
     if number < 0:
         return "a copy-paste image"
     if isinstance(rows, datasets.IterableDataset):
@@ -284,7 +291,11 @@ def name_row(rows: datasets.Dataset | datasets.IterableDataset, number: int) -> 
 
 
 def start_accelerator(settings: TrainingSettings) -> Accelerator:
-    """What runs the training: processes, devices, arithmetic and the tracker; `ValueError` where these are not there."""
+    """Processes, devices, precision and tracker of the training.
+
+    Raises:
+        ValueError: Where the tracker is not installed, or the launcher's processes cannot be used.
+    """
     tracker = None if settings.tracker == "none" else settings.tracker
     if tracker and tracker not in map(str, get_available_trackers()):
         raise ValueError(f"tracker is {tracker!r}, but the package {tracker} is not installed.")
@@ -298,19 +309,19 @@ def start_accelerator(settings: TrainingSettings) -> Accelerator:
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != accelerator.num_processes:
         raise ValueError(
-            f"The launcher started {launched} processes, but each takes itself for one of {accelerator.num_processes}; without "
-            "GPUs, set ACCELERATE_USE_CPU=true in the environment."
+            f"The launcher started {launched} processes, but each of them sees {accelerator.num_processes}. Without GPUs, set "
+            "ACCELERATE_USE_CPU=true in the environment."
         )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(
-            f"The launcher asks for {accelerator.distributed_type.value}, but every process needs the whole model; choose data "
+            f"The launcher asks for {accelerator.distributed_type.value}, but every process needs the whole model. Choose data "
             "parallelism."
         )
     return accelerator
 
 
 def learning_rate_factor(done: float, optimization: OptimizationSettings) -> float:
-    """Factor on the learning rate after a share `done` of training, in [0, 1]."""
+    """Factor on the learning rate, in [0, 1], when the share `done` of training, in [0, 1], is done."""
     if done < optimization.warmup:
         return max(done / optimization.warmup, 1e-3)
     if optimization.schedule == "multistep":
@@ -319,7 +330,7 @@ def learning_rate_factor(done: float, optimization: OptimizationSettings) -> flo
 
 
 def flat(tree: dict) -> dict[str, float]:
-    """Numbers of nested dicts under names such as "val/mIoU" and "val/Pr_at_0.5": MLflow takes no "@"."""
+    """The numbers of nested dicts, with names such as "val/mIoU" and "val/Pr_at_0.5". MLflow takes no "@" in a name."""
     leaves = {}
     for key, value in tree.items():
         name = key.replace("@", "_at_")
@@ -328,15 +339,15 @@ def flat(tree: dict) -> dict[str, float]:
 
 
 def message(error: Exception) -> str | None:
-    """What went wrong, in a sentence; `None` where it is a fault of ours, not of the input."""
+    """One sentence about an error; `None` where the code is at fault, not the input."""
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError):
         return (
-            f"the GPU's memory is too small ({text.splitlines()[0]}); lower optimization.batch_size and raise "
-            "optimization.gradient_accumulation_steps as much, or set activation_checkpointing."
+            f"the GPU's memory is too small ({text.splitlines()[0]}). Lower optimization.batch_size and raise "
+            "optimization.gradient_accumulation_steps by the same factor, or set activation_checkpointing."
         )
     if isinstance(error, (ConnectionError, EOFError)) or text.startswith("DataLoader worker"):
-        return f"a process was lost that prepares batches ({text or 'no answer'}); the same command goes on from the checkpoint."
+        return f"a process was lost that prepares batches ({text or 'no answer'}). The same command goes on from the checkpoint."
     return describe_error(error)
 
 

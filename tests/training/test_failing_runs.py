@@ -169,7 +169,7 @@ def test_a_model_is_removed_only_by_the_run_that_makes_it_again(tmp_path):
     settings = replace(SHORT, output_dir=str(folder))
     leave_behind(folder, replace(settings, seed=5), "model/model.safetensors")
     held = sorted(os.listdir(folder))
-    with pytest.raises(ValueError, match="holds a run begun with other settings: seed was 5, now it is 0"):
+    with pytest.raises(ValueError, match="holds a run with other settings: seed was 5, now it is 0"):
         clear_output(settings, Accelerator(cpu=True))
     assert sorted(os.listdir(folder)) == held
     (folder / "settings.yaml").unlink()

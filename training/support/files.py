@@ -1,4 +1,4 @@
-"""Writing files so that a reader finds the whole of them or nothing (ours)."""
+"""Files that are written whole: a reader finds all of a file or nothing (ours)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-if TYPE_CHECKING:  # they take seconds to import, and torch
+if TYPE_CHECKING:  # importing them takes seconds, and they import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 
@@ -45,7 +45,7 @@ def write_binary(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file in hexadecimal, read piece by piece."""
+    """SHA-256 of a file in hexadecimal. The file is read in pieces."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**20):
@@ -72,10 +72,10 @@ def partial_folder(path: Path) -> Path:
 
 
 def replace_folder(path: Path) -> None:
-    """Put the folder written under [`partial_folder`]'s name in the place of what stands at `path`."""
+    """Put the folder that [`partial_folder`] made at `path`, in place of what is there."""
     partial, previous = partial_path(path), previous_path(path)
     for file in partial.rglob("*"):
-        _sync(file)  # a renamed folder must not outlive, on the disk, what it holds
+        _sync(file)  # the files must be on the disk before the folder has its name
     shutil.rmtree(previous, ignore_errors=True)
     if path.exists():
         os.rename(path, previous)
@@ -84,7 +84,7 @@ def replace_folder(path: Path) -> None:
 
 
 def recover_folder(path: Path) -> bool:
-    """Whether a whole folder stands at `path`, after undoing a replacement that was interrupted half-way."""
+    """Undo a replacement of the folder at `path` that was interrupted. Returns whether there is a whole folder now."""
     previous = previous_path(path)
     if not path.exists() and previous.exists():
         os.rename(previous, path)
@@ -93,26 +93,27 @@ def recover_folder(path: Path) -> bool:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns what the libraries raise when a folder cannot be written (a full disk, say) to one `OSError`, and makes room again.
+    """Turn the errors of the libraries about a folder that cannot be written, as on a full disk, into one `OSError`.
 
-    Torch and safetensors have errors of their own for a failed write. What stands at `path` is left alone.
+    Torch and safetensors have their own errors for a failed write. The part that was written is removed, which makes room. What was
+    at `path` before stays.
     """
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         if isinstance(error, RuntimeError) and not isinstance(error, OSError) and "inline_container" not in str(error):
-            raise  # torch's file writer names its source so; others are no matter of writing
+            raise  # only errors of torch's file writer have this word in them
         free = shutil.disk_usage(next(parent for parent in path.absolute().parents if parent.exists())).free
         shutil.rmtree(partial_path(path), ignore_errors=True)
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise OSError(
-            f"{path} could not be written ({reason}; {free / 2**20:.0f} MiB are free there). What stood there before is whole: "
-            "once there is room, the same command goes on."
+            f"{path} could not be written ({reason}; {free / 2**20:.0f} MiB are free there). What was there before is whole. When "
+            "there is room, the same command goes on."
         ) from error
 
 
 def save_model(model: PreTrainedModel, processor: ProcessorMixin | PreTrainedTokenizerBase, folder: Path) -> None:
-    """Weights and processor as one folder that `from_pretrained` loads; whole or, if interrupted, as it was before."""
+    """Write weights and processor to one folder that `from_pretrained` loads. If this is interrupted, the folder is as before."""
     with writing(folder):
         partial = partial_folder(folder)
         model.save_pretrained(partial)
