@@ -386,7 +386,9 @@ def test_norm_and_bias_tuning_keeps_the_pretrained_matrices(runs):
 # Switches
 
 
-def loss_and_state(checkpointed: bool, synchronised: bool = False, **tuning: str) -> tuple[float, dict, dict, int]:
+def loss_and_state(
+    checkpointed: bool, synchronised: bool = False, cached: bool = False, **tuning: str
+) -> tuple[float, dict, dict, int]:
     """Loss, gradients, state and bytes kept for the backward pass of one training step."""
     model = make_model(decoder_dropout=0.3, router_noise_std=0.5).train()
     apply_tuning(model, **{"vision": "full", "text": "full"} | tuning)
@@ -400,9 +402,13 @@ def loss_and_state(checkpointed: bool, synchronised: bool = False, **tuning: str
         kept.append(tensor)
         return tensor
 
+    inputs = make_inputs(3)
+    if cached:  # as the feature cache gives them
+        with torch.no_grad():
+            inputs["image_states"] = model.model.vision.encode_states(inputs["pixel_values"])
     torch.manual_seed(0)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = model(**make_inputs(3), labels=torch.rand(3, 56, 56)).loss
+        loss = model(**inputs, labels=torch.rand(3, 56, 56)).loss
     size = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}.values())
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -417,6 +423,7 @@ def loss_and_state(checkpointed: bool, synchronised: bool = False, **tuning: str
         (False, {"vision": "norm_bias", "text": "norm_bias"}),
         (False, {"vision": "frozen", "text": "frozen"}),
         (False, {"vision": "frozen"}),
+        (False, {"vision": "frozen", "cached": True}),
     ],
 )
 def test_activation_checkpointing_changes_memory_alone(synchronised, tuning):
