@@ -8,7 +8,6 @@ the finished runs. (Ours.)
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import logging
 import os
@@ -19,8 +18,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +33,7 @@ from training.scoring.reports import SELECTION_FIELDS
 from training.support.commands import run_command
 from training.support.environment import describe_hardware, library_versions, without_folders, without_paths
 from training.support.files import write_text
+from training.support.locks import locked_folder
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
         if run.settings.data not in checked:
             check_split(run.settings.data, grid.split)
             checked.append(run.settings.data)
-    output.mkdir(parents=True, exist_ok=True)
-    with _alone(output) as lock:
+    with locked_folder(output, "name another folder with --output") as lock:
         work = Work(grid, output, Machine(options.jobs, lock))
         deadline = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
         try:
@@ -279,26 +277,6 @@ def command_of(grid: Grid) -> str:
     path = grid.path.resolve()
     path = path.relative_to(REPOSITORY) if path.is_relative_to(REPOSITORY) else path.name
     return shlex.join(["python", "training/ablation.py", str(path), *map(without_folders, grid.extra)])
-
-
-@contextmanager
-def _alone(output: Path) -> Iterator[int]:
-    """The descriptor of the output's lock, which is free once every process of another command at work there has ended."""
-    descriptor = os.open(output / ".lock", os.O_RDWR | os.O_CREAT)
-    try:
-        for attempt in range(50):
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if attempt == 49:
-                    raise OSError(
-                        f"{output}: another command is at work there; name another folder with --output."
-                    ) from error
-                time.sleep(0.1)  # processes of a killed command need a moment to end
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 def _written(path: Path) -> int:

@@ -17,6 +17,7 @@ from training.ablation import FAILED, OK, UNFINISHED, main
 from training.ablations.grid import Records, read_grid
 from training.ablations.tables import fresh_seed_interval, mean_and_error
 from training.scoring.intervals import bootstrap_intervals, paired_intervals
+from training.support.locks import locked_folder
 
 # Grids and records
 
@@ -313,7 +314,7 @@ def test_two_runners_do_not_work_on_one_folder(tmp_path, scripts):
     scripts(0.0)
     grid, output = str(write_grid(tmp_path)), tmp_path / "out"
     output.mkdir()
-    with ablation._alone(output), pytest.raises(OSError, match="another command is at work there"):
+    with locked_folder(output, "wait"), pytest.raises(OSError, match="another command is at work there"):
         main([grid, "--output", str(output)])
     assert not (output / "runs").exists()
 

@@ -22,7 +22,8 @@ from runs import TINY
 from safetensors import safe_open
 
 from training.configuration import TrainingSettings
-from training.learning.checkpoints import Checkpoints, LossLog, Progress
+from training.learning.checkpoints import Checkpoints, Progress
+from training.learning.losses import LossLog
 from training.learning.tuning import apply_tuning
 from training.support import files
 
@@ -233,10 +234,10 @@ def test_a_checkpoint_cannot_run_code(tmp_path, monkeypatch):
 
 
 def test_the_log_keeps_the_steps_of_the_checkpoint_and_no_half_line(tmp_path):
-    log, progress = LossLog(Accelerator(cpu=True), tmp_path / "losses.jsonl"), Progress()
+    log, progress = LossLog(Accelerator(cpu=True), tmp_path / "losses.jsonl", TINY), Progress()
     log.go_on_after(0)
     for step in range(1, 5):
-        log.add({"step": step}, torch.tensor([step / 3, 0.1]))
+        log.add({"step": step}, torch.tensor([step / 3, 0.1]), torch.tensor(1.0), [])
     assert not log.path.exists()
     assert [record["step"] for record in log.write(progress)] == [1, 2, 3, 4] and log.write(progress) == []
     assert progress.end_epoch()["loss"] == pytest.approx(10 / 12) and progress == Progress(epoch=1)

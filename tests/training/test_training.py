@@ -28,6 +28,7 @@ from training.configuration import (
     ModelSettings,
     OptimizationSettings,
     TrainingSettings,
+    check_settings,
     dump_settings,
     load_settings,
     read_settings,
@@ -35,7 +36,7 @@ from training.configuration import (
 from training.evaluation import score_sentences
 from training.examples import splits
 from training.examples.splits import load_splits
-from training.learning.tuning import checkpoint_activations
+from training.learning.tuning import apply_tuning, checkpoint_activations
 from training.scoring.metric import summarize
 from training.support.commands import run_command
 from training.support.files import writing
@@ -305,9 +306,12 @@ def test_norm_and_bias_tuning_keeps_the_pretrained_matrices(runs):
 # Switches
 
 
-def loss_and_state(checkpointed: bool, synchronised: bool = False) -> tuple[float, dict, dict, int]:
+def loss_and_state(
+    checkpointed: bool, synchronised: bool = False, cached: bool = False, **tuning: str
+) -> tuple[float, dict, dict, int]:
     """Loss, gradients, state and bytes kept for the backward pass of one training step."""
-    model = make_model().train()
+    model = make_model(decoder_dropout=0.3, router_noise_std=0.5).train()
+    apply_tuning(model, **{"vision": "full", "text": "full"} | tuning)
     if synchronised:  # as on several GPUs; a single process computes the same with it
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if checkpointed:
@@ -318,19 +322,33 @@ def loss_and_state(checkpointed: bool, synchronised: bool = False) -> tuple[floa
         kept.append(tensor)
         return tensor
 
+    inputs = make_inputs(3)
+    if cached:  # as the feature cache gives them
+        with torch.no_grad():
+            inputs["image_states"] = model.model.vision.encode_states(inputs["pixel_values"])
     torch.manual_seed(0)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = model(**make_inputs(3), labels=torch.rand(3, 56, 56)).loss
+        loss = model(**inputs, labels=torch.rand(3, 56, 56)).loss
     size = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}.values())
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return loss.item(), gradients, model.state_dict(), size
 
 
-@pytest.mark.parametrize("synchronised", [False, True])
-def test_activation_checkpointing_changes_memory_alone(synchronised):
-    loss, gradients, state, size = loss_and_state(checkpointed=False)
-    other_loss, other_gradients, other_state, other_size = loss_and_state(True, synchronised)
+@pytest.mark.parametrize(
+    ("synchronised", "tuning"),
+    [
+        (False, {}),
+        (True, {}),
+        (False, {"vision": "norm_bias", "text": "norm_bias"}),
+        (False, {"vision": "frozen", "text": "frozen"}),
+        (False, {"vision": "frozen"}),
+        (False, {"vision": "frozen", "cached": True}),
+    ],
+)
+def test_activation_checkpointing_changes_memory_alone(synchronised, tuning):
+    loss, gradients, state, size = loss_and_state(checkpointed=False, **tuning)
+    other_loss, other_gradients, other_state, other_size = loss_and_state(True, synchronised, **tuning)
     assert other_loss == loss and other_gradients.keys() == gradients.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(other_gradients[name], gradient, msg=name)
@@ -439,8 +457,8 @@ def test_what_a_run_cannot_use_is_said_before_any_work(say, tmp_path, monkeypatc
         patch.setattr(splits, "generate_scenes", lambda *args, **options: pytest.fail("a split was drawn"))
         assert "'nope'" in say("--data.val_split", "nope")
         assert "'nope'" in say("--data.train_split", "nope")
+    (tmp_path / "vision").mkdir()
     assert "vision_config" in say("--model.vision_model", tmp_path / "vision")
-    assert str(tmp_path / "no-model") in say("--model.pretrained", tmp_path / "no-model", "--model.config", "{}")
     config = json.dumps(TINY.model.config | {"fusion_dims": 3})
     assert "'fusion_dims'" in say("--model.config", config)
     assert "five" in say("--model.config", json.dumps(TINY.model.config | {"decoder_num_layers": "five"}))
@@ -453,6 +471,46 @@ def test_what_a_run_cannot_use_is_said_before_any_work(say, tmp_path, monkeypatc
     with monkeypatch.context() as patch:  # a launcher whose processes do not find each other
         patch.setenv("WORLD_SIZE", "2")
         assert "ACCELERATE_USE_CPU" in say()
+
+
+@pytest.mark.parametrize("option", ["pretrained", "vision_model", "text_model", "tokenizer"])
+@pytest.mark.parametrize("folder", ["/no/such/folder", "./no-such-folder", "outputs/no/folder"])
+def test_a_folder_that_is_not_there_is_named_before_any_work(say, option, folder, monkeypatch):
+    monkeypatch.setattr(train, "load_training_splits", lambda data: pytest.fail("the data were read"))
+    assert f"model.{option}: There is no folder {folder}." in say(f"--model.{option}", folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optimization": {"learning_rate": float("inf")}}, "learning_rate is inf"),
+        ({"optimization": {"max_grad_norm": float("inf")}}, "max_grad_norm is inf"),
+        ({"optimization": {"milestones": [0.5, 70]}}, "milestones are .*70.*from 0 to 1"),
+        ({"data": {"image_size": (0, 64)}}, r"image_size is \[0, 64\]"),
+        ({"data": {"copy_paste": 3}}, "data.copy_paste needs the feature cache"),
+        ({"data": {"cached_versions": 2}}, "frozen vision tower, but model.vision_tuning is 'full'"),
+        (
+            {"data": {"cached_versions": 2, "streaming": True}, "model": {"vision_tuning": "frozen"}},
+            "exclude each other",
+        ),
+        ({"augmentation": {"feature_dropout": 1.0}}, "feature_dropout is 1"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(options, message):
+    groups = {name: replace(getattr(TINY, name), **changes) for name, changes in options.items()}
+    with pytest.raises(ValueError, match=message):
+        check_settings(replace(TINY, **groups))
+
+
+def test_settings_that_make_sense_are_kept(tmp_path, monkeypatch):
+    assert check_settings(TINY) == TINY
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "text").mkdir()
+    given = replace(TINY, model=replace(TINY.model, text_model="~/text"))
+    assert check_settings(given).model.text_model == str(tmp_path / "text")
+    (tmp_path / "out").touch()
+    with pytest.raises(ValueError, match=r"output_dir is .*out, a file"):
+        check_settings(replace(TINY, output_dir=str(tmp_path / "out")))
 
 
 def test_a_refer_folder_without_a_tokenizer_or_split_is_named(say, tmp_path):

@@ -9,8 +9,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from training.support.hub_ids import folder_or_id
 
 MODEL_FOLDER = "model"  # the model's folder in a run's folder
 CONFIG, SETTINGS = "config.json", "settings.yaml"
@@ -45,9 +44,9 @@ def locate_model(given: str | Path) -> ModelLocation:
         FileNotFoundError: There is no such folder, and it cannot be an id on the Hub.
         ValueError: The folder holds no model.
     """
-    folder = Path(given)
+    folder = Path(folder_or_id(given))
     if not folder.is_dir():
-        if not _is_hub_id(str(given)):
+        if str(given).count("/") != 1:
             raise FileNotFoundError(f"There is no folder {given}, and an id on the Hub has the form user/name.")
         return ModelLocation(str(given), Path(), str(given), None)
     if not (folder / CONFIG).is_file():
@@ -59,11 +58,3 @@ def locate_model(given: str | Path) -> ModelLocation:
     if absolute.name == MODEL_FOLDER and not (folder / SETTINGS).is_file():
         home = folder.parent if folder.name == MODEL_FOLDER else absolute.parent  # the latter for "."
     return ModelLocation(str(folder), home, Path(os.path.abspath(home)).name, home / SETTINGS)
-
-
-def _is_hub_id(name: str) -> bool:
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return name.count("/") == 1
