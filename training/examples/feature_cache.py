@@ -37,7 +37,7 @@ from training.support.files import partial_folder, recover_folder, replace_folde
 
 logger = logging.getLogger(__name__)
 
-VERSION = 3  # of what is drawn and how it is kept; a change makes new folders
+VERSION = 4  # of what is drawn and how it is kept; a change makes new folders
 SEED = 20_240  # of the versions: they are the same for all runs, whatever these runs' seeds
 SAMPLE = 128  # versions, about, that stand for all of them
 BATCH = 8  # images that the tower takes at once

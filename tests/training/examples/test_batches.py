@@ -1,12 +1,14 @@
 """From rows to batches: variations keep words true and masks whole, what is drawn, what is shuffled, how it is collated."""
 
 import io
+import re
 from collections import Counter
 
 import datasets
 import numpy as np
 import pytest
 from builders import tiny_tokenizer
+from conftest import REFER_MINI, needs_refer_mini
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -23,7 +25,7 @@ from training.examples.batches import (
     shuffled_sentences,
 )
 from training.sources.masks import decode_mask, encode_mask
-from training.sources.refer import REFER_FEATURES
+from training.sources.refer import REFER_FEATURES, load_refer
 
 COLORS = {"red": (230, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 230), "yellow": (230, 230, 20)}
 PLAIN = AugmentationSettings()
@@ -95,11 +97,11 @@ def processor() -> SeraProcessor:
     return SeraProcessor(SeraImageProcessor(size={"height": 56, "width": 70}), tiny_tokenizer())
 
 
-# Words of a mirrored image
+# Words of a flipped image
 
 
 @pytest.mark.parametrize(
-    ("sentence", "mirrored"),
+    ("sentence", "flipped"),
     [
         ("left zebra", "right zebra"),
         ("the leftmost cup", "the rightmost cup"),
@@ -108,22 +110,74 @@ def processor() -> SeraProcessor:
         ("left-most (right)", "right-most (left)"),
         ("cup second from left.", "cup second from right."),
         ("zebra's left's neighbour", "zebra's right's neighbour"),
-        ("bright cup on an upright shelf beside the cleft", "bright cup on an upright shelf beside the cleft"),
-        ("leftovers", "leftovers"),
-        ("rights", "rights"),
+        ("girl on rights umbrella", "girl on lefts umbrella"),
+        ("the leftest dog", "the rightest dog"),
+        ("middleright, bottomright", "middleleft, bottomleft"),
+        ("mostleft cup", "mostright cup"),
+        ("righthanded batter", "lefthanded batter"),
+        ("2nd from theleft", "2nd from theright"),
+        ("3left", "3right"),
+        ("right of the lamp", "left of the lamp"),
+        ("the one on the right behind the cup", "the one on the left behind the cup"),
+        ("far right next to the wall", "far left next to the wall"),
+        ("top-right above the cup", "top-left above the cup"),
+        ("right, next to the man", "left, next to the man"),
+        ("man looking right near the wall", "man looking left near the wall"),
+        ("right out of view", "left out of view"),
         ("top of the bottom one", "top of the bottom one"),
     ],
 )
-def test_left_and_right_change_places(sentence, mirrored):
-    assert swap_left_right(sentence) == mirrored
-    assert swap_left_right(mirrored) == sentence
+def test_left_and_right_change_places(sentence, flipped):
+    assert swap_left_right(sentence) == flipped
+    assert swap_left_right(flipped) == sentence
+
+
+@pytest.mark.parametrize(
+    ("sentence", "flipped"),
+    [
+        ("black luggage bottom lef", "black luggage bottom right"),
+        ("rigth zebra", "left zebra"),
+        ("lefside", "rightside"),
+        ("bottomrigth", "bottomleft"),
+    ],
+)
+def test_misspelt_sides_change_places_too(sentence, flipped):
+    assert swap_left_right(sentence) == flipped
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        "bright cup on an upright shelf beside the cleft",
+        "leftovers, copyright, elefant, straight, slightly, downright",
+        "the chair right above the dog",
+        "zebra right behind the cup",
+        "chick right next to the girl",
+        "cup right in front of the bowl",
+        "RIGHT Below the lamp",
+        "the box that is right side up",
+    ],
+)
+def test_what_is_no_side_stays(sentence):
+    assert swap_left_right(sentence) == sentence
+
+
+@needs_refer_mini
+def test_few_sides_of_real_sentences_stay():
+    sentences = [text for rows in load_refer(REFER_MINI).values() for group in rows["sentences"] for text in group]
+    like_a_side = re.compile(r"[a-z]*(?:lef|rig[ht]|rihg)[a-z]*", re.IGNORECASE)
+    words = Counter(word for text in sentences for word in like_a_side.findall(text))
+    stay = Counter({word: number for word, number in words.items() if swap_left_right(word) == word})
+    other = {word for word in stay if re.fullmatch("b?rights?ly|bright(er|est)?|elefants?|upright", word)}
+    assert sum(words.values()) > 900
+    assert sum(number for word, number in stay.items() if word not in other) <= 2  # other misspellings, one of each
 
 
 def test_upper_case_sides_change_too():  # the tokenizer lower-cases, so case itself is free
     assert swap_left_right("Right zebra, LEFT cup, Leftmost").lower() == "left zebra, right cup, rightmost"
 
 
-def test_mirrored_images_carry_mirrored_words():
+def test_flipped_images_carry_flipped_words():
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8))
     masks = [rng.random((20, 30)) < 0.3 for _ in range(2)]
@@ -138,7 +192,7 @@ def test_mirrored_images_carry_mirrored_words():
     assert all(np.array_equal(got, mask) for got, mask in zip(twice[1], masks, strict=True))
 
 
-def test_a_mirrored_object_is_where_its_sentence_says():
+def test_a_flipped_object_is_where_its_sentence_says():
     rows = make_rows([{"red": ["left one"], "green": ["middle"], "blue": ["right one"]}] * 3)
     examples = examples_of(rows, STRONG)
     seen = set()
@@ -149,7 +203,7 @@ def test_a_mirrored_object_is_where_its_sentence_says():
             columns = dict(zip(example.text, places, strict=True))
             assert columns["left one"] < columns["middle"] < columns["right one"]
             seen.add(example.text.index("left one"))
-    assert seen == {0, 2}  # with and without mirroring
+    assert seen == {0, 2}  # with and without a flip
 
 
 # Other variations
