@@ -7,7 +7,7 @@ its siblings, jxu124/refcoco and its siblings, moondream/refcoco-m.
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import datasets
 import numpy as np
 
-from training.sources.images import open_image
+from training.sources.images import coco_id, open_image
 from training.sources.masks import decode_mask, merge_rles, segmentation_to_rle
 from training.sources.refer import REFER_FEATURES
 
@@ -26,9 +26,6 @@ Row = dict[str, Any]
 # Converted rows are cached under what they are made from, which holds the names of functions, not their code: to be raised with
 # every change of what conversion gives.
 _CONVERSION = 1
-
-# COCO's file names end in the image's id; copies append to it.
-_COCO_FILE = re.compile(r"COCO_[a-z]+\d{4}_(\d{12})")
 
 
 @dataclass(frozen=True)
@@ -113,19 +110,35 @@ class RowFolder:
             },
         )
 
-    def image_ids(self, split: str) -> list[int]:
-        """The COCO image id of every row as stored, in their order, read from no other column; negative where it tells none.
+    @property
+    def is_coco(self) -> bool:
+        """Whether all images are COCO's: true of the copies of RefCOCO."""
+        return self.layout.convert is not None
+
+    def images(self, split: str) -> Iterator[tuple[int, Row]]:
+        """The image id and the image of every row as stored, in their order, read from no other column.
+
+        The id is negative where a copy tells none. An image that is not there has a path alone.
 
         Raises:
             ValueError: Where there is no such split.
         """
         self.check_split(split)
         present = self._load(split, streaming=True).features
-        columns = [column for column in self.layout.id_columns if column in present]
-        if not columns:
-            return [-1]
+        columns = [column for column in (*self.layout.id_columns, "image", "image_path") if column in present]
         rows = self._load(split, streaming=True, columns=columns)
-        return [self.layout.image_id(row, number) for number, row in enumerate(rows)]
+        if "image" in present:
+            rows = rows.cast_column("image", datasets.Image(decode=False))
+        for number, row in enumerate(rows):
+            image = row.get("image") or {"path": self._path_of(row["image_path"]), "bytes": None}
+            yield self.layout.image_id(row, number), image
+
+    def _path_of(self, path: str) -> str:
+        folder = Path(str(self.image_dir)).expanduser().absolute()
+        try:
+            return str(_find_image(path, folder))
+        except ValueError:
+            return str(folder / path)
 
     def _load(self, split: str, streaming: bool, **options: Any) -> datasets.Dataset | datasets.IterableDataset:
         # By its files, so that no other split is copied to the cache.
@@ -212,10 +225,10 @@ def _size(image: Row) -> tuple[int, int]:
 
 
 def _coco_id(file_name: str) -> int:
-    found = _COCO_FILE.search(file_name or "")
+    found = coco_id(file_name)
     if found is None:
         raise ValueError(f"the file name {file_name!r} is none of COCO's, COCO_train2014_000000000000.jpg")
-    return int(found.group(1))
+    return found
 
 
 def _from_lmms_lab(row: Row, number: int, image_dir: str | None) -> list[Row]:

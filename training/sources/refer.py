@@ -130,7 +130,7 @@ def refer_images(
 ) -> dict[str, list[tuple[int, Path | None]]]:
     """Image id and file of every ref of each split of a REFER dataset; no mask is drawn and no image opened.
 
-    A file is None where instances.json does not tell it, or where it does not exist.
+    A file is None where instances.json does not tell it. One that does not exist is named all the same.
 
     Raises as load_refer does; ValueError also for a ref whose image_id is no integer.
     """
@@ -146,7 +146,7 @@ def refer_images(
             raise ValueError(f"{where}: its image_id must be an integer, got {shown(image_id)}")
         if image_id not in files:
             file_name = records.get(image_id, {}).get("file_name")
-            files[image_id] = _find_image(folders, file_name) if is_text(file_name) else None
+            files[image_id] = _find_image(folders, file_name) or folders[0] / file_name if is_text(file_name) else None
         images.setdefault(ref["split"], []).append((image_id, files[image_id]))
     return images
 

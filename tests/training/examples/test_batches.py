@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from builders import tiny_tokenizer
 from conftest import REFER_MINI, needs_refer_mini
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps, features
 from torch.utils.data import DataLoader
 
 from processing_sera import SeraImageProcessor, SeraProcessor
@@ -420,17 +420,69 @@ def ramp() -> np.ndarray:
     return np.tile(np.linspace(0, 255, 32).round().astype(np.uint8), (20, 1))
 
 
-def test_an_orientation_tag_does_not_turn_what_was_annotated(processor):
-    rows = make_rows([{"red": ["red"], "blue": ["blue"]}])
-    plain = image_as_annotated(rows[0])
+FORMATS = ["JPEG", "PNG", "WEBP", "TIFF", *(["AVIF"] if features.check("avif") else [])]
+
+
+def exif_of(tag: int) -> Image.Exif:
     exif = Image.Exif()
-    exif[0x0112] = 6
-    turned = rows[0] | {"image": {"path": None, "bytes": png(plain, exif=exif)}}
-    assert Image.open(io.BytesIO(turned["image"]["bytes"])).getexif()[0x0112] == 6
-    assert image_as_annotated(turned).tobytes() == plain.tobytes()
-    rows = datasets.Dataset.from_list([turned], features=REFER_FEATURES)
+    exif[ExifTags.Base.Orientation] = tag
+    return exif
+
+
+def tagged(image: Image.Image, tag: int, format_name: str) -> bytes:
+    """A file of these pixels with an orientation tag, nearly without loss."""
+    buffer = io.BytesIO()
+    options = {"TIFF": {}, "PNG": {}, "WEBP": {"lossless": True}}.get(
+        format_name, {"quality": 95, "subsampling": "4:4:4"}
+    )
+    image.save(buffer, format_name, exif=exif_of(tag), **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def corners() -> Image.Image:
+    """Another colour in each corner, 24 high and 36 wide: every turn of it looks different."""
+    quarters = np.array([[(230, 20, 20), (20, 200, 20)], [(20, 20, 230), (230, 230, 20)]], np.uint8)
+    return Image.fromarray(np.kron(quarters, np.ones((12, 18, 1), np.uint8)))
+
+
+@pytest.mark.parametrize("tag", range(1, 9))
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_one_rule_turns_images_of_every_format(corners, format_name, tag):
+    content = tagged(corners, tag, format_name)
+    shown = corners.copy()
+    shown.getexif()[ExifTags.Base.Orientation] = tag
+    shown = ImageOps.exif_transpose(shown)
+    for upright, path, expected in (
+        (None, None, shown),  # own data
+        (None, "mine.jpg", shown),
+        (None, "COCO_train2014_000000000009.jpg", corners),
+        (None, "000000000009.jpg", corners),
+        (True, "COCO_train2014_000000000009.jpg", shown),
+        (False, "mine.jpg", corners),
+    ):
+        row = {"image": {"path": path, "bytes": content}, "mask": {"size": [expected.height, expected.width]}}
+        row |= {} if upright is None else {"upright": upright}
+        seen = image_as_annotated(row)
+        assert seen.getexif().get(ExifTags.Base.Orientation) is None
+        assert np.abs(np.asarray(seen).astype(int) - np.asarray(expected)).max() < 40  # lossy formats blur the edges
+
+
+@pytest.mark.parametrize("tag", [3, 6])
+def test_a_mask_drawn_upright_lies_on_its_object(processor, tag):
+    row = make_rows([{"red": ["red"], "blue": ["blue"]}])[0]
+    shown = image_as_annotated(row)
+    turn = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90}[tag]
+    row = row | {"image": {"path": None, "bytes": png(shown.transpose(turn), exif=exif_of(tag))}}
+    rows = datasets.Dataset.from_list([row], features=REFER_FEATURES)
     inputs, _ = Collator(processor, with_labels=True)([examples_of(rows)[0]])
     assert np.abs(under_label(inputs, processor)[0] - COLORS["red"]).max() < 60
+
+
+def test_a_mask_of_the_turned_size_names_the_setting(corners):
+    row = {"image": {"path": None, "bytes": tagged(corners, 6, "PNG")}, "mask": {"size": [24, 36]}}
+    with pytest.raises(ValueError, match=r"its mask 36×24 pixels. Its orientation tag is 6: data\.orientation stored"):
+        image_as_annotated(row)
 
 
 @pytest.mark.parametrize("mode", ["L", "I;16", "1", "P", "CMYK", "RGBA", "LA"])

@@ -13,7 +13,7 @@ from training.configuration import DataSettings
 from training.examples.splits import load_splits
 from training.preparation import prepare_refer
 from training.sources.hub_layouts import RowFolder
-from training.sources.images import open_image
+from training.sources.images import content_hash, open_image
 from training.sources.masks import decode_mask
 from training.sources.refer import REFER_FEATURES
 
@@ -63,10 +63,14 @@ def test_a_copy_is_the_rows_that_it_was_made_from(folder, layout, streaming):
 
 
 @pytest.mark.parametrize("layout", ["lmms_lab", "jxu124"])
-def test_the_coco_ids_of_a_copy_are_known_from_one_column(folder, layout):
+def test_the_images_of_a_copy_are_known_without_its_masks(folder, layout):
     copy = copy_of(folder, layout)
-    assert copy.image_ids("train") == copy.read("train")["image_id"][:]
-    assert set(copy.image_ids("validation")) == set(SPLITS["val"])
+    rows = copy.read("train")
+    images = list(copy.images("train"))
+    assert [image_id for image_id, _ in images] == rows["image_id"][:]
+    for (_, image), row in zip(images, rows, strict=True):
+        assert content_hash(image) == content_hash(row["image"])
+    assert {image_id for image_id, _ in copy.images("validation")} == set(SPLITS["val"])
 
 
 def test_images_without_a_coco_id_are_told_apart_by_negative_numbers(folder):
@@ -74,7 +78,7 @@ def test_images_without_a_coco_id_are_told_apart_by_negative_numbers(folder):
     files = {row["image_id"]: row["image"]["bytes"] for row in rows}
     assert len(files) == len(SPLITS["train"]) and max(files) < 0
     assert all(row["image"]["bytes"] == files[row["image_id"]] for row in rows)
-    assert max(RowFolder(str(folder.root.parent / "RefCopy")).image_ids("train")) < 0
+    assert max(image_id for image_id, _ in RowFolder(str(folder.root.parent / "RefCopy")).images("train")) < 0
 
 
 def test_a_stream_is_not_copied(folder, datasets_cache):

@@ -409,9 +409,9 @@ def test_the_images_of_each_split_are_known_without_masks(folder):
     first = folder.image_folder / "COCO_0.png"
     assert refer_images(folder.root, "refcoco", "unc") == {
         "train": [(10, first), (10, first)],
-        "val": [(11, None)],
+        "val": [(11, folder.image_folder / "COCO_1.png")],
         "testA": [(10, first)],
-        "testB": [(11, None)],
+        "testB": [(11, folder.image_folder / "COCO_1.png")],
     }
 
 
