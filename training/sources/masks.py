@@ -156,14 +156,21 @@ def _decompress_runs(counts: bytes) -> list[int]:
 def polygon_points(polygon: Any) -> np.ndarray:
     """Returns a flat COCO polygon as points (N, 2), x before y, in pixels. Raises ValueError."""
     numbers = polygon if isinstance(polygon, (list, tuple)) else [None]
-    if not all(isinstance(number, Real) and not isinstance(number, bool) for number in numbers):
+    kinds = set(map(type, numbers))
+    if not kinds <= {int, float} and not all(issubclass(kind, Real) and kind is not bool for kind in kinds):
         raise ValueError(f"a polygon is a flat list of numbers [x0, y0, x1, ...], got {str(polygon)[:60]}")
     if len(polygon) % 2:
         raise ValueError(f"a polygon needs an even number of coordinates, got {len(polygon)}")
-    for number in polygon:
-        if not abs(number) <= MAX_COORDINATE:
-            raise ValueError(f"the coordinates of a polygon must be finite and sensible, got {number}")
-    return np.array(polygon, dtype=np.float64).reshape(-1, 2)
+    if polygon and not (max(polygon) <= MAX_COORDINATE and min(polygon) >= -MAX_COORDINATE):
+        raise ValueError(f"the coordinates of a polygon must be finite and sensible, got {_first_outside(polygon)}")
+    points = np.array(polygon, dtype=np.float64).reshape(-1, 2)
+    if np.isnan(points).any():  # which no comparison finds for certain
+        raise ValueError("the coordinates of a polygon must be finite and sensible, got nan")
+    return points
+
+
+def _first_outside(polygon: Sequence[float]) -> float:
+    return next(number for number in polygon if not abs(number) <= MAX_COORDINATE)
 
 
 def _clip(points: np.ndarray, height: int, width: int) -> np.ndarray:

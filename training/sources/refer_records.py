@@ -72,9 +72,10 @@ def is_number(value: Any, lowest: float = -MAX_COORDINATE) -> bool:
 
 def is_text(value: Any) -> bool:
     """Whether a value is a text that is not blank and can be written as Unicode."""
-    return (
-        isinstance(value, str) and bool(value.strip()) and not any("\ud800" <= letter <= "\udfff" for letter in value)
-    )
+    try:
+        return isinstance(value, str) and bool(value.strip()) and bool(value.encode())
+    except UnicodeEncodeError:  # half a surrogate pair
+        return False
 
 
 def shown(value: Any) -> str:
