@@ -11,6 +11,7 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativ
 
 Settings = TypeVar("Settings")
 Tuning = Literal["frozen", "norm_bias", "full"]
+Orientation = Literal["by_source", "upright", "stored"]
 
 
 @dataclass
@@ -110,7 +111,7 @@ class DataSettings:
     split_by: str = "unc"
     weight: PositiveFloat | None = None
     mix: list[MixedSet] = field(default_factory=list)
-    orientation: Literal["by_source", "upright", "stored"] = "by_source"
+    orientation: Orientation = "by_source"
     streaming: bool = False
     train_split: str = "train"
     val_split: str = "val"

@@ -114,6 +114,12 @@ def image_as_annotated(row: dict) -> Image.Image:
     Raises:
         ValueError: Where the image cannot be read, or is of another size than its mask.
     """
+    image, _ = open_as_annotated(row)
+    return Image.fromarray(np.asarray(to_rgb_image(image)))  # a fresh image carries no tag at all
+
+
+def open_as_annotated(row: dict) -> tuple[Image.Image, int]:
+    """As [`image_as_annotated`], in the file's own mode, with the orientation tag that it had, 1 to 8."""
     upright = is_drawn_upright(row)
     image, tag = open_upright(row["image"], upright)
     height, width = row["mask"]["size"]
@@ -123,7 +129,7 @@ def image_as_annotated(row: dict) -> Image.Image:
             hint = f" Its orientation tag is {tag}: data.orientation {'stored' if upright else 'upright'} would make them fit."
         name = row["image"]["path"] or "without a file name"
         raise ValueError(f"the image {name} is {image.width}×{image.height}, its mask {width}×{height} pixels.{hint}")
-    return Image.fromarray(np.asarray(to_rgb_image(image)))  # a fresh image carries no tag at all
+    return image, tag
 
 
 def draw_example(
@@ -282,6 +288,7 @@ __all__ = [
     "group_by_image",
     "image_as_annotated",
     "is_drawn_upright",
+    "open_as_annotated",
     "refuse_one_id",
     "shuffled_sentences",
 ]

@@ -80,7 +80,9 @@ def describe_contradiction(agreement: Agreement, rle: Mapping[str, Any], box: Bo
         if measured[2]
         else f"has no pixel in its image of {rle['size'][0]} x {rle['size'][1]}"
     )
-    said = f"{found}, its given box is {given} (IoU {agreement.box_iou:.2f}, needed are {MIN_BOX_IOU})"
+    said = (
+        f"{found}, its given box is {given} (their IoU is {agreement.box_iou:.2f}, {MIN_BOX_IOU} or more is accepted)"
+    )
     return f"{said}. {agreement.mistake}" if agreement.mistake else said
 
 

@@ -15,9 +15,11 @@ from typing import Any
 import datasets
 import numpy as np
 
+from training.sources.agreement import compare_mask, describe_contradiction
 from training.sources.images import coco_id, open_image
 from training.sources.masks import decode_mask, merge_rles, segmentation_to_rle
 from training.sources.refer import REFER_FEATURES
+from training.sources.row_checks import check_rows
 
 logger = logging.getLogger(__name__)
 
@@ -81,12 +83,16 @@ class RowFolder:
         """The rows of a split, REFER_FEATURES; with `streaming` nothing is copied, and the shards are read as they are needed.
 
         Raises:
-            ValueError: Where there is no such split, or, as they are read, for rows that cannot be converted, by their number.
+            ValueError: Where there is no such split, or for rows that cannot be used, by their number. With `streaming` copies are
+                checked as they are read, and prepared rows are taken as they are.
         """
         self.check_split(split)
         rows = self._load(split, streaming)
         if self.layout.convert is None:
-            return rows if rows.features == REFER_FEATURES else rows.cast(REFER_FEATURES)
+            rows = rows if rows.features == REFER_FEATURES else rows.cast(REFER_FEATURES)
+            if not streaming:
+                check_rows(rows, f"{self.name}, {split}")
+            return rows
         if self.layout.name == "lmms-lab" and split == "val":
             logger.warning(
                 "%s: the split val of this layout holds, for RefCOCO and RefCOCOg, the validation refs of UNC or UMD and "
@@ -215,6 +221,9 @@ def _make_row(image: Row, image_id: int, ref_id: int, sentences: Any, mask: Row,
     }
     if not decode_mask(mask).any():
         raise ValueError("its mask has no pixel")
+    agreement = compare_mask(mask, box)
+    if agreement.is_contradiction:
+        raise ValueError(f"its mask {describe_contradiction(agreement, mask, box)}")
     return row | known
 
 

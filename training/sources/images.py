@@ -71,8 +71,7 @@ def open_upright(value: Mapping[str, Any], upright: bool) -> tuple[PIL.Image.Ima
     Raises:
         ValueError: as `open_image`.
     """
-    tag = open_image(value, decode=False).getexif().get(Base.Orientation, 1)
-    image = open_image(value)
+    image, tag = _open(value, decode=True)
     if tag not in _TURNS:
         return image, 1
     if upright:
@@ -90,6 +89,11 @@ def open_image(value: Mapping[str, Any] | PIL.Image.Image, decode: bool = True) 
     orientation, see `open_upright`. Raises ValueError naming the file when it is missing, empty, truncated (as
     far as it is read), no image, or above Pillow's limit.
     """
+    return _open(value, decode)[0]
+
+
+def _open(value: Mapping[str, Any] | PIL.Image.Image, decode: bool) -> tuple[PIL.Image.Image, int]:
+    """An image and its orientation tag; 1 where it is not decoded."""
     if isinstance(value, PIL.Image.Image):
         path, data = getattr(value, "filename", None), None
     else:
@@ -101,9 +105,11 @@ def open_image(value: Mapping[str, Any] | PIL.Image.Image, decode: bool = True) 
         # From memory, so that no file stays open however late a decoder reads its metadata.
         if not isinstance(value, PIL.Image.Image):
             value = PIL.Image.open(io.BytesIO(Path(path).read_bytes() if data is None else data))
-        if decode:
-            value.load()
-        return value
+        if not decode:
+            return value, 1
+        tag = value.getexif().get(Base.Orientation, 1) if value.format == "TIFF" else None  # decoding drops it
+        value.load()
+        return value, value.getexif().get(Base.Orientation, 1) if tag is None else tag
     except PIL.UnidentifiedImageError as error:
         raise ValueError(f"the image {name} is damaged, or not an image") from error
     except Exception as error:  # damaged files make Pillow's decoders raise almost anything
