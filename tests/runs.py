@@ -83,7 +83,7 @@ def refer_settings(root: Path) -> TrainingSettings:
     """A made-up REFER folder with large objects, and towers as folders."""
     folder = Folder(root)
     for annotation in folder.annotations:
-        annotation["segmentation"] = [[4, 2, 58, 2, 58, 38, 4, 38]]
+        annotation.update(segmentation=[[4, 2, 58, 2, 58, 38, 4, 38]], bbox=[4, 2, 54, 36])
     folder.load()
     torch.manual_seed(0)
     Dinov2Model(Dinov2Config(**VISION, patch_size=14)).save_pretrained(root / "vision")

@@ -14,6 +14,7 @@ from training.support.hub_ids import folder_or_id
 
 Settings = TypeVar("Settings")
 Tuning = Literal["frozen", "norm_bias", "full"]
+Orientation = Literal["by_source", "upright", "stored"]
 
 
 @dataclass
@@ -49,6 +50,28 @@ class ModelSettings:
 
 
 @dataclass
+class MixedSet:
+    """A further set to train on, see `DataSettings.mix`.
+
+    Args:
+        source: "refer" for a folder in the REFER layout, "folder" for one that `preparation.py` made or a copy of RefCOCO on the
+            Hub.
+        root: The REFER folder; or the prepared folder, or the Hub's "owner/name". None: `data.root`.
+        dataset: Name of the REFER set.
+        split_by: Whose split of the REFER set.
+        image_dir: Folder of the images, where they do not lie under `root`. None: without a `root` of its own `data.image_dir`.
+        weight: Share of this set in the draws of an epoch, relative to the other weights. None: every object once an epoch.
+    """
+
+    source: Literal["refer", "folder"] = "refer"
+    root: str | None = None
+    dataset: str = "refcoco"
+    split_by: str = "unc"
+    image_dir: str | None = None
+    weight: PositiveFloat | None = None
+
+
+@dataclass
 class DataSettings:
     """What it is trained and scored on.
 
@@ -59,8 +82,12 @@ class DataSettings:
         image_dir: Folder of the images, where they do not lie under `root`.
         dataset: Name of the REFER set, such as "refcoco" or "refcoco+".
         split_by: Whose split, such as "unc" or "umd".
-        mix: Further sets to train on: "dataset/split_by" names of REFER sets under `root`, or further folders. Images that stand
-            in another split of any of the sets are then left out of training.
+        weight: Share of the set above in the draws of an epoch, where `mix` names further sets. Either all sets have a weight or
+            none has one: then an epoch draws every object once.
+        mix: Further sets to train on. Images that stand in another split of any of the sets are then left out of training.
+        orientation: Which pixels masks are drawn on where an image has an orientation tag: "upright" for the image as viewers and
+            annotation programs show it, "stored" for the pixels as the file holds them. "by_source": stored for images with one of
+            COCO's file names, as COCO's annotations mean them, and upright for all others.
         streaming: Read the training rows of folders as they are needed, instead of copying them to the cache first.
         train_split: Split that is trained on.
         val_split: Split that chooses the best epoch; the only one that training looks at.
@@ -88,7 +115,9 @@ class DataSettings:
     image_dir: str | None = None
     dataset: str = "refcoco"
     split_by: str = "unc"
-    mix: list[str] = field(default_factory=list)
+    weight: PositiveFloat | None = None
+    mix: list[MixedSet] = field(default_factory=list)
+    orientation: Orientation = "by_source"
     streaming: bool = False
     train_split: str = "train"
     val_split: str = "val"

@@ -14,7 +14,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from huggingface_hub.utils import validate_repo_id
 
-from training.configuration import TrainingSettings, dump_settings, load_settings
+from training.configuration import DataSettings, MixedSet, TrainingSettings, dump_settings, load_settings
 from training.learning.building import IMAGE_SIZE
 from training.scoring.metric import SentenceScore, summarize
 from training.scoring.reports import data_name, format_report, model_index
@@ -188,7 +188,7 @@ def _describe_training(run: TrainingRun | None) -> str:
         return "There is no record of this model's training."
     settings, optimization = run.settings, run.settings.optimization
     data, model = settings.data, settings.model
-    sets = ", ".join([data_name({"data": asdict(data)}), *(str(without_folders(name)) for name in data.mix)])
+    sets = ", ".join(_set_name(part, data) for part in (data, *data.mix))
     start = {"vision tower": model.vision_model, "text tower": model.text_model}
     if model.pretrained:
         start = {"whole model": model.pretrained}
@@ -231,12 +231,22 @@ def _describe_training(run: TrainingRun | None) -> str:
     return "\n".join(lines)
 
 
+def _set_name(part: DataSettings | MixedSet, data: DataSettings) -> str:
+    """A set of a mixture, with its folder where that is not the first set's, and its weight."""
+    name = data_name({"data": asdict(part) | {"root": part.root or data.root}})
+    if part.source == "refer" and part.root not in (None, data.root):
+        name += f" in {Path(part.root).name}"
+    return name + (f", weight {part.weight:g}" if part.weight else "")
+
+
 def _dataset_ids(run: TrainingRun) -> list[str]:
     data = run.settings.data
-    if data.source == "refer":
-        return list(dict.fromkeys([data.dataset, *(name.partition("/")[0] for name in data.mix)]))
-    roots = [data.root, *data.mix] if data.source == "folder" else []
-    return [root for root in roots if _is_hub_id(root, run)]
+    parts = [data, *data.mix]
+    names = [
+        part.dataset if part.source == "refer" else part.root or data.root for part in parts if part.source != "scenes"
+    ]
+    folders = {part.root or data.root for part in parts if part.source == "folder"}
+    return [name for name in dict.fromkeys(names) if name not in folders or _is_hub_id(name, run)]
 
 
 def _base_models(run: TrainingRun) -> list[str]:

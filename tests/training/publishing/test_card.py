@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 
 from training.configuration import (
     DataSettings,
+    MixedSet,
     ModelSettings,
     OptimizationSettings,
     TrainingSettings,
@@ -166,7 +167,8 @@ def test_towers_and_data_are_named_by_their_ids_and_folders_are_not(tmp_path, mo
     (tmp_path / "towers" / "clip").mkdir(parents=True)
     (tmp_path / "prepared" / "refcoco").mkdir(parents=True)
     towers = ModelSettings(vision_model="facebook/dinov2-with-registers-base", text_model="towers/clip")
-    data = DataSettings(source="folder", root="prepared/refcoco", mix=["lmms-lab/RefCOCO", str(tmp_path / "other")])
+    further = [MixedSet(source="folder", root=root) for root in ("lmms-lab/RefCOCO", str(tmp_path / "other"))]
+    data = DataSettings(source="folder", root="prepared/refcoco", mix=further)
     run = write_run(tmp_path / "outputs" / "trial", model=towers, data=data)
     monkeypatch.chdir("/")  # the folders are found from the run too
     card = make_card([], run)
@@ -175,9 +177,15 @@ def test_towers_and_data_are_named_by_their_ids_and_folders_are_not(tmp_path, mo
         "lmms-lab/RefCOCO"
     ]
     assert str(tmp_path) not in card
-    refer = DataSettings(source="refer", root=str(tmp_path), dataset="refcoco", mix=["refcoco+/unc", "refcocog/umd"])
+    further = [
+        MixedSet(dataset="refcoco+", weight=1),
+        MixedSet(root=str(tmp_path / "g"), dataset="refcocog", weight=0.5),
+    ]
+    refer = DataSettings(source="refer", root=str(tmp_path), dataset="refcoco", weight=2, mix=further)
     whole = ModelSettings(pretrained="someone/sera-base", vision_model="facebook/dinov2-base")
-    metadata = front_matter(make_card([], write_run(tmp_path / "second", model=whole, data=refer)))
+    card = make_card([], write_run(tmp_path / "second", model=whole, data=refer))
+    assert "RefCOCO (unc), weight 2, RefCOCO+ (unc), weight 1, RefCOCOg (unc) in g, weight 0.5" in card
+    metadata = front_matter(card)
     assert metadata["datasets"] == ["refcoco", "refcoco+", "refcocog"] and metadata["base_model"] == [
         "someone/sera-base"
     ]
