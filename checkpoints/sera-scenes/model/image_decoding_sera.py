@@ -1,0 +1,1 @@
+../../../processing_sera/image_decoding_sera.py
