@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -190,6 +191,17 @@ class SeraProcessor(ProcessorMixin):
         input_ids = np.full(attention_mask.shape, self.tokenizer.pad_token_id, np.int64)
         input_ids[attention_mask == 1] = np.concatenate(ids)
         return input_ids, attention_mask
+
+    @classmethod
+    def _load_tokenizer_from_pretrained(
+        cls, sub_processor_type: str, pretrained_model_name_or_path: Any, subfolder: str = "", **kwargs: Any
+    ) -> PreTrainedTokenizerBase:
+        # The tokenizer's own file names its class. Without a configuration transformers would load the model's, and ask
+        # whether to run its code where `modeling_sera` is not imported.
+        kwargs.setdefault("config", PreTrainedConfig())
+        return super()._load_tokenizer_from_pretrained(
+            sub_processor_type, pretrained_model_name_or_path, subfolder=subfolder, **kwargs
+        )
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
         """Save image processor, tokenizer and threshold.
