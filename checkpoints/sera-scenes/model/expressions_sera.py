@@ -1,0 +1,1 @@
+../../../processing_sera/expressions_sera.py
