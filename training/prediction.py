@@ -186,14 +186,16 @@ def _parser() -> OneLineParser:
         epilog='example: sera-segment photo.jpg "left zebra" "zebra drinking" --model outputs/demo/model --out prediction',
     )
     parser.add_argument("photo", help="file or URL of the photograph")
-    parser.add_argument("expressions", nargs="+", type=_expression, metavar="expression", help="what to segment")
+    parser.add_argument(
+        "expressions", nargs="+", type=expression_argument, metavar="expression", help="what to segment"
+    )
     parser.add_argument("--model", required=True, metavar="MODEL", help="folder or Hub id of a SERA")
     parser.add_argument(
         "--out", default="prediction", metavar="DIR", help="folder for the files (default: %(default)s)"
     )
     parser.add_argument(
         "--threshold",
-        type=_probability,
+        type=probability_argument,
         metavar="P",
         help="probability, between 0 and 1, above which a pixel is in the mask (default: the model's own)",
     )
@@ -214,7 +216,8 @@ def _parser() -> OneLineParser:
     return parser
 
 
-def _expression(text: str) -> str:
+def expression_argument(text: str) -> str:
+    """An expression of a command line; `ArgumentTypeError` where it says nothing."""
     try:
         text.encode()
     except UnicodeEncodeError:  # the system's bytes that are no UTF-8 arrive as lone surrogates
@@ -224,7 +227,8 @@ def _expression(text: str) -> str:
     return text
 
 
-def _probability(text: str) -> float:
+def probability_argument(text: str) -> float:
+    """A probability of a command line, between 0 and 1; `ArgumentTypeError` for anything else."""
     try:
         value = float(text)
     except ValueError:
