@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 OUT := outputs/demo
 CHECKPOINT := checkpoints/sera-scenes
 
-.PHONY: demo test lint checkpoint-code clean
+.PHONY: demo test bench lint checkpoint-code clean
 
 # Memory that a step frees is kept for the next step and not given back to the system. It saves a sixth of the time of small models.
 export MALLOC_MMAP_THRESHOLD_ := 1073741824
@@ -26,6 +26,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# What takes too long for the tests: 20,000 images, segmented in a memory that does not grow.
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/dataset_segmentation.py --model $(CHECKPOINT)/model
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -191,7 +191,11 @@ def _parser() -> OneLineParser:
     )
     parser.add_argument("photo", help="file or URL of the image")
     parser.add_argument(
-        "expressions", nargs="+", type=_expression, metavar="expression", help="a phrase that describes what to segment"
+        "expressions",
+        nargs="+",
+        type=expression_argument,
+        metavar="expression",
+        help="a phrase that describes what to segment",
     )
     parser.add_argument(
         "--model", required=True, metavar="MODEL", help="a run's folder, the model's own, or an id on the Hub"
@@ -201,7 +205,7 @@ def _parser() -> OneLineParser:
     )
     parser.add_argument(
         "--threshold",
-        type=_probability,
+        type=probability_argument,
         metavar="P",
         help="probability, between 0 and 1, above which a pixel is in the mask (default: the model's own)",
     )
@@ -222,7 +226,8 @@ def _parser() -> OneLineParser:
     return parser
 
 
-def _expression(text: str) -> str:
+def expression_argument(text: str) -> str:
+    """An expression of a command line; `ArgumentTypeError` where it says nothing."""
     try:
         text.encode()
     except UnicodeEncodeError:  # bytes that are not UTF-8 arrive as lone surrogates
@@ -232,7 +237,8 @@ def _expression(text: str) -> str:
     return text
 
 
-def _probability(text: str) -> float:
+def probability_argument(text: str) -> float:
+    """A probability of a command line, between 0 and 1; `ArgumentTypeError` for anything else."""
     try:
         value = float(text)
     except ValueError:

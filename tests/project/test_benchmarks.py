@@ -71,6 +71,18 @@ def test_inference_speed(tmp_path):
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_dataset_segmentation(tmp_path):
+    command = [sys.executable, "benchmarks/dataset_segmentation.py", "--images", "120", "--forms", "folder"]
+    command += ["--output", str(tmp_path / "segmentation.json"), "--limit_mib", "500"]
+    done = subprocess.run(command, cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "segmentation.json").read_text())["forms"]["folder"]
+    assert figures["images"] == 120 and sum(figures["shares"].values()) == pytest.approx(1)
+    assert figures["images_per_second_per_core"] == pytest.approx(120 / figures["seconds"])
+    first, last = figures["memory_mib"].values()
+    assert first > 100 and last - first == pytest.approx(figures["growth_mib"]) and "| folder | 120 |" in done.stderr
+
+
 def test_sera_b_computes_no_more_than_its_budget(monkeypatch):
     monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
     from subjects import count_flops

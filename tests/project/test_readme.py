@@ -14,6 +14,7 @@ from conftest import REPOSITORY
 from documents import README, blocks, commands
 from transformers import CLIPConfig, CLIPModel, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
+from training.sources.asked_images import IMAGE_SUFFIXES
 from training.sources.hub_layouts import RowFolder
 from training.sources.images import open_image
 
@@ -134,3 +135,15 @@ def test_train_use_and_evaluate(run):
     assert "2 the spotted triangle" in run("python serve.py")
     (command,) = commands("Share")
     assert "model.safetensors" in run(command)
+
+
+def test_segment_many_images(run):
+    (command,) = commands("Segment many images")
+    assert "masks is complete" in run(command)
+    snippets = [
+        block for text in TEXTS for block in re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    ]
+    (snippet,) = (snippet for snippet in snippets if "masks/parts" in snippet)
+    (run.place / "read_masks.py").write_text(snippet + "\nprint(len(good), mask.dtype)\n")
+    images = [path for path in (REPOSITORY / "docs").rglob("*") if path.suffix in IMAGE_SUFFIXES]
+    assert f"{2 * len(images)} bool" in run("python read_masks.py")

@@ -16,7 +16,7 @@ FLOORS = (
     {"examples"},
     {"scoring", "distil_text"},
     {"ablations", "evaluation", "prediction", "publishing"},
-    {"ablation", "experts", "export", "push", "scene_statistics", "train"},
+    {"ablation", "experts", "export", "push", "scene_statistics", "segment", "train"},
 )
 MODULES = sorted(TRAINING.rglob("*.py"))
 MAX_LINES = 600

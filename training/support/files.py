@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +43,18 @@ def write_binary(path: Path, write: Callable[[Path], object]) -> None:
     write(partial)
     _sync(partial)
     os.replace(partial, path)
+
+
+def write_once(path: Path, write: Callable[[Path], object]) -> None:
+    """As `write_binary`, but under a temporary name of its own: several processes may write the same file at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_path(path).with_suffix(f".{uuid.uuid4().hex}.partial")
+    try:
+        write(partial)
+        _sync(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def sha256_of(path: Path) -> str:
