@@ -20,7 +20,7 @@ NAMED = 6  # expressions that a message names
 
 
 class LossLog:
-    """`losses.jsonl`: one line per step of the optimiser, with the loss over all processes.
+    """`losses.jsonl`: one line per step of the optimizer, with the loss over all processes.
 
     A line that a killed run left half-written is dropped when the run goes on, with all lines after the checkpoint's step.
     """
