@@ -1,0 +1,1 @@
+../../../processing_sera/collation_sera.py
