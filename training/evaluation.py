@@ -187,6 +187,8 @@ def _ask(
         sources = (source for example in batch for source in example.sources)
         truths = (mask for example in batch for mask in example.masks)
         inputs = inputs.to(accelerator.device)
+        one_each = torch.arange(len(inputs["input_ids"]), device=accelerator.device)  # what the processor leaves out
+        inputs.setdefault("image_index", one_each)
         with torch.inference_mode(), accelerator.autocast():
             outputs = model(**inputs, max_expressions=max_expressions)
         answers = {name: outputs[name] for name in ("logits", "presence_logits") if outputs.get(name) is not None}

@@ -71,7 +71,8 @@ class OnnxSegmentation(nn.Module):
         self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
     def forward(self, **inputs: Tensor) -> SeraReferringSegmentationOutput:
-        """Map the processor's outputs (with `image_index`) to `logits` and, if the model has them, `presence_logits`."""
+        """Map the processor's outputs to `logits` and, if the model has them, `presence_logits`."""
+        inputs.setdefault("image_index", torch.arange(len(inputs["input_ids"])))  # the graph always needs it
         feed = {node.name: inputs[node.name].numpy() for node in self.session.get_inputs()}
         names = [node.name for node in self.session.get_outputs()]
         found = zip(names, self.session.run(names, feed), strict=True)

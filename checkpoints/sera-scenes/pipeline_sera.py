@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from transformers import Pipeline
 
+from .collation_sera import join_rows
 from .image_decoding_sera import as_image_list, as_list, is_undecoded
 
 
@@ -122,19 +123,8 @@ class ReferringImageSegmentationPipeline(Pipeline):
 
     def _join(self, items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """The processor's outputs for single images, as it would have given them for all at once."""
-        longest = max(item["input_ids"].shape[1] for item in items)
-
-        def pad(rows: torch.Tensor, value: int) -> torch.Tensor:
-            return torch.nn.functional.pad(rows, (0, longest - rows.shape[1]), value=value)
-
-        pad_token_id = self.processor.tokenizer.pad_token_id
-        return {
-            "pixel_values": torch.cat([item["pixel_values"] for item in items]).to(self.model.dtype),
-            "original_sizes": torch.cat([item["original_sizes"] for item in items]),
-            "input_ids": torch.cat([pad(item["input_ids"], pad_token_id) for item in items]),
-            "attention_mask": torch.cat([pad(item["attention_mask"], 0) for item in items]),
-            "image_index": torch.cat([item["image_index"] + i for i, item in enumerate(items)]),
-        }
+        batch = join_rows(items, self.processor.tokenizer.pad_token_id)
+        return {**batch, "pixel_values": batch["pixel_values"].to(self.model.dtype)}
 
     def _run_model(self, features: dict[str, torch.Tensor], max_expressions: int) -> dict[str, torch.Tensor]:
         """`logits` (N, h, w) and, where the model gives them, `presence_logits` (N,)."""

@@ -93,9 +93,11 @@ class SeraProcessor(ProcessorMixin):
 
         Returns:
             Where images are given, `pixel_values` float32 (B, 3, H, W) and `original_sizes` int64 (B, 2).
-            Where text is, `input_ids` and `attention_mask` int64 (N, L), padded on the right. With images or with several
-            expressions in one list, `image_index` int64 (N,), the row of `pixel_values` that each expression is about. Where
-            masks are, `labels` float32 (N, H, W) in [0, 1] and -1 where pixels are left out, see `letterbox_masks`.
+            Where text is, `input_ids` and `attention_mask` int64 (N, L), padded on the right. Unless every image has exactly
+            one expression, `image_index` int64 (N,), the row of `pixel_values` that each expression is about. Where masks are,
+            `labels` float32 (N, H, W) in [0, 1] and -1 where pixels are left out, see `letterbox_masks`.
+
+            Without `image_index` rows can be stored, shuffled and batched again. `SeraDataCollator` does this for rows with it.
 
         Raises:
             ValueError: an empty expression, more or fewer texts than images, masks that do not match, an
@@ -119,7 +121,7 @@ class SeraProcessor(ProcessorMixin):
                 masks = _flattened_masks(masks, groups, is_single=isinstance(text, str), is_nested=is_nested)
             data |= self._tokenize([expression for group in groups for expression in group], **options)
             index = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
-            if images is not None or len(index) != len(groups):
+            if any(len(group) != 1 for group in groups):
                 data["image_index"] = index
         if images is not None:
             data = {**self.image_processor(images), **data}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from builders import Folder, image_bytes, special_ids, tiny_tokenizer
 from conftest import REPOSITORY
-from documents import README, blocks, commands
+from documents import README, TEXTS, blocks, commands
 from transformers import CLIPConfig, CLIPModel, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 from training.sources.asked_images import IMAGE_SUFFIXES

@@ -12,11 +12,11 @@ TRAINING = REPOSITORY / "training"
 FLOORS = (
     {"configuration", "support"},
     {"sources"},
-    {"learning", "preparation"},
+    {"learning"},
     {"examples"},
     {"scoring", "distil_text"},
     {"ablations", "evaluation", "prediction", "publishing"},
-    {"ablation", "experts", "export", "push", "scene_statistics", "segment", "train"},
+    {"ablation", "experts", "export", "preparation", "push", "scene_statistics", "segment", "train"},
 )
 MODULES = sorted(TRAINING.rglob("*.py"))
 MAX_LINES = 600

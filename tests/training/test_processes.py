@@ -59,7 +59,7 @@ WEIGHING = """
 import sys
 from pathlib import Path
 from accelerate import Accelerator
-from test_steps import *
+from weighing import *
 
 every = uneven_batches((1, 4, 2, 3))
 expected, loss = expected_gradients(every)
