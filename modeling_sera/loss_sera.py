@@ -10,6 +10,8 @@ from .configuration_sera import SeraConfig
 def mask_segmentation_loss(logits: Tensor, labels: Tensor, config: SeraConfig) -> Tensor:
     """Weighted binary cross-entropy plus Dice on area-averaged targets (ours).
 
+    Both are means over the expressions of a mean over each expression's own pixels, so that all expressions weigh the same.
+
     Args:
         logits: (N, h, w).
         labels: (N, H, W) masks in [0, 1], negative where a pixel does not count. The target of a logit is the mean of the labels
@@ -28,13 +30,13 @@ def mask_segmentation_loss(logits: Tensor, labels: Tensor, config: SeraConfig) -
     )
     covered, counted = shrunk.unbind(1)
     targets = (covered / counted.clamp(min=torch.finfo(torch.float32).tiny)).clamp(max=1)
-    bce = (binary_cross_entropy_with_logits(logits, targets, reduction="none") * counted).sum()
-    bce = bce / counted.sum().clamp(min=1)
+    bce = (binary_cross_entropy_with_logits(logits, targets, reduction="none") * counted).sum(dim=(1, 2))
+    bce = bce / counted.sum(dim=(1, 2)).clamp(min=1)
     probability = logits.sigmoid() * counted
     overlap = (probability * targets).sum(dim=(1, 2))
     total = probability.sum(dim=(1, 2)) + covered.sum(dim=(1, 2))
     dice = 1 - (2 * overlap + 1) / (total + 1)
-    return config.bce_loss_weight * bce + config.dice_loss_weight * dice.mean()
+    return config.bce_loss_weight * bce.mean() + config.dice_loss_weight * dice.mean()
 
 
 def area_average(masks: Tensor, size: tuple[int, int]) -> Tensor:

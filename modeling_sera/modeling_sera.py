@@ -60,7 +60,8 @@ class SeraReferringSegmentationOutput(ModelOutput):
     Output of [`SeraForReferringSegmentation`]. N is the number of expressions.
 
     Attributes:
-        loss: Scalar, the sum of the three losses below that are there. With labels only.
+        loss: Scalar, the sum of the three losses below that are there. With labels only. With `num_items_in_batch`, this batch's
+            share of a step's loss.
         logits: (N, h, w) mask logits over the (letterboxed) input; h and w are four times the grid of patches.
         presence_logits: (N,), positive where the image holds what the expression means. With `config.predict_presence` only.
         mask_loss: Scalar, weighted binary cross-entropy plus Dice. With labels only.
@@ -95,7 +96,7 @@ class SeraPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     # No flash attention: the one of transformers unpads queries by the mask of the keys, which are other tokens here.
     _supports_attention_backend = True
-    accepts_loss_kwargs = False  # else the Trainer expects the model to divide by the number of accumulated batches
+    accepts_loss_kwargs = True  # Trainer then tells the size of a step, in which every expression weighs the same
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -471,6 +472,7 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
         output_router_weights: bool = False,
         max_expressions: int | None = None,
         image_states: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         **kwargs,
     ) -> SeraReferringSegmentationOutput:
         """
@@ -488,6 +490,9 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
                 float32), and more with more patches.
             image_states: (B, states, num_prefix + H·W, hidden_size), cached features of `SeraVisionEncoder.encode_states`, so
                 that training does not run frozen blocks again. Of `pixel_values` only the size is then used.
+            num_items_in_batch: Number of label values in all batches that make one step, as `Trainer` counts them. `loss` is then
+                this batch's share of the step's loss: the shares add up to the mean over all expressions of the step. `None`:
+                `loss` is the mean over this batch's expressions.
             **kwargs: `return_dict=False` gives a tuple. Other names are ignored, so that `model(**inputs)` works with all that
                 the processor returns, such as `original_sizes`.
 
@@ -529,6 +534,8 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
             if presence_logits is not None:
                 presence_loss = presence_detection_loss(presence_logits, labels)
             loss = sum(part for part in (mask_loss, presence_loss, router_aux_loss) if part is not None)
+            if num_items_in_batch is not None:
+                loss = loss * (labels.numel() / num_items_in_batch)
         return SeraReferringSegmentationOutput(
             loss=loss,
             logits=logits,

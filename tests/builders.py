@@ -101,14 +101,15 @@ class Folder:
             for i, split in enumerate(splits)
         ]
         square = [4, 4, 14, 4, 14, 14, 4, 14]
-        forms = [[square], [square], {"size": [40, 60], "counts": [5, 7, 2388]}]
+        run, of_run = {"size": [40, 60], "counts": [5, 7, 2388]}, [0, 5, 1, 7]
+        forms = [([square], [4, 4, 10, 10]), ([square], [4, 4, 10, 10]), (run, of_run)]
         self.annotations = [
             {
                 "id": 500 + i,
                 "image_id": 10 + i % 2,
                 "category_id": 3,
-                "bbox": [4, 4, 10, 10],
-                "segmentation": forms[i % 3],
+                "bbox": forms[i % 3][1],
+                "segmentation": forms[i % 3][0],
             }
             for i in range(5)
         ]

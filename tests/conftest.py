@@ -21,7 +21,17 @@ REFER_MINI = REPOSITORY.parent / "shared" / "data" / "refer-mini"
 # Files of few, long tests. They begin, or one process would end with them while the other has nothing left to do.
 LONG_FILES = [
     f"test_{name}.py"
-    for name in ("readme", "clean_environment", "ablation_run", "restart", "benchmarks", "processes", "space", "export")
+    for name in (
+        "readme",
+        "clean_environment",
+        "ablation_run",
+        "segment",
+        "restart",
+        "benchmarks",
+        "processes",
+        "space",
+        "export",
+    )
 ]
 
 

@@ -1,7 +1,8 @@
-"""What the experts of a trained model do: `python training/experts.py RUN/model --split test`.
+"""Measure and draw what the experts of a trained model do: `python training/experts.py RUN --split test`. (Ours.)
 
-Writes, beside the model, `experts.md` and `.json` (routing weights by kind of expression, how evenly the experts are used, and the
-scores with each fusion expert left out), `experts-routing.png` and `experts-maps.png` (where an expert changes the answer). (Ours.)
+It writes `experts.md` and `experts.json` into the run's folder: the routing weights by kind of expression, how evenly the experts
+are used, and the scores without each fusion expert. It also draws `experts-routing.png`, and `experts-maps.png`, which shows where
+an expert changes the answer.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from modeling_sera import SeraForReferringSegmentation
 from modeling_sera.fusion_sera import EXPERT_NAMES
 from processing_sera import SeraProcessor
 from training.configuration import DataSettings, default_data
-from training.evaluation import model_name, score_sentences
+from training.evaluation import score_sentences
 from training.examples.batches import Collator, EvaluationExamples, image_as_annotated
 from training.examples.splits import load_splits
 from training.learning.building import load_whole
@@ -39,6 +40,7 @@ from training.scoring.slices import wording_of
 from training.support.commands import run_command
 from training.support.environment import command_line, describe_hardware, library_versions
 from training.support.files import write_binary, write_text
+from training.support.model_location import locate_model
 
 logger = logging.getLogger(__name__)
 
@@ -49,13 +51,13 @@ Weights = dict[str, dict[str, float]]  # per router the mean weight of each expe
 def routing_by_kind(
     model: SeraForReferringSegmentation, processor: SeraProcessor, rows: datasets.Dataset, batch_size: int = 8
 ) -> tuple[dict[str, Weights], dict[str, Any]]:
-    """The mean weight of every expert over the expressions of each kind, and the routers' health over all of them.
+    """The mean weight of every expert over the expressions of each kind, and the routers' health over all expressions.
 
-    The kinds are the split's own; where it has one alone, those of `training.scoring.slices.wording_of`.
+    The kinds are the split's own. If the split has only one kind, they are those of `training.scoring.slices.wording_of`.
 
     Returns:
-        Per kind, "all" first, and per router ("tap 2", "adapter 3": the depth, the block) the experts' weights; and what
-        `RoutingHealth.summary` gives.
+        The experts' weights per kind ("all" first) and per router ("tap 2" with its depth, "adapter 3" with its block), and the
+        result of `RoutingHealth.summary`.
     """
     kinds, sentences = rows["sentence_kinds"][:], rows["sentences"][:]
     has_kinds = len({kind for group in kinds for kind in group}) > 1
@@ -93,7 +95,7 @@ def routing_by_kind(
 def scores_without_experts(
     model: SeraForReferringSegmentation, processor: SeraProcessor, rows: datasets.Dataset, whole: list[SentenceScore]
 ) -> dict[str, Any]:
-    """Per fusion expert the metrics of METRICS with it left out: "value", "difference" from `whole`, and its "interval"."""
+    """Per fusion expert the METRICS without it: "value", "difference" from `whole`, and the "interval" of the difference."""
     image_ids = rows["image_id"][:]
     images = [image_ids[score.row] for score in whole]
     found = {}
@@ -114,7 +116,7 @@ def scores_without_experts(
 
 
 def format_experts(record: dict[str, Any]) -> str:
-    """What was found as Markdown."""
+    """The record as Markdown."""
     lines = [
         f"# Experts of {record['model']}, split {record['split']}",
         "",
@@ -131,8 +133,8 @@ def format_experts(record: dict[str, Any]) -> str:
     if record["health"]["taps"]:
         lines += [
             "",
-            "How evenly the fusion experts are used (entropy: of the weights, mean over samples, 100 where all are equal; "
-            "selected: share of samples whose top k hold the expert).",
+            "How evenly the fusion experts are used. Entropy: entropy of the weights, mean over samples; 100 if all are equal. "
+            "Selected: share of samples that have the expert among their top k.",
             "",
         ]
         lines += ["| tap | least share | greatest share | least selected | entropy |", "|---|--:|--:|--:|--:|"]
@@ -143,8 +145,8 @@ def format_experts(record: dict[str, Any]) -> str:
     if record["without"]:
         lines += [
             "",
-            f"Scores with one fusion expert left out at every tap, the others routed as before; in brackets {LEVEL:.0%} of "
-            f"the differences in {RESAMPLES} paired resamples of images. A model trained without the expert may do better.",
+            f"Scores without one fusion expert at every tap. The other experts are routed as before. In brackets: {LEVEL:.0%} of "
+            f"the differences in {RESAMPLES} paired resamples of images. A model that is trained without the expert may be better.",
             "",
         ]
         lines += [
@@ -167,7 +169,7 @@ def format_experts(record: dict[str, Any]) -> str:
 
 
 def draw_routing(routing: dict[str, Weights], path: Path) -> None:
-    """One panel per router: kinds of expression down, experts across, mean weights as numbers and shades."""
+    """One panel per router. Rows are kinds of expression, columns are experts; numbers and shades show the mean weights."""
     routers = list(routing["all"])
     figure = new_figure(1.5 + sum(0.9 * len(_experts(router)) for router in routers), 1.6 + 0.35 * len(routing))
     panels = figure.subplots(
@@ -193,7 +195,7 @@ def draw_maps(
     path: Path,
     number: int = 6,
 ) -> None:
-    """What each fusion expert does to the answers in the middles of equal parts of the ranking by IoU, the worse above."""
+    """Draw what each fusion expert changes, for answers at evenly spaced ranks of IoU, the worst at the top."""
     ranked = sorted(scores, key=lambda score: score.iou)
     number = min(number, len(ranked))
     sheets = []
@@ -215,33 +217,31 @@ def _experts(router: str) -> tuple[str, ...]:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = ArgumentParser(description="Draw and count what the experts of a trained SERA do on a split.")
-    parser.add_argument("model", type=str, help="folder of a SERA, its run's settings.yaml beside it")
-    parser.add_argument("--split", type=str, default="test", help="split to look at")
-    parser.add_class_arguments(DataSettings, "data")  # whose defaults are the run's
-    parser.add_argument(
-        "--output", type=str | None, default=None, help="folder for the files; default: the one beside the model"
-    )
+    parser = ArgumentParser(description="Measure and draw what the experts of a trained SERA do on a split.")
+    parser.add_argument("model", type=str, help="a run's folder, or its model's")
+    parser.add_argument("--split", type=str, default="test", help="split to measure on")
+    parser.add_class_arguments(DataSettings, "data")  # the defaults are the run's
+    parser.add_argument("--output", type=str | None, default=None, help="folder for the files (default: the run's)")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    folder = Path(options.model)
-    settings = folder.parent / "settings.yaml"
-    if not settings.is_file():
-        parser.error(f"{settings} is not there; it says what data the model was made for.")
-    default_data(parser, settings)
+    location = locate_model(options.model)
+    if location.settings is None or not location.settings.is_file():
+        missing = location.settings or f"the settings.yaml of {location.name}"
+        parser.error(f"{missing} is not there; it names the data that the model was trained on.")
+    default_data(parser, location.settings)
     data: DataSettings = parser.instantiate(parser.parse_args(arguments)).data
     device = Accelerator().device
-    model, processor = load_whole(folder)
+    model, processor = load_whole(location.source)
     model.to(device)
     if not (model.config.fusion_experts or (model.config.adapter_experts and model.config.adapter_layers)):
-        raise ValueError(f"{folder} has no experts.")
+        raise ValueError(f"{location.source} has no experts.")
     (rows,) = load_splits(data, [options.split])
-    output = Path(options.output) if options.output else folder.parent
+    output = Path(options.output) if options.output else location.home
 
     routing, health = routing_by_kind(model, processor, rows)
     scores = score_sentences(model, processor, rows, Accelerator())
     record = {
-        "model": model_name(options.model),
+        "model": location.name,
         "split": options.split,
         "expressions": len(scores),
         "routing": routing,

@@ -1,7 +1,8 @@
 """Turn a REFER dataset into one folder that loads by itself, images and masks included.
 
 `python training/preparation.py REFER_ROOT --dataset refcoco --split_by unc --output prepared/refcoco`; then
-`datasets.load_dataset("prepared/refcoco")` gives rows of `training.data.REFER_FEATURES`, and so does `--data.source folder`.
+`datasets.load_dataset("prepared/refcoco")` gives rows of `training.sources.refer.REFER_FEATURES`, and so does `--data.source
+folder`.
 """
 
 import logging
@@ -21,8 +22,10 @@ from accelerate.utils import tqdm
 from datasets.table import embed_table_storage
 from jsonargparse import ArgumentParser
 
-from training.sources.images import open_image
+from training.configuration import Orientation
+from training.examples.batches import open_as_annotated
 from training.sources.refer import REFER_FEATURES, load_refer
+from training.sources.row_checks import check_rows
 from training.support.commands import run_command
 from training.support.files import partial_folder, replace_folder, sha256_of, write_text
 
@@ -51,12 +54,13 @@ def prepare_refer(
     split_by: str = "unc",
     image_dir: str | PathLike[str] | None = None,
     shard_bytes: int = SHARD_BYTES,
+    orientation: Orientation = "by_source",
 ) -> None:
     """Write every split of a REFER dataset to `output`: `data/<split>-NNNNN-of-NNNNN.parquet` and a README.md.
 
-    Rows are those of [`training.data.load_refer`] sorted by `image_id`, with the images' files embedded as they are; all rows
-    of an image are in one shard. The README holds the counts, whether they are the published ones, and the shards' checksums.
-    The folder appears whole or not at all.
+    Rows are those of [`load_refer`] sorted by `image_id`, with the images' files embedded as they are; all rows
+    of an image are in one shard. The README holds the counts, whether they are the published ones, how many images have an
+    orientation tag, how many masks are doubtful, and the shards' checksums. The folder appears whole or not at all.
 
     Args:
         root: REFER folder.
@@ -65,6 +69,7 @@ def prepare_refer(
         split_by: Whose split.
         image_dir: Folder of the images, where they do not lie under `root`.
         shard_bytes: Bytes of distinct images after which a new shard begins.
+        orientation: Which pixels masks are drawn on, as `data.orientation` has it; images are embedded as they are.
 
     Raises:
         FileExistsError: Where something stands at `output` already.
@@ -81,11 +86,17 @@ def prepare_refer(
     splits = datasets.DatasetDict(
         {split: rows.select(np.argsort(rows["image_id"], kind="stable")) for split, rows in splits.items()}
     )
-    _check_images(splits)
+    turned = _check_images(splits, orientation)
+    doubtful = sum(check_rows(rows, f"{dataset} ({split_by}), {split}") for split, rows in splits.items())
+    if turned:
+        logger.warning("%s.", _describe_turned(turned, orientation))
     verdict = compare_with_published({split: len(rows) for split, rows in splits.items()}, dataset, split_by)
     if verdict:
         logger.warning("%s (%s) is not as published: %s.", dataset, split_by, verdict)
 
+    notes = [_describe_turned(turned, orientation) + "."] if turned else []
+    if doubtful:
+        notes.append(f"{doubtful} masks agree only roughly with their boxes.")
     partial = partial_folder(output)
     try:
         (partial / "data").mkdir()
@@ -94,7 +105,7 @@ def prepare_refer(
             for number, shard in enumerate(tqdm(shards, desc=f"writing {split}", leave=False)):
                 name = f"{split}-{number:05d}-of-{len(shards):05d}.parquet"
                 _write_shard(rows.select(shard), partial / "data" / name)
-        write_text(partial / "README.md", _describe(splits, partial, dataset, split_by, verdict))
+        write_text(partial / "README.md", _describe(splits, partial, dataset, split_by, verdict, notes))
         replace_folder(output)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -113,28 +124,44 @@ def compare_with_published(refs: Mapping[str, int], dataset: str, split_by: str)
     return "; ".join(differences)
 
 
-def _check_images(splits: Mapping[str, datasets.Dataset]) -> None:
-    """Decode every image once, in threads: a `ValueError` now, rather than in the middle of a training."""
-    images = {}
+def _check_images(splits: Mapping[str, datasets.Dataset], orientation: Orientation) -> dict[str, int]:
+    """Decode every image once, in threads: a `ValueError` now, not in the middle of a training.
+
+    Returns the images that have an orientation tag other than 1, with their tags.
+    """
+    sizes = {}
     for rows in splits.values():
         for image, mask in zip(rows["image"], rows["mask"], strict=True):
-            images[image["path"]] = tuple(mask["size"])
+            sizes[image["path"]] = tuple(mask["size"])
 
-    def problem(path: str) -> str | None:
+    def check(path: str) -> tuple[str | None, int]:
+        row = {"image": {"path": path, "bytes": None}, "mask": {"size": sizes[path]}}
+        if orientation != "by_source":
+            row["upright"] = orientation == "upright"
         try:
-            width, height = open_image({"path": path, "bytes": None}).size
+            return None, open_as_annotated(row)[1]
         except ValueError as error:
-            return str(error)
-        if (height, width) == images[path]:
-            return None
-        expected = f"{images[path][1]}×{images[path][0]}"
-        return f"the image {path} is {width}×{height}, its annotations are of {expected} pixels"
+            return str(error), 1
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = tqdm(pool.map(problem, images), total=len(images), desc="checking images", leave=False)
-        problems = [result for result in results if result is not None]
+        results = list(tqdm(pool.map(check, sizes), total=len(sizes), desc="checking images", leave=False))
+    problems = [problem for problem, _ in results if problem is not None]
     if problems:
-        raise ValueError(f"{len(problems)} images cannot be used; the first: {problems[0]}.")
+        raise ValueError(f"{len(problems)} images cannot be used; the first: {problems[0]}")
+    return {path: tag for path, (_, tag) in zip(sizes, results, strict=True) if tag != 1}
+
+
+def _describe_turned(turned: Mapping[str, int], orientation: Orientation) -> str:
+    """How many images have an orientation tag, and how their masks are understood."""
+    meanings = {
+        "upright": "their masks are taken as drawn on the upright image",
+        "stored": "their masks are taken as drawn on the pixels as stored",
+        "by_source": "masks of images with one of COCO's file names are taken as drawn on the pixels as stored, all others as "
+        "drawn on the upright image",
+    }
+    path, tag = next(iter(turned.items()))
+    first = f"the first is {Path(path).name}, with {tag}"
+    return f"{len(turned)} images have an orientation tag other than 1 ({first}): {meanings[orientation]}"
 
 
 def _cut_shards(rows: datasets.Dataset, shard_bytes: int) -> list[range]:
@@ -166,7 +193,9 @@ def _write_shard(rows: datasets.Dataset, path: Path) -> None:
             writer.write_table(embed_table_storage(table), row_group_size=ROWS_PER_GROUP)
 
 
-def _describe(splits: datasets.DatasetDict, folder: Path, dataset: str, split_by: str, verdict: str) -> str:
+def _describe(
+    splits: datasets.DatasetDict, folder: Path, dataset: str, split_by: str, verdict: str, notes: Sequence[str]
+) -> str:
     """The README: a dataset card that names the splits, the counts, how they compare, and checksums for `sha256sum -c`."""
     files = [{"split": split, "path": f"data/{split}-*.parquet"} for split in splits]
     card = {
@@ -191,7 +220,7 @@ def _describe(splits: datasets.DatasetDict, folder: Path, dataset: str, split_by
             "One row per referred object: its image as the original file, its mask as a COCO run-length code, its sentences and",
             "boxes; sorted by `image_id`. A row with `no_target` has a mask without a pixel.\n",
             *lines,
-            f"\n{comparison}\n",
+            f"\n{' '.join([comparison, *notes])}\n",
             "SHA-256 of the shards; `grep -E '^[0-9a-f]{64}  ' README.md | sha256sum -c` checks them:\n",
             "```",
             *_checksums(sorted((folder / "data").iterdir())),
@@ -216,11 +245,24 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--image_dir", type=str | None, default=None, help="folder of the images; default: under the root"
     )
+    parser.add_argument(
+        "--orientation",
+        type=Orientation,
+        default="by_source",
+        help="which pixels masks are drawn on where an image has an orientation tag, see data.orientation",
+    )
     parser.add_argument("--output", type=str, required=True, help="folder to make")
     options = parser.parse_args(arguments)
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    prepare_refer(options.root, options.output, options.dataset, options.split_by, options.image_dir)
+    prepare_refer(
+        options.root,
+        options.output,
+        options.dataset,
+        options.split_by,
+        options.image_dir,
+        orientation=options.orientation,
+    )
     logger.info("%s is ready: its README.md says what it holds.", options.output)
 
 

@@ -17,7 +17,7 @@ import torch
 from builders import image_bytes
 from conftest import REPOSITORY
 from PIL import Image
-from test_evaluation import make_processor, tiny_model
+from stand_ins import make_processor, tiny_model
 
 EXPRESSIONS = ["left zebra", "the cup", "right"]
 

@@ -2,7 +2,7 @@
 
 The page's tests drive a Chromium of the system's. The documentation's images of the page come from
 
-    SERA_MODEL=checkpoints/sera-scenes/model SERA_SCREENSHOTS=docs python -m pytest tests/test_space.py -k screenshots
+    SERA_MODEL=checkpoints/sera-scenes SERA_SCREENSHOTS=docs python -m pytest tests/test_space.py -k screenshots
 
 with the benchmark's first test scene of seed 0 and the first expression about each of its first three objects, not chosen by how
 they come out. Without the two variables, the model is a tiny random one and the images go to a temporary folder.

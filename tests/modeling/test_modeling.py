@@ -274,10 +274,10 @@ def test_what_is_left_out_of_the_loss_counts_in_no_way(kind):
     else:
         shares, targets = counted[:, :, 0, :, 0], whole[:, :, 0, :, 0].clamp(min=0).numpy()
     p = logits.detach().sigmoid().numpy()
-    bce = -((targets * np.log(p) + (1 - targets) * np.log(1 - p)) * shares).sum() / shares.sum()
+    bce = -((targets * np.log(p) + (1 - targets) * np.log(1 - p)) * shares).sum(axis=(1, 2)) / shares.sum(axis=(1, 2))
     covered = (targets * shares).sum(axis=(1, 2))
     dice = 1 - (2 * (p * targets * shares).sum(axis=(1, 2)) + 1) / ((p * shares).sum(axis=(1, 2)) + covered + 1)
-    assert loss.item() == pytest.approx(2.0 * bce + 0.5 * dice.mean(), abs=1e-6)
+    assert loss.item() == pytest.approx(2.0 * bce.mean() + 0.5 * dice.mean(), abs=1e-6)
 
     loss.backward()
     assert (logits.grad[0, :, 6:] == 0).all() and (logits.grad[0, :, :6] != 0).all()

@@ -1,10 +1,14 @@
 """The pipeline: every way to call it, against a model whose answer is known."""
 
+import io
+
 import numpy as np
+import pandas
 import pytest
 import torch
 from conftest import make_model
 from datasets import Dataset
+from datasets import Image as Features
 from PIL import Image
 from transformers import PreTrainedConfig, PreTrainedModel, pipeline
 from transformers.utils import ModelOutput
@@ -86,8 +90,47 @@ def test_images_of_every_form(pipe, tmp_path):
     image = two_sided((100, 60))
     image.save(tmp_path / "image.png")
     path = tmp_path / "image.png"
-    for form in (path, str(path), np.asarray(image), torch.from_numpy(np.array(image))):
+    content = path.read_bytes()
+    undecoded = [{"bytes": content, "path": None}, {"bytes": None, "path": str(path)}]
+    arrays = [np.asarray(image), torch.from_numpy(np.array(image))]
+    for form in (path, str(path), content, io.BytesIO(content), *undecoded, *arrays):
         check(pipe(form, text="dark")[0], image, "dark")
+        check(pipe({"image": form, "text": np.array(["dark"])})[0], image, "dark")
+
+
+def test_several_images_in_whatever_holds_them(pipe, tmp_path):
+    images = [two_sided((100, 60)), two_sided((30, 50))]
+    paths = [str(tmp_path / f"{i}.png") for i in range(2)]
+    for image, path in zip(images, paths, strict=True):
+        image.save(path)
+    rows = Dataset.from_dict({"image": paths, "text": [["dark"], ["dark"]]}).cast_column("image", Features())
+    in_memory = [paths, tuple(paths), np.array(paths), pandas.Series(paths, index=[4, 2]), tuple(rows)]
+    lazy = [
+        rows,
+        rows["image"],
+        rows.to_iterable_dataset(),
+        iter(paths),
+        (path for path in paths),
+        LengthAndItems(paths),
+    ]
+    for several in in_memory + lazy:
+        found = pipe(several, text=pandas.Series(["dark"]))
+        assert isinstance(found, list) == any(several is held for held in in_memory)
+        for image, results in zip(images, found, strict=True):
+            check(results[0], image, "dark")
+
+
+class LengthAndItems:
+    """The least that a data set may be."""
+
+    def __init__(self, items: list):
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> str:
+        return self.items[index]
 
 
 def examples() -> list[dict]:
@@ -234,7 +277,7 @@ def test_no_images_no_results(pipe):
     assert list(pipe(example for example in [])) == []
 
 
-def test_a_image_too_large_to_decode_is_refused(pipe, tmp_path, monkeypatch):
+def test_an_image_too_large_to_decode_is_refused(pipe, tmp_path, monkeypatch):
     two_sided((100, 60)).save(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(ValueError, match=r"bomb\.png is not a readable image.*exceeds limit"):

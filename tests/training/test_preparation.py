@@ -16,6 +16,7 @@ import pytest
 import yaml
 from builders import Folder
 from conftest import REFER_MINI, REPOSITORY, needs_refer_mini
+from PIL import ExifTags, Image
 
 from training import preparation
 from training.preparation import PUBLISHED_REFS, compare_with_published, main, prepare_refer
@@ -91,7 +92,7 @@ def test_shards_hold_whole_images_next_to_each_other(folder, tmp_path, shard_byt
     assert_same_rows(datasets.load_dataset(str(tmp_path / "out"), split="train"), folder.load()["train"])
 
 
-def test_the_rows_of_a_image_hold_its_file_once(folder, tmp_path):
+def test_the_rows_of_an_image_hold_its_file_once(folder, tmp_path):
     prepare_refer(folder.root, tmp_path / "out")
     names = {row["path"] for row in folder.load()["train"]["image"]}
     once = sum(os.path.getsize(name) for name in names)
@@ -176,9 +177,45 @@ def test_damaged_images_are_named_before_anything_is_written(folder, tmp_path):
     with pytest.raises(ValueError, match=r"1 images cannot be used; the first: the image .*000008\.png"):
         prepare_refer(folder.root, tmp_path / "prepared" / "out")
     victim.write_bytes((folder.image_folder / "COCO_train2014_000000000007.png").read_bytes())
-    with pytest.raises(ValueError, match=r"000008\.png is \d+×\d+, its annotations are of \d+×\d+ pixels"):
+    with pytest.raises(ValueError, match=r"000008\.png is \d+×\d+, its mask \d+×\d+ pixels"):
         prepare_refer(folder.root, tmp_path / "prepared" / "out")
     assert not (tmp_path / "prepared").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "orientation", "meaning"),
+    [
+        ("mine.jpg", "by_source", "all others as drawn on the upright image"),
+        ("COCO_train2014_000000000004.jpg", "stored", "drawn on the pixels as stored"),
+        (
+            "COCO_train2014_000000000004.jpg",
+            "by_source",
+            "COCO's file names are taken as drawn on the pixels as stored",
+        ),
+    ],
+)
+def test_images_with_an_orientation_tag_are_counted(folder, tmp_path, caplog, name, orientation, meaning):
+    (record,) = (image for image in folder.images if image["id"] == 4)
+    with Image.open(folder.image_folder / record["file_name"]) as image:
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = 3 if orientation == "by_source" else 6
+        image.convert("RGB").save(folder.image_folder / name, exif=exif)
+    record["file_name"] = name
+    folder.write()
+    with caplog.at_level(logging.WARNING):
+        prepare_refer(folder.root, tmp_path / "out", orientation=orientation)
+    text = (tmp_path / "out" / "README.md").read_text()
+    for said in (text, caplog.text):
+        assert f"1 images have an orientation tag other than 1 (the first is {name}, with" in said and meaning in said
+
+
+def test_doubtful_masks_are_counted_in_the_readme(folder, tmp_path):
+    annotation = folder.annotations[0]
+    left, top, width, height = annotation["bbox"]
+    annotation["bbox"] = [left, top, width, height + 4]
+    folder.write()
+    prepare_refer(folder.root, tmp_path / "out")
+    assert "1 masks agree only roughly with their boxes." in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_what_stands_at_the_output_is_left_alone(folder, tmp_path):

@@ -1,11 +1,15 @@
 """From rows (one referred object each) to batches that the model takes: grouping by image, drawing sentences, collating."""
 
+import hashlib
 from collections import defaultdict
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
+from typing import NoReturn
+from weakref import WeakSet
 
 import datasets
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import Image
 from torch.utils.data import Dataset
 from transformers import BatchFeature
 
@@ -13,7 +17,8 @@ from processing_sera import SeraProcessor
 from processing_sera.image_processing_sera import to_rgb_image
 from training.configuration import AugmentationSettings
 from training.examples.augmentation import augment
-from training.sources.images import open_image
+from training.examples.draws import SET_COLUMN, weighted_draws
+from training.sources.images import coco_id, is_same_image, open_upright
 from training.sources.masks import decode_mask
 
 
@@ -36,24 +41,95 @@ class ImageExample:
 
 
 def group_by_image(rows: datasets.Dataset, objects_per_image: int | None) -> list[list[int]]:
-    """Row numbers grouped by `image_id`, at most `objects_per_image` (`None`: all) in a group, in the order of the rows."""
-    by_image: dict[int, list[int]] = defaultdict(list)
-    for row, image_id in enumerate(rows["image_id"]):
-        by_image[image_id].append(row)
+    """Row numbers grouped by image, in the order of the rows.
+
+    Rows of a weighted mixture are grouped within their set: each set is drawn by itself.
+
+    Args:
+        rows: Rows of REFER_FEATURES.
+        objects_per_image: Most rows in a group. None: all rows of an image.
+
+    Raises:
+        ValueError: Where rows of one `image_id` hold different images.
+    """
+    keys = rows["image_id"][:]
+    if SET_COLUMN in rows.column_names:
+        keys = list(zip(rows[SET_COLUMN][:], keys, strict=True))
+    by_image: dict[Hashable, list[int]] = defaultdict(list)
+    for row, key in enumerate(keys):
+        by_image[key].append(row)
+    if rows not in _CHECKED and "image" in rows.column_names:
+        _refuse_other_images(rows, keys, by_image)
+        _CHECKED.add(rows)
     size = objects_per_image or len(rows)
     return [group[i : i + size] for group in by_image.values() for i in range(0, len(group), size)]
 
 
+# Rows whose images were compared; they are grouped again and again.
+_CHECKED: WeakSet[datasets.Dataset] = WeakSet()
+
+
+def _refuse_other_images(rows: datasets.Dataset, keys: list[Hashable], groups: dict[Hashable, list[int]]) -> None:
+    """`ValueError` where rows of one key hold different images. Nothing is decoded; most rows are like the one before."""
+    first: dict[Hashable, tuple[int, str]] = {}  # a row of the key, and the path or the hash of its image
+    previous, row = None, -1
+    for table in rows.select_columns("image").with_format("arrow").iter(batch_size=64):
+        images = table["image"].combine_chunks()
+        for path, embedded in zip(images.field("path").to_pylist(), images.field("bytes"), strict=True):
+            row += 1
+            if len(groups[keys[row]]) == 1:
+                continue
+            current = keys[row], embedded.as_buffer() if embedded.is_valid else path
+            if current != previous:
+                mark = hashlib.sha256(current[1]).hexdigest() if embedded.is_valid else path
+                other, known = first.setdefault(keys[row], (row, mark))
+                if known != mark and not is_same_image(rows[other]["image"], rows[row]["image"]):
+                    refuse_one_id(rows[other], rows[row])
+            previous = current
+
+
+def refuse_one_id(*rows: dict) -> NoReturn:
+    """`ValueError` about two rows that have one id and different images."""
+    files = " and ".join(row["image"]["path"] or "an image without a file name" for row in rows)
+    refs = " and ".join(str(row["ref_id"]) for row in rows)
+    raise ValueError(
+        f"the rows with ref_id {refs} have the image_id {rows[0]['image_id']} and hold different images, {files}: give every image "
+        "an id of its own."
+    )
+
+
+def is_drawn_upright(row: dict) -> bool:
+    """Whether a row's mask is drawn on its image as viewers show it, whatever its orientation tag says.
+
+    The row's own `upright` tells, where the settings chose it. Otherwise COCO's images, known by their file names, are annotated as
+    they are stored, and all others as annotation programs show them: upright.
+    """
+    upright = row.get("upright")
+    return coco_id(row["image"]["path"]) is None if upright is None else upright
+
+
 def image_as_annotated(row: dict) -> Image.Image:
-    """A row's image on the pixel grid that its annotations use: the file's own, whatever an orientation tag says."""
-    image = open_image(row["image"])
-    image.getexif().pop(ExifTags.Base.Orientation, None)
+    """A row's image on the pixel grid that its mask is drawn on: RGB, (W, H) the mask's, without an orientation tag.
+
+    Raises:
+        ValueError: Where the image cannot be read, or is of another size than its mask.
+    """
+    image, _ = open_as_annotated(row)
+    return Image.fromarray(np.asarray(to_rgb_image(image)))  # a fresh image carries no tag at all
+
+
+def open_as_annotated(row: dict) -> tuple[Image.Image, int]:
+    """As [`image_as_annotated`], in the file's own mode, with the orientation tag that it had, 1 to 8."""
+    upright = is_drawn_upright(row)
+    image, tag = open_upright(row["image"], upright)
     height, width = row["mask"]["size"]
     if image.size != (width, height):
-        raise ValueError(
-            f"the image {row['image']['path']} is {image.width}×{image.height}, its mask {width}×{height} pixels."
-        )
-    return Image.fromarray(np.asarray(to_rgb_image(image)))  # a fresh image carries no tag at all
+        hint = ""
+        if tag >= 5 and image.size == (height, width):
+            hint = f" Its orientation tag is {tag}: data.orientation {'stored' if upright else 'upright'} would make them fit."
+        name = row["image"]["path"] or "without a file name"
+        raise ValueError(f"the image {name} is {image.width}×{image.height}, its mask {width}×{height} pixels.{hint}")
+    return image, tag
 
 
 def draw_example(
@@ -91,7 +167,8 @@ def draw_example(
 class TrainingExamples(Dataset):
     """Images of a split with freshly drawn sentences and variations.
 
-    What is drawn depends on (seed, epoch, image) alone: not on the order of access, the worker or the process.
+    What is drawn depends on (seed, epoch, index) alone: not on the order of access, the worker or the process. Of a weighted
+    mixture the images themselves are drawn, see [`WeightedDraws`].
     """
 
     def __init__(
@@ -113,21 +190,23 @@ class TrainingExamples(Dataset):
         """
         self.rows = rows
         self.groups = group_by_image(rows, objects_per_image)
+        self.draws = weighted_draws(rows, self.groups, seed)
         self.sentences_per_object = sentences_per_object
         self.augmentation = augmentation
         self.seed = seed
-        self.epoch = 0
+        self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose sentences and variations are drawn."""
+        """Choose the epoch whose sentences and variations are drawn and, of a weighted mixture, whose images."""
         self.epoch = epoch
+        self.drawn = np.arange(len(self.groups)) if self.draws is None else self.draws.epoch(epoch)
 
     def __len__(self) -> int:
         return len(self.groups)
 
     def __getitem__(self, index: int) -> ImageExample:
         rng = np.random.default_rng((self.seed, self.epoch, index))
-        numbers = self.groups[index]
+        numbers = self.groups[self.drawn[index]]
         rows = [self.rows[row] for row in numbers]
         return draw_example(rows, numbers, self.sentences_per_object, self.augmentation, rng)
 
@@ -207,5 +286,9 @@ __all__ = [
     "TrainingExamples",
     "draw_example",
     "group_by_image",
+    "image_as_annotated",
+    "is_drawn_upright",
+    "open_as_annotated",
+    "refuse_one_id",
     "shuffled_sentences",
 ]

@@ -13,7 +13,6 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +30,15 @@ from training.configuration import AugmentationSettings, TrainingSettings
 from training.examples.augmentation import drop_words
 from training.examples.batches import Collator, ImageExample, draw_example, group_by_image
 from training.examples.copy_paste import CopyPaste
+from training.examples.draws import SET_COLUMN, WeightedDraws, weighted_draws
 from training.examples.splits import HIDDEN, load_training_splits
 from training.learning.checkpoints import checksum
-from training.support.files import partial_folder, recover_folder, replace_folder, sha256_of, write_text, writing
+from training.sources.images import content_hash
+from training.support.files import partial_folder, recover_folder, replace_folder, write_text, writing
 
 logger = logging.getLogger(__name__)
 
-VERSION = 3  # of what is drawn and how it is kept; a change makes new folders
+VERSION = 4  # of what is drawn and how it is kept; a change makes new folders
 SEED = 20_240  # of the versions: they are the same for all runs, whatever these runs' seeds
 SAMPLE = 128  # versions, about, that stand for all of them
 BATCH = 8  # images that the tower takes at once
@@ -132,6 +133,7 @@ class FeatureCache:
             raise ValueError(
                 "data.cached_versions and data.streaming exclude each other: the feature cache needs all rows at once."
             )
+        self._rows, self._groups = rows, group_by_image(rows, settings.data.objects_per_image)
         if settings.data.hide_sentences:
             rows, _ = load_training_splits(replace(settings.data, hide_sentences=False))
         key = _key(rows, model, processor, settings)
@@ -153,6 +155,10 @@ class FeatureCache:
             sources=[tuple(source) for source in example["sources"]],
         )
 
+    def draws(self, seed: int) -> WeightedDraws | None:
+        """The draws of its groups of objects in each epoch; None where the rows are no weighted mixture."""
+        return weighted_draws(self._rows, self._groups, seed)
+
     def sample(self) -> torch.Tensor:
         """States of some of the versions, from everywhere among them: (M, states, num_prefix + H·W, hidden_size) float16."""
         return torch.from_numpy(self.states[:: max(len(self.states) // SAMPLE, 1)].copy())
@@ -170,11 +176,14 @@ class CachedExamples(Dataset):
         self.store = store
         self.settings = settings
         self.num_groups = len(store.examples) // settings.data.cached_versions - settings.data.copy_paste
-        self.epoch = 0
+        self.draws = store.draws(settings.seed)
+        self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose versions and sentences are drawn."""
+        """Choose the epoch whose versions and sentences are drawn and, of a weighted mixture, whose images."""
         self.epoch = epoch
+        groups = np.arange(self.num_groups) if self.draws is None else self.draws.epoch(epoch)
+        self.drawn = [*groups.tolist(), *range(self.num_groups, len(self))]
 
     def __len__(self) -> int:
         return self.num_groups + self.settings.data.copy_paste
@@ -183,7 +192,7 @@ class CachedExamples(Dataset):
         data, varied = self.settings.data, self.settings.augmentation
         rng = np.random.default_rng((self.settings.seed, self.epoch, index))
         is_photograph = index < self.num_groups
-        version = self.store[index * data.cached_versions + rng.integers(data.cached_versions)]
+        version = self.store[self.drawn[index] * data.cached_versions + rng.integers(data.cached_versions)]
         chosen, taken = [], {}
         for k in rng.permutation(len(version.text)).tolist():
             place = version.sources[k][0]  # sentences are counted by object, those of a copy-paste image all together
@@ -205,13 +214,13 @@ class CachedExamples(Dataset):
 
 
 class CachedCollator:
-    """Views to model inputs: `image_states` float32 (B, …) in the place of pixels, `labels` float32 (N, H, W) in [0, 1]."""
+    """Cached images to model inputs: `image_states` float32 (B, …) in the place of pixels, `labels` float32 (N, H, W) in [0, 1]."""
 
     def __init__(self, processor: SeraProcessor):
         self.processor = processor
 
     def __call__(self, versions: list[CachedImage]) -> tuple[BatchFeature, list[CachedImage]]:
-        """Model inputs and the versions they come from."""
+        """Model inputs and the cached images they come from."""
         inputs = self.processor(text=[version.text for version in versions], return_tensors="pt")
         inputs["image_index"] = torch.tensor([i for i, version in enumerate(versions) for _ in version.text])
         inputs["labels"] = torch.from_numpy(np.concatenate([version.labels for version in versions])).float() / 255
@@ -282,10 +291,12 @@ def _key(
     """A name made of everything that the cache depends on."""
     vision = model.model.vision
     data = settings.data
+    chosen = [name for name in ("upright", SET_COLUMN) if name in rows.column_names]  # they change images and groups
     what: dict[str, Any] = {
         "version": VERSION,
         "rows": [rows[name] for name in ("image_id", "ref_id", "sentences", "mask", "category", "ann_ids")],
-        "images": _checksums(rows),
+        "chosen": {name: rows[name] for name in chosen},
+        "images": [content_hash(image) for image in rows["image"]],
         "augmentation": asdict(replace(settings.augmentation, word_dropout=0.0, feature_dropout=0.0)),
         "drawn": [data.cached_versions, data.copy_paste, data.objects_per_image],
         "processor": processor.image_processor.to_dict(),
@@ -295,15 +306,6 @@ def _key(
     if settings.mixed_precision != "no":
         what["precision"] = settings.mixed_precision
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=list).encode()).hexdigest()[:16]
-
-
-def _checksums(rows: datasets.Dataset) -> list[str]:
-    """SHA-256 of every row's image."""
-    of_file = cache(sha256_of)  # rows share their images' files
-    return [
-        of_file(Path(image["path"])) if image["bytes"] is None else hashlib.sha256(image["bytes"]).hexdigest()
-        for image in rows["image"]
-    ]
 
 
 __all__ = ["CachedCollator", "CachedExamples", "CachedImage", "FeatureCache"]

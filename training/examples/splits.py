@@ -1,28 +1,26 @@
 """The splits that a run's settings name."""
 
-import logging
 import os
 from dataclasses import replace
+from typing import Any
 
 import datasets
-import numpy as np
 from accelerate import PartialState
 
 from training.configuration import DataSettings
+from training.examples.mixtures import ReferSet, mix_training_rows, open_sets
 from training.sources.hub_layouts import RowFolder
-from training.sources.refer import load_refer, refer_image_ids
+from training.sources.refer import load_refer
 from training.sources.scenes.dataset import check_scenes, generate_scenes, load_scenes
-
-logger = logging.getLogger(__name__)
-
 
 HIDDEN = "something"  # every sentence, where they are hidden
 
 
 def load_splits(data: DataSettings, splits: list[str]) -> list[datasets.Dataset]:
-    """The named splits, one referred object per row (`training.data.REFER_FEATURES`). All names are checked before any is read.
+    """The named splits, one referred object per row (`training.sources.refer.REFER_FEATURES`).
 
-    `data.mix` and `data.streaming` change nothing here: they are about training, see [`load_training_splits`].
+    All names are checked before any split is read. `data.mix` and `data.streaming` change nothing here: they are about training,
+    see [`load_training_splits`]. With a `data.orientation` that is chosen, rows have a column `upright` more.
 
     Raises:
         FileNotFoundError: Where there are no such data.
@@ -40,9 +38,9 @@ def load_splits(data: DataSettings, splits: list[str]) -> list[datasets.Dataset]
         folder = RowFolder(root, data.image_dir)
         for split in splits:
             folder.check_split(split)
-        return [folder.read(split) for split in splits]
+        return [_oriented(folder.read(split), data) for split in splits]
     loaded = load_refer(root, data.dataset, data.split_by, image_dir=data.image_dir, splits=splits)
-    return [loaded[split] for split in splits]
+    return [_oriented(loaded[split], data) for split in splits]
 
 
 def check_split(data: DataSettings, split: str) -> None:
@@ -52,7 +50,7 @@ def check_split(data: DataSettings, split: str) -> None:
     elif data.source == "folder":
         RowFolder(_root(data), data.image_dir).check_split(split)
     else:
-        ReferSet(_root(data), f"{data.dataset}/{data.split_by}", data.image_dir).check_split(split)
+        ReferSet(_root(data), data.dataset, data.split_by, data.image_dir).check_split(split)
 
 
 def _root(data: DataSettings) -> str:
@@ -80,13 +78,13 @@ def _scenes(data: DataSettings, split: str, number: int) -> datasets.Dataset:
 def load_training_splits(data: DataSettings) -> tuple[datasets.Dataset | datasets.IterableDataset, datasets.Dataset]:
     """The rows to train on and those of the validation split, as the settings say.
 
-    With `data.mix` the training rows of all sets stand one set after the other, without those of any image that stands in
-    another split of any of the sets: a COCO photograph has one `image_id` in all of them. With `data.streaming` the training rows
-    are an IterableDataset. `ref_id`s are each set's own, so two rows of a mixture may have the same.
+    With `data.mix` the training rows are those of [`mix_training_rows`], and the validation rows are the first set's. With
+    `data.streaming` the training rows are an IterableDataset. `ref_id`s are each set's own, so two rows of a mixture may have the
+    same.
 
     Raises:
         FileNotFoundError: Where there are no such data.
-        ValueError: Where there is no such split, settings do not go together, or a set in a mixture has no COCO image ids.
+        ValueError: Where there is no such split, settings do not go together, or a set cannot be mixed.
     """
     if data.hide_sentences:
         if data.streaming:
@@ -95,27 +93,38 @@ def load_training_splits(data: DataSettings) -> tuple[datasets.Dataset | dataset
         return _hide_sentences(train), _hide_sentences(val)
     if data.source == "scenes" and data.mix:
         raise ValueError("data.mix takes REFER sets or folders; set data.source to refer or folder.")
-    if data.source != "folder" and data.streaming:
-        raise ValueError(f"data.streaming takes data.source folder, not {data.source}; prepare the data first.")
+    if data.weight and not data.mix:
+        raise ValueError(
+            "data.weight is the share of a set in a mixture; name further sets in data.mix, or leave it out."
+        )
+    sources = [data.source, *(part.source for part in data.mix)]
+    if data.streaming and set(sources) != {"folder"}:
+        other = next(source for source in sources if source != "folder")
+        raise ValueError(f"data.streaming takes data.source folder, not {other}; prepare the data first.")
     if data.source == "scenes" or not (data.mix or data.streaming):
         train, val = load_splits(data, [data.train_split, data.val_split])
         return train, val
-    root = _root(data)
-    if data.source == "refer":
-        names = [f"{data.dataset}/{data.split_by}", *data.mix]
-        sets: list[ReferSet | RowFolder] = [ReferSet(root, name, data.image_dir) for name in names]
-    else:
-        sets = [RowFolder(name, data.image_dir) for name in [root, *data.mix]]
+    sets = open_sets(data)
     for member in sets:
         member.check_split(data.train_split)
     sets[0].check_split(data.val_split)
+    train = mix_training_rows(data, sets) if data.mix else sets[0].read(data.train_split, streaming=True)
+    return _oriented(train, data), _oriented(sets[0].read(data.val_split), data)
 
-    train = [member.read(data.train_split, streaming=data.streaming) for member in sets]
-    if data.mix:
-        others = [member.image_ids(split) for member in sets for split in member.splits if split != data.train_split]
-        held_out = frozenset().union(*others)
-        train = [_leave_out(rows, held_out, member, data.train_split) for rows, member in zip(train, sets, strict=True)]
-    return datasets.concatenate_datasets(train), sets[0].read(data.val_split)
+
+def _oriented(rows: datasets.Dataset | datasets.IterableDataset, data: DataSettings) -> Any:
+    """The rows, which say where the settings do which pixels their masks are drawn on."""
+    if data.orientation == "by_source":
+        return rows
+    upright = data.orientation == "upright"
+    if isinstance(rows, datasets.IterableDataset):
+        features = rows.features.copy() | {"upright": datasets.Value("bool")}
+        return rows.map(_marked, fn_kwargs={"upright": upright}, features=datasets.Features(features))
+    return rows.add_column("upright", [upright] * len(rows))
+
+
+def _marked(row: dict, upright: bool) -> dict:
+    return {"upright": upright}
 
 
 def _hide_sentences(rows: datasets.Dataset) -> datasets.Dataset:
@@ -123,63 +132,3 @@ def _hide_sentences(rows: datasets.Dataset) -> datasets.Dataset:
     hidden = [[HIDDEN] * len(sentences) for sentences in rows["sentences"]]
     names, feature = rows.column_names, rows.features["sentences"]
     return rows.remove_columns("sentences").add_column("sentences", hidden, feature=feature).select_columns(names)
-
-
-class ReferSet:
-    """One set below a REFER root, with what [`RowFolder`] offers."""
-
-    def __init__(self, root: str, name: str, image_dir: str | None):
-        """
-        Args:
-            root: The REFER folder.
-            name: "dataset/split_by", such as "refcoco+/unc".
-            image_dir: Folder of the images, where they do not lie under `root`.
-
-        Raises:
-            FileNotFoundError, ValueError, pickle.UnpicklingError: Where its refs cannot be read.
-        """
-        self.root, self.name, self.image_dir = root, name, image_dir
-        self.dataset, _, self.split_by = name.partition("/")
-        if not self.dataset or not self.split_by:
-            raise ValueError(f"data.mix names REFER sets as dataset/split_by, such as refcoco+/unc, got {name!r}.")
-        self._images = refer_image_ids(root, self.dataset, self.split_by)
-        self.splits = list(self._images)
-
-    def check_split(self, split: str) -> None:
-        """`ValueError` where there is no such split."""
-        if split not in self.splits:
-            raise ValueError(f"{self.name} has no split {split!r}; it has {', '.join(self.splits)}.")
-
-    def read(self, split: str, streaming: bool = False) -> datasets.Dataset:
-        """The rows of a split; they hold paths of images, so that there is nothing to stream."""
-        return load_refer(self.root, self.dataset, self.split_by, image_dir=self.image_dir, splits=[split])[split]
-
-    def image_ids(self, split: str) -> list[int]:
-        """The COCO image id of every ref of a split, in their order."""
-        return self._images[split]
-
-
-def _leave_out(
-    rows: datasets.Dataset | datasets.IterableDataset,
-    held_out: frozenset[int],
-    member: ReferSet | RowFolder,
-    split: str,
-) -> datasets.Dataset | datasets.IterableDataset:
-    """The rows of a split but for those of held-out images; says how many were left out."""
-    ids = member.image_ids(split)
-    if min([*ids, *held_out]) < 0:
-        raise ValueError(f"data.mix: {member.name}, or a set beside it, does not tell its images' COCO image ids.")
-    removed = [image_id for image_id in ids if image_id in held_out]
-    message = "%s %s: left out %d of %d images, %d of %d rows, since they stand in another split of the mixture"
-    if PartialState().is_main_process:
-        logger.info(message, member.name, split, len(set(removed)), len(set(ids)), len(removed), len(ids))
-    if len(removed) == len(ids):
-        raise ValueError(f"data.mix: every image of {member.name} {split} stands in another split of the mixture.")
-    if isinstance(rows, datasets.IterableDataset):
-        return rows.filter(_is_kept, input_columns="image_id", fn_kwargs={"held_out": held_out})
-    kept = np.isin(rows["image_id"], list(held_out), invert=True)
-    return rows.select(np.flatnonzero(kept))
-
-
-def _is_kept(image_id: int, held_out: frozenset[int]) -> bool:
-    return image_id not in held_out

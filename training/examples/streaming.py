@@ -11,7 +11,8 @@ from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from training.configuration import AugmentationSettings
-from training.examples.batches import ImageExample, draw_example
+from training.examples.batches import ImageExample, draw_example, refuse_one_id
+from training.sources.images import is_same_image
 from training.support.workers import end_with_parent
 
 SHUFFLED_GROUPS = 4096  # an example is drawn from so many of the stream that have not been drawn yet
@@ -120,6 +121,9 @@ class StreamedExamples(IterableDataset):
                 yield from enumerate(_chunks(image, self.objects_per_image))
 
     def _draw(self, part: int, rows: list[dict]) -> ImageExample:
+        for row in rows[1:]:
+            if not is_same_image(rows[0]["image"], row["image"]):
+                refuse_one_id(rows[0], row)
         image = rows[0]["image_id"] % 2**63  # a seed is not negative
         rng = np.random.default_rng((self.seed, self.epoch, image, part))
         numbers = [row["ref_id"] for row in rows]

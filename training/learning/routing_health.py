@@ -1,4 +1,4 @@
-"""How the routers spread their work: logged at each evaluation, since a router that starves its experts shows nowhere else."""
+"""How the routers share the work among their experts. No other figure shows a router that never uses one of them (ours)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,12 +16,16 @@ ADAPTER_EXPERTS = ("spatial", "boundary")
 
 
 class RoutingHealth:
-    """Sums over all samples that the routers of a model decide on while [`watch`] lasts.
+    """Sums over all samples that the routers of a model see while [`watch`] lasts.
 
-    A sample is what the router sees: an image where no text came before, else an expression.
+    A sample is an image where the router's input does not depend on the text, and an expression elsewhere.
     """
 
     def __init__(self, model: SeraForReferringSegmentation):
+        """
+        Args:
+            model: The model whose routers are watched.
+        """
         self.config = model.config
         self.fusions = {
             str(depth): fusion.router
@@ -33,14 +37,15 @@ class RoutingHealth:
             for name, block in model.model.vision.adapted_blocks.items()
             if block.adapter.router is not None
         }
-        # per tap: weights, selected, probability, squared excess of the logits of every expert, then entropy and number of samples
+        # for each tap: weights, selections, probabilities and squared excess logits of all experts, then entropy and number of
+        # samples
         device = model.device
         self.fusion_sums = {tap: torch.zeros(4 * len(EXPERT_NAMES) + 2, device=device) for tap in self.fusions}
         self.adapter_sums = {block: torch.zeros(len(ADAPTER_EXPERTS) + 1, device=device) for block in self.adapters}
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Count everything routed meanwhile."""
+        """Count every decision of the routers meanwhile."""
         hooks = [
             router.register_forward_hook(lambda module, args, routing, tap=tap: self._add_fusion(tap, routing))
             for tap, router in self.fusions.items()
@@ -67,12 +72,13 @@ class RoutingHealth:
         self.adapter_sums[block] += torch.cat([weights.float().sum(0), weights.new_tensor([len(weights)])])
 
     def summary(self, accelerator: Accelerator) -> dict:
-        """What was counted, over all processes. Every process calls this.
+        """The counts of all processes together. Every process calls this.
 
         Returns:
             `{"taps": {depth: {"shares": {expert: mean weight}, "selected": {expert: share of samples}, "entropy": mean entropy of
             the weights in nats, at most log 4, "logit_loss", "balance_loss", "token_loss": auxiliary losses of all samples as one
             batch, times their weights; the last is 0 where all experts are used}}, "adapters": {block: {expert: mean weight}}}`.
+            Shares are in [0, 1].
         """
         taps = {tap: self._tap(accelerator.reduce(sums, "sum")) for tap, sums in self.fusion_sums.items()}
         adapters = {}

@@ -7,7 +7,7 @@ its siblings, jxu124/refcoco and its siblings, moondream/refcoco-m.
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,11 @@ from typing import Any
 import datasets
 import numpy as np
 
-from training.sources.images import open_image
+from training.sources.agreement import compare_mask, describe_contradiction
+from training.sources.images import coco_id, open_image
 from training.sources.masks import decode_mask, merge_rles, segmentation_to_rle
 from training.sources.refer import REFER_FEATURES
+from training.sources.row_checks import check_rows
 
 logger = logging.getLogger(__name__)
 
@@ -26,9 +28,6 @@ Row = dict[str, Any]
 # Converted rows are cached under what they are made from, which holds the names of functions, not their code: to be raised with
 # every change of what conversion gives.
 _CONVERSION = 1
-
-# COCO's file names end in the image's id; copies append to it.
-_COCO_FILE = re.compile(r"COCO_[a-z]+\d{4}_(\d{12})")
 
 
 @dataclass(frozen=True)
@@ -84,12 +83,16 @@ class RowFolder:
         """The rows of a split, REFER_FEATURES; with `streaming` nothing is copied, and the shards are read as they are needed.
 
         Raises:
-            ValueError: Where there is no such split, or, as they are read, for rows that cannot be converted, by their number.
+            ValueError: Where there is no such split, or for rows that cannot be used, by their number. With `streaming` copies are
+                checked as they are read, and prepared rows are taken as they are.
         """
         self.check_split(split)
         rows = self._load(split, streaming)
         if self.layout.convert is None:
-            return rows if rows.features == REFER_FEATURES else rows.cast(REFER_FEATURES)
+            rows = rows if rows.features == REFER_FEATURES else rows.cast(REFER_FEATURES)
+            if not streaming:
+                check_rows(rows, f"{self.name}, {split}")
+            return rows
         if self.layout.name == "lmms-lab" and split == "val":
             logger.warning(
                 "%s: the split val of this layout holds, for RefCOCO and RefCOCOg, the validation refs of UNC or UMD and "
@@ -113,19 +116,35 @@ class RowFolder:
             },
         )
 
-    def image_ids(self, split: str) -> list[int]:
-        """The COCO image id of every row as stored, in their order, read from no other column; negative where it tells none.
+    @property
+    def is_coco(self) -> bool:
+        """Whether all images are COCO's: true of the copies of RefCOCO."""
+        return self.layout.convert is not None
+
+    def images(self, split: str) -> Iterator[tuple[int, Row]]:
+        """The image id and the image of every row as stored, in their order, read from no other column.
+
+        The id is negative where a copy tells none. An image that is not there has a path alone.
 
         Raises:
             ValueError: Where there is no such split.
         """
         self.check_split(split)
         present = self._load(split, streaming=True).features
-        columns = [column for column in self.layout.id_columns if column in present]
-        if not columns:
-            return [-1]
+        columns = [column for column in (*self.layout.id_columns, "image", "image_path") if column in present]
         rows = self._load(split, streaming=True, columns=columns)
-        return [self.layout.image_id(row, number) for number, row in enumerate(rows)]
+        if "image" in present:
+            rows = rows.cast_column("image", datasets.Image(decode=False))
+        for number, row in enumerate(rows):
+            image = row.get("image") or {"path": self._path_of(row["image_path"]), "bytes": None}
+            yield self.layout.image_id(row, number), image
+
+    def _path_of(self, path: str) -> str:
+        folder = Path(str(self.image_dir)).expanduser().absolute()
+        try:
+            return str(_find_image(path, folder))
+        except ValueError:
+            return str(folder / path)
 
     def _load(self, split: str, streaming: bool, **options: Any) -> datasets.Dataset | datasets.IterableDataset:
         # By its files, so that no other split is copied to the cache.
@@ -202,6 +221,9 @@ def _make_row(image: Row, image_id: int, ref_id: int, sentences: Any, mask: Row,
     }
     if not decode_mask(mask).any():
         raise ValueError("its mask has no pixel")
+    agreement = compare_mask(mask, box)
+    if agreement.is_contradiction:
+        raise ValueError(f"its mask {describe_contradiction(agreement, mask, box)}")
     return row | known
 
 
@@ -212,10 +234,10 @@ def _size(image: Row) -> tuple[int, int]:
 
 
 def _coco_id(file_name: str) -> int:
-    found = _COCO_FILE.search(file_name or "")
+    found = coco_id(file_name)
     if found is None:
         raise ValueError(f"the file name {file_name!r} is none of COCO's, COCO_train2014_000000000000.jpg")
-    return int(found.group(1))
+    return found
 
 
 def _from_lmms_lab(row: Row, number: int, image_dir: str | None) -> list[Row]:

@@ -11,6 +11,11 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
+# Masks of more pixels are refused: Pillow opens no larger image by default.
+MAX_PIXELS = 178_956_970
+
+MAX_RUN_BITS = 40  # of a run in the compressed counts; a larger one fits no mask
+
 # Polygons are clipped this many pixels outside the image: pycocotools then rounds at the border as ever.
 CLIP_MARGIN = 1.0
 
@@ -19,14 +24,25 @@ MAX_COORDINATE = 1e15
 
 
 def encode_mask(mask: np.ndarray) -> dict[str, Any]:
-    """Encodes a bool mask (H, W) as a COCO compressed run-length code {"size": [H, W], "counts": str}.
+    """Encodes a mask (H, W) as a COCO compressed run-length code {"size": [H, W], "counts": str}.
 
-    Raises ValueError when `mask` is not a bool array with two sides of at least one pixel.
+    The mask is a bool array or one of whole numbers, 0 and 1 or 0 and 255. Grey values between them are refused: a mask that went
+    through JPEG or was resized has a wide grey edge, which would all count as object.
+
+    Raises ValueError for anything else, and for a mask without a pixel on one side.
     """
-    if not isinstance(mask, np.ndarray) or mask.dtype != bool or mask.ndim != 2 or mask.size == 0:
+    if not isinstance(mask, np.ndarray) or mask.dtype.kind not in "bui" or mask.ndim != 2 or mask.size == 0:
         given = f"{mask.dtype} {mask.shape}" if isinstance(mask, np.ndarray) else type(mask).__name__
-        raise ValueError(f"a mask must be a non-empty bool array (height, width), got {given}")
-    rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+        raise ValueError(f"a mask must be a non-empty array (height, width) of bools or whole numbers, got {given}")
+    if mask.dtype != bool:
+        white = 255 if mask.max() > 1 else 1
+        grey = mask[(mask != 0) & (mask != white)]
+        if grey.size:
+            raise ValueError(
+                f"a mask of whole numbers holds 0 and 1, or 0 and 255; {grey.size} of {mask.size} pixels have other values, for "
+                f"example {grey[0]}. Cut it at half first, for example mask > 127."
+            )
+    rle = coco_mask.encode(np.asfortranarray(mask != 0, dtype=np.uint8))
     return {"size": list(mask.shape), "counts": rle["counts"].decode("ascii")}
 
 
@@ -56,7 +72,7 @@ def segmentation_to_rle(segmentation: Any, height: int, width: int) -> dict[str,
     if not isinstance(segmentation, (list, tuple)):
         given = type(segmentation).__name__
         raise ValueError(f"a segmentation is a list of polygons or a run-length code, got {given}")
-    polygons = [points for points in map(_polygon_points, segmentation) if len(points) >= 3]
+    polygons = [points for points in map(polygon_points, segmentation) if len(points) >= 3]
     if not polygons:
         raise ValueError("the segmentation has no polygon of at least 3 points")
     visible = [points for points in (_clip(points, height, width) for points in polygons) if len(points) >= 3]
@@ -72,27 +88,41 @@ def merge_rles(rles: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"size": list(rles[0]["size"]), "counts": merged["counts"].decode("ascii")}
 
 
-def _checked_rle(rle: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns {"size": [H, W], "counts": compressed bytes}; raises ValueError for a damaged code, with which
-    pycocotools would read and write out of bounds."""
-    size, counts = rle.get("size"), rle.get("counts")
-    is_pair = isinstance(size, (list, tuple)) and len(size) == 2
-    if not is_pair or not all(isinstance(side, Integral) and side > 0 for side in size):
-        raise ValueError(f"the size of a run-length code is [height, width] in pixels, got {size!r}")
-    size = [int(side) for side in size]
+def run_lengths(rle: Mapping[str, Any]) -> list[int]:
+    """The runs of a code, zeros first, in pixels.
+
+    Raises ValueError for counts that are not whole numbers or text.
+    """
+    counts = rle.get("counts")
     if isinstance(counts, str):
         counts = counts.encode("utf-8", "surrogatepass")
     if isinstance(counts, bytes):
-        runs = _decompress_runs(counts)
-    elif isinstance(counts, (list, tuple)) and all(isinstance(run, Integral) for run in counts):
-        runs = [int(run) for run in counts]
-    else:
-        raise ValueError(f"the counts of a run-length code are whole numbers or text, got {str(counts)[:60]}")
+        return _decompress_runs(counts)
+    if isinstance(counts, (list, tuple)) and all(_is_whole(run) for run in counts):
+        return [int(run) for run in counts]
+    raise ValueError(f"the counts of a run-length code are whole numbers or text, got {str(counts)[:60]}")
+
+
+def _checked_rle(rle: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns {"size": [H, W], "counts": compressed bytes}; raises ValueError for a damaged code, with which
+    pycocotools would read and write out of bounds."""
+    size = rle.get("size")
+    is_pair = isinstance(size, (list, tuple)) and len(size) == 2
+    if not is_pair or not all(_is_whole(side) and side > 0 for side in size) or math.prod(map(int, size)) > MAX_PIXELS:
+        raise ValueError(
+            f"the size of a run-length code is [height, width], {MAX_PIXELS:,} pixels at most, got {str(size)[:60]}"
+        )
+    size, runs = [int(side) for side in size], run_lengths(rle)
     if sum(runs) != math.prod(size) or min(runs) < 0:
         raise ValueError(f"the runs must be >= 0 and fill a mask of size {size}, they add up to {sum(runs)}")
-    if not isinstance(counts, bytes):
+    counts = rle["counts"]
+    if isinstance(counts, (list, tuple)):
         counts = coco_mask.frPyObjects({"size": size, "counts": runs}, *size)["counts"]
-    return {"size": size, "counts": counts}
+    return {"size": size, "counts": counts.encode("ascii") if isinstance(counts, str) else counts}
+
+
+def _is_whole(number: Any) -> bool:
+    return isinstance(number, Integral) and not isinstance(number, bool)
 
 
 def _decompress_runs(counts: bytes) -> list[int]:
@@ -109,6 +139,10 @@ def _decompress_runs(counts: bytes) -> list[int]:
             raise ValueError(f"the counts of a run-length code hold the character {chr(character)!r}")
         value |= (bits & 0x1F) << shift
         shift += 5
+        if shift > MAX_RUN_BITS:
+            raise ValueError(
+                "the counts of a run-length code hold a number that is too large, or end in the middle of a number"
+            )
         if not bits & 0x20:
             if bits & 0x10:
                 value -= 1 << shift
@@ -119,16 +153,24 @@ def _decompress_runs(counts: bytes) -> list[int]:
     return runs
 
 
-def _polygon_points(polygon: Any) -> np.ndarray:
+def polygon_points(polygon: Any) -> np.ndarray:
     """Returns a flat COCO polygon as points (N, 2), x before y, in pixels. Raises ValueError."""
-    if not isinstance(polygon, (list, tuple)) or not all(isinstance(number, Real) for number in polygon):
+    numbers = polygon if isinstance(polygon, (list, tuple)) else [None]
+    kinds = set(map(type, numbers))
+    if not kinds <= {int, float} and not all(issubclass(kind, Real) and kind is not bool for kind in kinds):
         raise ValueError(f"a polygon is a flat list of numbers [x0, y0, x1, ...], got {str(polygon)[:60]}")
     if len(polygon) % 2:
         raise ValueError(f"a polygon needs an even number of coordinates, got {len(polygon)}")
-    for number in polygon:
-        if not abs(number) <= MAX_COORDINATE:
-            raise ValueError(f"the coordinates of a polygon must be finite and sensible, got {number}")
-    return np.array(polygon, dtype=np.float64).reshape(-1, 2)
+    if polygon and not (max(polygon) <= MAX_COORDINATE and min(polygon) >= -MAX_COORDINATE):
+        raise ValueError(f"the coordinates of a polygon must be finite and sensible, got {_first_outside(polygon)}")
+    points = np.array(polygon, dtype=np.float64).reshape(-1, 2)
+    if np.isnan(points).any():  # which no comparison finds for certain
+        raise ValueError("the coordinates of a polygon must be finite and sensible, got nan")
+    return points
+
+
+def _first_outside(polygon: Sequence[float]) -> float:
+    return next(number for number in polygon if not abs(number) <= MAX_COORDINATE)
 
 
 def _clip(points: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -5,13 +5,9 @@ Yu et al., "Modeling Context in Referring Expressions", 2016) and its extension 
 "GRES: Generalized Referring Expression Segmentation", 2023); the rest is ours.
 """
 
-import copyreg
-import io
-import json
-import math
-import pickle
+import logging
+import os
 from collections.abc import Sequence
-from numbers import Real
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -20,7 +16,20 @@ import datasets
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from training.sources.agreement import compare_mask, describe_contradiction
 from training.sources.masks import encode_mask, merge_rles, segmentation_to_rle
+from training.sources.refer_records import (
+    Instances,
+    is_id,
+    is_text,
+    load_instances,
+    load_refs,
+    ref_problem,
+    shown,
+    target_ids,
+)
+
+logger = logging.getLogger(__name__)
 
 # One row is one referred object. Images stay undecoded, so that open_image can name a corrupt one.
 REFER_FEATURES = datasets.Features(
@@ -44,49 +53,6 @@ REFER_FEATURES = datasets.Features(
 # Where the photographs lie below the root: REFER's own layout first, then plain COCO trees.
 IMAGE_FOLDERS = ("images/mscoco/images/train2014", "images/train2014", "train2014", "images")
 
-# Pickles
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Without names to call, an unpickler builds plain containers, strings, bytes, numbers and None only."""
-
-    def find_class(self, module_name: str, global_name: str) -> Any:
-        raise pickle.UnpicklingError(f"it names {module_name}.{global_name}")
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise pickle.UnpicklingError(f"it refers to an object outside the file, persistent id {pid!r}")
-
-
-def load_plain_pickle(path: str | PathLike[str]) -> Any:
-    """Loads a pickle of plain containers, strings, bytes and numbers; nothing in it is ever called.
-
-    Python 2's byte strings are read as UTF-8 or, when one in the file is not UTF-8, all of them as Latin-1.
-    Python 3's bytes below protocol 3 and sets below protocol 4 are written by name and so refused. Raises
-    FileNotFoundError, or pickle.UnpicklingError naming the file when it names a class or function (which),
-    uses persistent ids or extension codes, is truncated, or is no pickle.
-    """
-    data = Path(path).read_bytes()
-    # An extension code that this process has met before would be served from this cache, past find_class.
-    copyreg.clear_extension_cache()
-    for encoding in ("utf-8", "latin-1"):
-        try:
-            return _PlainUnpickler(io.BytesIO(data), encoding=encoding).load()
-        except UnicodeDecodeError as error:
-            failure: Exception = error
-        except Exception as error:  # a damaged stream makes the unpickler raise almost anything
-            failure = error
-            break
-    reason = str(failure) or type(failure).__name__
-    raise pickle.UnpicklingError(
-        f"{path} is refused: {reason} (accepted: a pickle of plain containers, strings, bytes and numbers)"
-    ) from failure
-
-
-# REFER
-
-# The records of instances.json: "images", "annotations" and "categories", each by id.
-_Instances = dict[str, dict[int, dict[str, Any]]]
-
 
 def load_refer(
     root: str | PathLike[str],
@@ -105,14 +71,16 @@ def load_refer(
     are not looked at.
 
     Raises FileNotFoundError for a missing folder or file, pickle.UnpicklingError for refs that are not plain
-    data, ValueError for an unknown split, an instances.json that is none, or refs that cannot be used: how
-    many, which is the first, and why. All are checked before the first mask is drawn; drawing then refuses a
-    malformed segmentation and an empty mask of a ref that has a target, naming the ref.
+    data, ValueError for an unknown split, an instances.json that is none or has two records of one id, or refs
+    cannot be used: how many, which is the first, and why. All are checked before the first mask is drawn.
+    Drawing then refuses a malformed segmentation, an empty mask of a ref that has a target, and a mask that
+    contradicts the bbox beside it (see `compare_mask`), naming the ref. Masks that agree only roughly with
+    their bbox or area are counted in one warning.
     """
     root = Path(root).expanduser().absolute()
     refs_path, instances_path = _refer_files(root, dataset, split_by)
     folders = _image_folders(root, image_dir)
-    refs = _load_refs(refs_path)
+    refs = load_refs(refs_path)
     present = list(dict.fromkeys(ref["split"] for ref in refs))
     for split in splits or ():
         if split not in present:
@@ -120,45 +88,66 @@ def load_refer(
     names = present if splits is None else splits
     chosen = {name: [ref for ref in refs if ref["split"] == name] for name in names}
 
-    instances = _load_instances(instances_path)
+    instances = load_instances(instances_path)
     problems: list[str] = []
     images: dict[int, Path] = {}
     for ref in (ref for split_refs in chosen.values() for ref in split_refs):
-        problem = _ref_problem(ref, instances)
-        if problem is None:
-            image_id, file_name = ref["image_id"], instances["images"][ref["image_id"]]["file_name"]
-            paths = (folder / file_name for folder in folders)
-            found = images.get(image_id) or next((path for path in paths if path.is_file()), None)
+        problem = ref_problem(ref, instances)
+        if problem is None and ref["image_id"] not in images:
+            file_name = instances["images"][ref["image_id"]]["file_name"]
+            found = _find_image(folders, file_name)
             if found is None:
                 problem = f"its image {folders[0] / file_name} does not exist"
             else:
-                images[image_id] = found
+                images[ref["image_id"]] = found
         if problem is not None:
-            problems.append(f"ref {ref.get('ref_id')}: {problem}")
+            problems.append(f"ref {shown(ref.get('ref_id'))}: {problem}")
     if problems:
         raise ValueError(f"{refs_path}: {len(problems)} refs cannot be used; the first is {problems[0]}")
 
-    built = {}
+    built, doubtful = {}, {}
     for name, split_refs in chosen.items():
-        rows = [_build_row(ref, instances, images[ref["image_id"]], instances_path, dataset) for ref in split_refs]
+        rows = []
+        for ref in split_refs:
+            try:
+                rows.append(_build_row(ref, instances, images[ref["image_id"]], dataset, doubtful))
+            except ValueError as error:
+                raise ValueError(f"{refs_path}: ref {ref['ref_id']}: {error} (see {instances_path})") from error
         columns = {column: [row[column] for row in rows] for column in REFER_FEATURES}
         built[name] = datasets.Dataset.from_dict(columns, features=REFER_FEATURES)
+    if doubtful:
+        logger.warning(
+            "%s: %d masks agree only roughly with their own bbox or area; the first is annotation %d. They are used as they are.",
+            instances_path,
+            len(doubtful),
+            next(iter(doubtful)),
+        )
     return datasets.DatasetDict(built)
 
 
-def refer_image_ids(root: str | PathLike[str], dataset: str, split_by: str) -> dict[str, list[int]]:
-    """The `image_id` of every ref of each split of a REFER dataset, from its refs alone: nothing else is read.
+def refer_images(
+    root: str | PathLike[str], dataset: str, split_by: str, image_dir: str | PathLike[str] | None = None
+) -> dict[str, list[tuple[int, Path | None]]]:
+    """Image id and file of every ref of each split of a REFER dataset; no mask is drawn and no image opened.
+
+    A file is None where instances.json does not tell it. One that does not exist is named all the same.
 
     Raises as load_refer does; ValueError also for a ref whose image_id is no integer.
     """
-    refs_path, _ = _refer_files(Path(root).expanduser().absolute(), dataset, split_by)
-    images: dict[str, list[int]] = {}
-    for ref in _load_refs(refs_path):
-        if not isinstance(ref.get("image_id"), int):
-            raise ValueError(
-                f"{refs_path}: ref {ref.get('ref_id')}: its image_id must be an integer, got {ref.get('image_id')!r}"
-            )
-        images.setdefault(ref["split"], []).append(ref["image_id"])
+    root = Path(root).expanduser().absolute()
+    refs_path, instances_path = _refer_files(root, dataset, split_by)
+    folders, records = _image_folders(root, image_dir), load_instances(instances_path)["images"]
+    files: dict[int, Path | None] = {}
+    images: dict[str, list[tuple[int, Path | None]]] = {}
+    for ref in load_refs(refs_path):
+        image_id = ref.get("image_id")
+        if not is_id(image_id):
+            where = f"{refs_path}: ref {shown(ref.get('ref_id'))}"
+            raise ValueError(f"{where}: its image_id must be an integer, got {shown(image_id)}")
+        if image_id not in files:
+            file_name = records.get(image_id, {}).get("file_name")
+            files[image_id] = _find_image(folders, file_name) or folders[0] / file_name if is_text(file_name) else None
+        images.setdefault(ref["split"], []).append((image_id, files[image_id]))
     return images
 
 
@@ -179,21 +168,6 @@ def _refer_files(root: Path, dataset: str, split_by: str) -> tuple[Path, Path]:
     return paths
 
 
-def _load_refs(path: Path) -> list[dict[str, Any]]:
-    """Reads the refs of either file; raises pickle.UnpicklingError or ValueError naming it when it is something else."""
-    if path.suffix == ".json":
-        try:
-            refs = json.loads(path.read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not JSON: {error}") from error
-    else:
-        refs = load_plain_pickle(path)
-    is_refs = isinstance(refs, list) and all(isinstance(ref, dict) for ref in refs)
-    if not is_refs or not all(isinstance(ref.get("split"), str) for ref in refs):
-        raise ValueError(f"{path} must hold a list of refs, dicts that each name their split")
-    return refs
-
-
 def _image_folders(root: Path, image_dir: str | PathLike[str] | None) -> list[Path]:
     """Returns the existing folders to look for images in; raises FileNotFoundError when there is none."""
     folders = [root / name for name in IMAGE_FOLDERS]
@@ -205,94 +179,40 @@ def _image_folders(root: Path, image_dir: str | PathLike[str] | None) -> list[Pa
     return existing
 
 
-def _load_instances(path: Path) -> _Instances:
-    """Reads instances.json; raises ValueError naming the file when it is something else."""
-    try:
-        content = json.loads(path.read_bytes())
-        tables = ("images", "annotations", "categories")
-        return {table: {record["id"]: record for record in content[table]} for table in tables}
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(
-            f"{path} is not JSON with lists of images, annotations and categories that have ids: {error!r}"
-        ) from error
-
-
-def _target_ids(ref: dict[str, Any]) -> list[int]:
-    """The annotations that a checked ref means: one, several, or none where gRefCOCO writes -1."""
-    given = ref["ann_id"] if isinstance(ref["ann_id"], (list, tuple)) else [ref["ann_id"]]
-    return [] if list(given) == [-1] else list(dict.fromkeys(given))
-
-
-def _ref_problem(ref: dict[str, Any], instances: _Instances) -> str | None:
-    """Says why a ref cannot be used, as far as the records tell, or None."""
-    for key in ("ref_id", "image_id"):
-        if not isinstance(ref.get(key), int):
-            return f"its {key} must be an integer, got {ref.get(key)!r}"
-    given = ref.get("ann_id")
-    is_list = isinstance(given, (list, tuple)) and given and all(isinstance(ann_id, int) for ann_id in given)
-    if not is_list and not isinstance(given, int):
-        return f"its ann_id must be an integer or a list of integers, got {given!r}"
-    image = instances["images"].get(ref["image_id"])
-    if image is None:
-        return f"its image {ref['image_id']} is missing in instances.json"
-    has_size = all(isinstance(image.get(side), int) and image[side] > 0 for side in ("height", "width"))
-    if not has_size or not isinstance(image.get("file_name"), str):
-        return f"its image {ref['image_id']} needs file_name, height and width in instances.json, got {image}"
-    targets = _target_ids(ref)
-    if targets and ref.get("no_target"):
-        return f"it says that it has no target, and names the annotations {targets}"
-    problems = (_annotation_problem(ann_id, ref["image_id"], instances) for ann_id in targets)
-    return next((problem for problem in problems if problem is not None), _sentence_problem(ref))
-
-
-def _annotation_problem(ann_id: int, image_id: int, instances: _Instances) -> str | None:
-    """Says why an annotation cannot be a target in an image, or None."""
-    annotation = instances["annotations"].get(ann_id)
-    if annotation is None:
-        return f"its annotation {ann_id} is missing in instances.json"
-    if annotation.get("image_id") != image_id:
-        return f"it is about image {image_id}, its annotation {ann_id} about {annotation.get('image_id')}"
-    category_id, bbox = annotation.get("category_id"), annotation.get("bbox")
-    if not isinstance(instances["categories"].get(category_id, {}).get("name"), str):
-        return f"the category {category_id} of its annotation {ann_id} is missing in instances.json"
-    is_box = isinstance(bbox, list) and len(bbox) == 4
-    if not is_box or not all(isinstance(number, Real) and math.isfinite(number) for number in bbox):
-        return f"the bbox of its annotation {ann_id} must be 4 finite numbers, got {bbox}"
-    return None
-
-
-def _sentence_problem(ref: dict[str, Any]) -> str | None:
-    """Says what is wrong with a ref's sentences, or None."""
-    if not isinstance(ref.get("sentences"), list) or not ref["sentences"]:
-        return "it has no sentences"
-    for sentence in ref["sentences"]:
-        if not isinstance(sentence, dict) or not isinstance(sentence.get("sent_id"), int):
-            return f"one of its sentences has no sent_id: {sentence!r}"
-        text = sentence.get("sent")
-        if not isinstance(text, str) or not text.strip():
-            return f"its sentence {sentence['sent_id']} is empty or not a text: {text!r}"
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            return f"its sentence {sentence['sent_id']} is not valid Unicode: {text!r}"
-    return None
+def _find_image(folders: Sequence[Path], file_name: str) -> Path | None:
+    """Returns the first of the folders' files of this name, or None."""
+    return next((folder / file_name for folder in folders if os.path.isfile(folder / file_name)), None)
 
 
 def _build_row(
-    ref: dict[str, Any], instances: _Instances, image_path: Path, source: Path, dataset: str
+    ref: dict[str, Any], instances: Instances, image_path: Path, dataset: str, doubtful: dict[int, None]
 ) -> dict[str, Any]:
-    """Joins a checked ref with its records and draws its mask; raises ValueError naming the ref."""
-    image, targets = instances["images"][ref["image_id"]], _target_ids(ref)
+    """Joins a checked ref with its records and draws its mask; raises ValueError naming the annotation.
+
+    Notes in `doubtful` the annotations whose mask agrees only roughly with their box or area.
+    """
+    image, targets = instances["images"][ref["image_id"]], target_ids(ref)
+    height, width = image["height"], image["width"]
     annotations = [instances["annotations"][ann_id] for ann_id in targets]
-    rles = [encode_mask(np.zeros((image["height"], image["width"]), dtype=bool))]
+    rles = [] if targets else [encode_mask(np.zeros((height, width), dtype=bool))]
     for annotation in annotations:
+        segmentation = annotation.get("segmentation")
         try:
-            rles.append(segmentation_to_rle(annotation.get("segmentation"), image["height"], image["width"]))
+            rle = segmentation_to_rle(segmentation, height, width)
         except ValueError as error:
-            where = f"ref {ref['ref_id']}: its annotation {annotation['id']} in {source}"
-            raise ValueError(f"{where} is malformed: {error}") from error
+            raise ValueError(f"its annotation {annotation['id']} is malformed: {error}") from error
+        agreement = compare_mask(rle, annotation["bbox"], annotation.get("area"), segmentation)
+        if agreement.is_contradiction:
+            reason = describe_contradiction(agreement, rle, annotation["bbox"])
+            raise ValueError(f"its annotation {annotation['id']} contradicts itself: its mask {reason}")
+        if agreement.is_doubtful:
+            doubtful[annotation["id"]] = None
+        rles.append(rle)
     mask = merge_rles(rles)
     if targets and coco_mask.area(mask) == 0:
-        where = f"ref {ref['ref_id']}: its annotation {', '.join(map(str, targets))} in {source}"
-        raise ValueError(f"{where} has no pixel in its image of {image['height']} x {image['width']}")
+        raise ValueError(
+            f"its annotation {', '.join(map(str, targets))} has no pixel in its image of {height} x {width}"
+        )
     names = (instances["categories"][annotation["category_id"]]["name"] for annotation in annotations)
     return {
         "image": {"path": str(image_path), "bytes": None},
@@ -305,5 +225,5 @@ def _build_row(
         "sentence_ids": [sentence["sent_id"] for sentence in ref["sentences"]],
         "sentence_kinds": [dataset] * len(ref["sentences"]),
         "mask": mask,
-        "boxes": [annotation["bbox"] for annotation in annotations],
+        "boxes": [list(map(float, annotation["bbox"])) for annotation in annotations],
     }

@@ -1,13 +1,16 @@
 """From rows to batches: variations keep words true and masks whole, what is drawn, what is shuffled, how it is collated."""
 
 import io
+import re
 from collections import Counter
 
 import datasets
 import numpy as np
 import pytest
 from builders import tiny_tokenizer
-from PIL import Image
+from conftest import REFER_MINI, needs_refer_mini
+from PIL import ExifTags, Image, ImageOps, features
+from squares import COLORS, make_rows, png
 from torch.utils.data import DataLoader
 
 from processing_sera import SeraImageProcessor, SeraProcessor
@@ -23,51 +26,10 @@ from training.examples.batches import (
     shuffled_sentences,
 )
 from training.sources.masks import decode_mask, encode_mask
-from training.sources.refer import REFER_FEATURES
+from training.sources.refer import REFER_FEATURES, load_refer
 
-COLORS = {"red": (230, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 230), "yellow": (230, 230, 20)}
 PLAIN = AugmentationSettings()
 STRONG = AugmentationSettings(flip=0.5, min_crop=0.6, color_jitter=0.0, word_dropout=0.0)
-
-
-def png(image: Image.Image, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", **options)
-    return buffer.getvalue()
-
-
-def make_rows(images: list[dict[str, list[str]]], seed: int = 0) -> datasets.Dataset:
-    """Images of coloured squares on grey, one row per square: per image, {colour: sentences}, from left to right."""
-    rng = np.random.default_rng(seed)
-    rows = []
-    for number, objects in enumerate(images):
-        height, step = int(rng.integers(40, 90)), int(rng.integers(24, 40))
-        pixels = np.full((height, step * len(objects), 3), 128, np.uint8)
-        masks = []
-        for i, color in enumerate(objects):
-            side = int(rng.integers(12, 20))
-            top, left = int(rng.integers(0, height - side + 1)), i * step + int(rng.integers(0, step - side + 1))
-            masks.append(np.zeros(pixels.shape[:2], bool))
-            masks[-1][top : top + side, left : left + side] = True
-            pixels[masks[-1]] = COLORS[color]
-        encoded = png(Image.fromarray(pixels))
-        for i, ((color, sentences), mask) in enumerate(zip(objects.items(), masks, strict=True)):
-            rows.append(
-                {
-                    "image": {"path": None, "bytes": encoded},
-                    "image_id": 7 * number + 1,
-                    "ref_id": 10 * number + i,
-                    "ann_ids": [10 * number + i],
-                    "no_target": False,
-                    "category": color,
-                    "sentences": sentences,
-                    "sentence_ids": list(range(len(sentences))),
-                    "sentence_kinds": ["colour"] * len(sentences),
-                    "mask": encode_mask(mask),
-                    "boxes": [[0.0, 0.0, 1.0, 1.0]],
-                }
-            )
-    return datasets.Dataset.from_list(rows, features=REFER_FEATURES)
 
 
 def random_rows(seed: int, number: int = 12) -> datasets.Dataset:
@@ -95,11 +57,11 @@ def processor() -> SeraProcessor:
     return SeraProcessor(SeraImageProcessor(size={"height": 56, "width": 70}), tiny_tokenizer())
 
 
-# Words of a mirrored image
+# Words of a flipped image
 
 
 @pytest.mark.parametrize(
-    ("sentence", "mirrored"),
+    ("sentence", "flipped"),
     [
         ("left zebra", "right zebra"),
         ("the leftmost cup", "the rightmost cup"),
@@ -108,22 +70,74 @@ def processor() -> SeraProcessor:
         ("left-most (right)", "right-most (left)"),
         ("cup second from left.", "cup second from right."),
         ("zebra's left's neighbour", "zebra's right's neighbour"),
-        ("bright cup on an upright shelf beside the cleft", "bright cup on an upright shelf beside the cleft"),
-        ("leftovers", "leftovers"),
-        ("rights", "rights"),
+        ("girl on rights umbrella", "girl on lefts umbrella"),
+        ("the leftest dog", "the rightest dog"),
+        ("middleright, bottomright", "middleleft, bottomleft"),
+        ("mostleft cup", "mostright cup"),
+        ("righthanded batter", "lefthanded batter"),
+        ("2nd from theleft", "2nd from theright"),
+        ("3left", "3right"),
+        ("right of the lamp", "left of the lamp"),
+        ("the one on the right behind the cup", "the one on the left behind the cup"),
+        ("far right next to the wall", "far left next to the wall"),
+        ("top-right above the cup", "top-left above the cup"),
+        ("right, next to the man", "left, next to the man"),
+        ("man looking right near the wall", "man looking left near the wall"),
+        ("right out of view", "left out of view"),
         ("top of the bottom one", "top of the bottom one"),
     ],
 )
-def test_left_and_right_change_places(sentence, mirrored):
-    assert swap_left_right(sentence) == mirrored
-    assert swap_left_right(mirrored) == sentence
+def test_left_and_right_change_places(sentence, flipped):
+    assert swap_left_right(sentence) == flipped
+    assert swap_left_right(flipped) == sentence
+
+
+@pytest.mark.parametrize(
+    ("sentence", "flipped"),
+    [
+        ("black luggage bottom lef", "black luggage bottom right"),
+        ("rigth zebra", "left zebra"),
+        ("lefside", "rightside"),
+        ("bottomrigth", "bottomleft"),
+    ],
+)
+def test_misspelt_sides_change_places_too(sentence, flipped):
+    assert swap_left_right(sentence) == flipped
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        "bright cup on an upright shelf beside the cleft",
+        "leftovers, copyright, elefant, straight, slightly, downright",
+        "the chair right above the dog",
+        "zebra right behind the cup",
+        "chick right next to the girl",
+        "cup right in front of the bowl",
+        "RIGHT Below the lamp",
+        "the box that is right side up",
+    ],
+)
+def test_what_is_no_side_stays(sentence):
+    assert swap_left_right(sentence) == sentence
+
+
+@needs_refer_mini
+def test_few_sides_of_real_sentences_stay():
+    sentences = [text for rows in load_refer(REFER_MINI).values() for group in rows["sentences"] for text in group]
+    like_a_side = re.compile(r"[a-z]*(?:lef|rig[ht]|rihg)[a-z]*", re.IGNORECASE)
+    words = Counter(word for text in sentences for word in like_a_side.findall(text))
+    stay = Counter({word: number for word, number in words.items() if swap_left_right(word) == word})
+    other = {word for word in stay if re.fullmatch("b?rights?ly|bright(er|est)?|elefants?|upright", word)}
+    assert sum(words.values()) > 900
+    assert sum(number for word, number in stay.items() if word not in other) <= 2  # other misspellings, one of each
 
 
 def test_upper_case_sides_change_too():  # the tokenizer lower-cases, so case itself is free
     assert swap_left_right("Right zebra, LEFT cup, Leftmost").lower() == "left zebra, right cup, rightmost"
 
 
-def test_mirrored_images_carry_mirrored_words():
+def test_flipped_images_carry_flipped_words():
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8))
     masks = [rng.random((20, 30)) < 0.3 for _ in range(2)]
@@ -138,7 +152,7 @@ def test_mirrored_images_carry_mirrored_words():
     assert all(np.array_equal(got, mask) for got, mask in zip(twice[1], masks, strict=True))
 
 
-def test_a_mirrored_object_is_where_its_sentence_says():
+def test_a_flipped_object_is_where_its_sentence_says():
     rows = make_rows([{"red": ["left one"], "green": ["middle"], "blue": ["right one"]}] * 3)
     examples = examples_of(rows, STRONG)
     seen = set()
@@ -149,7 +163,7 @@ def test_a_mirrored_object_is_where_its_sentence_says():
             columns = dict(zip(example.text, places, strict=True))
             assert columns["left one"] < columns["middle"] < columns["right one"]
             seen.add(example.text.index("left one"))
-    assert seen == {0, 2}  # with and without mirroring
+    assert seen == {0, 2}  # with and without a flip
 
 
 # Other variations
@@ -366,17 +380,69 @@ def ramp() -> np.ndarray:
     return np.tile(np.linspace(0, 255, 32).round().astype(np.uint8), (20, 1))
 
 
-def test_an_orientation_tag_does_not_turn_what_was_annotated(processor):
-    rows = make_rows([{"red": ["red"], "blue": ["blue"]}])
-    plain = image_as_annotated(rows[0])
+FORMATS = ["JPEG", "PNG", "WEBP", "TIFF", *(["AVIF"] if features.check("avif") else [])]
+
+
+def exif_of(tag: int) -> Image.Exif:
     exif = Image.Exif()
-    exif[0x0112] = 6
-    turned = rows[0] | {"image": {"path": None, "bytes": png(plain, exif=exif)}}
-    assert Image.open(io.BytesIO(turned["image"]["bytes"])).getexif()[0x0112] == 6
-    assert image_as_annotated(turned).tobytes() == plain.tobytes()
-    rows = datasets.Dataset.from_list([turned], features=REFER_FEATURES)
+    exif[ExifTags.Base.Orientation] = tag
+    return exif
+
+
+def tagged(image: Image.Image, tag: int, format_name: str) -> bytes:
+    """A file of these pixels with an orientation tag, nearly without loss."""
+    buffer = io.BytesIO()
+    options = {"TIFF": {}, "PNG": {}, "WEBP": {"lossless": True}}.get(
+        format_name, {"quality": 95, "subsampling": "4:4:4"}
+    )
+    image.save(buffer, format_name, exif=exif_of(tag), **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def corners() -> Image.Image:
+    """Another colour in each corner, 24 high and 36 wide: every turn of it looks different."""
+    quarters = np.array([[(230, 20, 20), (20, 200, 20)], [(20, 20, 230), (230, 230, 20)]], np.uint8)
+    return Image.fromarray(np.kron(quarters, np.ones((12, 18, 1), np.uint8)))
+
+
+@pytest.mark.parametrize("tag", range(1, 9))
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_one_rule_turns_images_of_every_format(corners, format_name, tag):
+    content = tagged(corners, tag, format_name)
+    shown = corners.copy()
+    shown.getexif()[ExifTags.Base.Orientation] = tag
+    shown = ImageOps.exif_transpose(shown)
+    for upright, path, expected in (
+        (None, None, shown),  # own data
+        (None, "mine.jpg", shown),
+        (None, "COCO_train2014_000000000009.jpg", corners),
+        (None, "000000000009.jpg", corners),
+        (True, "COCO_train2014_000000000009.jpg", shown),
+        (False, "mine.jpg", corners),
+    ):
+        row = {"image": {"path": path, "bytes": content}, "mask": {"size": [expected.height, expected.width]}}
+        row |= {} if upright is None else {"upright": upright}
+        seen = image_as_annotated(row)
+        assert seen.getexif().get(ExifTags.Base.Orientation) is None
+        assert np.abs(np.asarray(seen).astype(int) - np.asarray(expected)).max() < 40  # lossy formats blur the edges
+
+
+@pytest.mark.parametrize("tag", [3, 6])
+def test_a_mask_drawn_upright_lies_on_its_object(processor, tag):
+    row = make_rows([{"red": ["red"], "blue": ["blue"]}])[0]
+    shown = image_as_annotated(row)
+    turn = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90}[tag]
+    row = row | {"image": {"path": None, "bytes": png(shown.transpose(turn), exif=exif_of(tag))}}
+    rows = datasets.Dataset.from_list([row], features=REFER_FEATURES)
     inputs, _ = Collator(processor, with_labels=True)([examples_of(rows)[0]])
     assert np.abs(under_label(inputs, processor)[0] - COLORS["red"]).max() < 60
+
+
+def test_a_mask_of_the_turned_size_names_the_setting(corners):
+    row = {"image": {"path": None, "bytes": tagged(corners, 6, "PNG")}, "mask": {"size": [24, 36]}}
+    with pytest.raises(ValueError, match=r"its mask 36×24 pixels. Its orientation tag is 6: data\.orientation stored"):
+        image_as_annotated(row)
 
 
 @pytest.mark.parametrize("mode", ["L", "I;16", "1", "P", "CMYK", "RGBA", "LA"])

@@ -12,8 +12,8 @@ from accelerate import Accelerator
 from builders import iou, tiny_tokenizer
 from conftest import make_model
 from PIL import Image
-from test_batches import make_rows, png
-from test_training import ON_CPU, TRAIN, finished, history_of, refer_settings, run, written
+from runs import ON_CPU, TRAIN, finished, history_of, refer_settings, run, written
+from squares import make_rows, png
 
 from processing_sera import SeraImageProcessor, SeraProcessor
 from training.configuration import AugmentationSettings, DataSettings, ModelSettings, TrainingSettings, read_settings
@@ -164,6 +164,31 @@ def test_what_is_drawn_depends_on_seed_epoch_and_place(store_of, tmp_path):
     hiding = replace(settings, data=replace(settings.data, hide_sentences=True))
     hidden = CachedExamples(make(hiding), hiding)
     assert {text for index in range(5) for text in hidden[index].text} == {HIDDEN}
+
+
+def test_a_weighted_mixture_is_cached_once_and_drawn_by_weight(store_of, tmp_path):
+    _, model, processor = store_of
+    rows, settings = make_rows([{"red": ["red"]}, {"green": ["green"]}, {"blue": ["blue"]}]), settings_for(tmp_path)
+
+    def store(*weights: float) -> FeatureCache:
+        weighted = rows.add_column("mixed_set", [0, 1, 1])
+        weighted = weighted.add_column("set_weight", [weights[0], weights[1], weights[1]])
+        return FeatureCache(settings, weighted, model, processor, Accelerator())
+
+    even = store(1.0, 2.0)
+    examples, again = CachedExamples(even, settings), CachedExamples(store(2.0, 1.0), settings)
+    assert examples.store.folder == again.store.folder
+    shares = {}
+    for name, drawn in (("even", examples), ("again", again)):
+        seen = []
+        for epoch in range(4):
+            drawn.set_epoch(epoch)
+            assert len(drawn) == 3 + 2
+            assert [drawn[index].sources[0][0] for index in (3, 4)] == [-1, -1]
+            seen.append([drawn[index].sources[0][0] for index in range(3)])
+            assert seen[-1] == [drawn[index].sources[0][0] for index in range(3)]
+        shares[name] = [sum(numbers.count(row) for numbers in seen) for row in range(3)]
+    assert shares == {"even": [4, 4, 4], "again": [8, 2, 2]}
 
 
 def test_whole_channels_are_silenced(store_of, tmp_path):

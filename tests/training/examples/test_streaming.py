@@ -1,8 +1,6 @@
-"""Training from a stream: the examples of the map-style way, each once, whatever reads them; and mixtures without leaks."""
+"""Training from a stream: the examples of the map-style way, each once, whatever reads them."""
 
-import logging
 from collections import Counter
-from dataclasses import replace
 from itertools import pairwise
 
 import datasets
@@ -11,6 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from builders import Folder, write_hub_copy
+from test_mixtures import write_own
 from torch.utils.data import DataLoader
 
 from training.configuration import AugmentationSettings, DataSettings
@@ -197,6 +196,14 @@ def test_a_stream_shorter_than_a_batch_for_each_process_is_refused(prepared):
         streamed(prepared, batch_size=19, num_processes=2)
 
 
+def test_a_stream_with_two_images_of_one_id_is_refused(tmp_path):
+    write_own(tmp_path / "own", train=[1, 1], val=[2])
+    rows, _ = load_training_splits(DataSettings(source="folder", root=str(tmp_path / "own"), streaming=True))
+    options = {"objects_per_image": 2, "sentences_per_object": 1, "augmentation": PLAIN, "seed": 0}
+    with pytest.raises(ValueError, match=r"ref_id 0 and 1 have the image_id 1 and hold different images, .* without"):
+        list(StreamedExamples(rows, batch_size=1, **options))
+
+
 def test_copies_on_the_hub_stream_too(tmp_path):
     folder = Folder(tmp_path / "refer").fill({"train": [31, 7, 19, 2], "val": [4]})
     target = write_hub_copy(folder, "jxu124", tmp_path / "copy", {"train": "train", "val": "val"}, shards=2)
@@ -207,114 +214,6 @@ def test_copies_on_the_hub_stream_too(tmp_path):
     examples = StreamedExamples(rows, batch_size=1, **options)
     expected = {tuple(sorted(sentences)) for sentences in folder.load()["train"]["sentences"]}
     assert Counter(tuple(sorted(example.text)) for example in examples) == Counter(expected)
-
-
-# Mixtures
-
-
-@pytest.fixture
-def sets(tmp_path) -> DataSettings:
-    """Three sets under one root; each holds out images that others train on."""
-    root = tmp_path / "refer"
-    for i, (dataset, split_by, images) in enumerate(
-        [
-            ("refcoco", "unc", {"train": [1, 2, 3, 4, 5], "val": [6], "testA": [7], "testB": [8]}),
-            ("refcoco+", "unc", {"train": [1, 2, 6, 9], "val": [3], "testA": [10]}),
-            ("refcocog", "google", {"train": [1, 5, 8, 11], "val": [11, 5]}),  # it splits objects, not images
-        ]
-    ):
-        Folder(root, image_dir=f"images{i}" if i else "images", dataset=dataset, split_by=split_by).fill(images)
-        for image in (root / f"images{i}").glob("*.png") if i else ():
-            image.rename(root / "images" / image.name)
-    return DataSettings(root=str(root), mix=["refcoco+/unc", "refcocog/google"])
-
-
-def as_folders(data: DataSettings, target) -> DataSettings:
-    names = [f"{data.dataset}/{data.split_by}", *data.mix]
-    for name in names:
-        prepare_refer(data.root, target / name.split("/")[0], *name.split("/"))
-    roots = [str(target / name.split("/")[0]) for name in names]
-    return replace(data, source="folder", root=roots[0], mix=roots[1:])
-
-
-HELD_OUT = {3, 5, 6, 7, 8, 10, 11}
-KEPT = {"refcoco": [1, 2, 4], "refcoco+": [1, 2, 9], "refcocog": [1]}
-
-
-@pytest.mark.parametrize("way", ["refer", "folder", "streaming"])
-def test_a_mixture_trains_on_no_image_of_another_split_of_any_set(sets, tmp_path, caplog, way):
-    data = sets if way == "refer" else replace(as_folders(sets, tmp_path / "prepared"), streaming=way == "streaming")
-    with caplog.at_level(logging.INFO):
-        train, val = load_training_splits(data)
-    rows = list(train)
-    assert train.features == REFER_FEATURES
-    assert not {row["image_id"] for row in rows} & HELD_OUT
-    by_set = {name: {row["image_id"] for row in rows if row["sentence_kinds"][0] == name} for name in KEPT}
-    assert by_set == {name: set(ids) for name, ids in KEPT.items()}
-    assert len(rows) == sum(1 + image_id % 3 for ids in KEPT.values() for image_id in ids)
-    assert set(val["image_id"]) == {6}  # the first set's own
-    assert "left out 2 of 5 images, 4 of 11 rows" in caplog.text  # refcoco without 3 and 5: one row and three
-    assert "left out 1 of 4 images, 1 of 7 rows" in caplog.text
-    assert "left out 3 of 4 images, 9 of 11 rows" in caplog.text
-
-
-def test_rows_of_one_photograph_share_an_example_across_sets(sets):
-    train, _ = load_training_splits(sets)
-    examples = TrainingExamples(
-        train, objects_per_image=99, sentences_per_object=1, augmentation=PLAIN, seed=0
-    )  # refs of all three sets, whose ids are the same here
-    assert len(examples) == len({1, 2, 4, 9})
-    kinds = [{text.split()[0] for text in examples[i].text} for i in range(len(examples))]
-    assert {"refcoco", "refcoco+", "refcocog"} in kinds
-    sources = [source for i in range(len(examples)) for source in examples[i].sources]
-    assert len({row for row, _ in sources}) == len(sources) == len(train)
-
-
-def test_a_streamed_mixture_gives_every_row_once(sets, tmp_path):
-    data = replace(as_folders(sets, tmp_path / "prepared"), streaming=True)
-    train, _ = load_training_splits(data)
-    expected = Counter(row["sentences"][0] for row in train)
-    options = {"objects_per_image": 1, "sentences_per_object": 9, "augmentation": PLAIN, "seed": 0}
-    examples = StreamedExamples(train, batch_size=1, **options)
-    got = Counter(sorted(example.text)[0] for batch in load(examples, num_workers=2) for example in batch)
-    assert got == expected
-
-
-def test_without_a_mixture_the_splits_are_as_they_are(sets):
-    train, val = load_training_splits(replace(sets, mix=[], dataset="refcocog", split_by="google"))
-    assert set(train["image_id"]) == {1, 5, 8, 11} and set(val["image_id"]) == {5, 11}
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"mix": ["refcoco+"]}, r"dataset/split_by, such as refcoco\+/unc, got 'refcoco\+'"),
-        ({"mix": ["refcoco+/umd"]}, r"refs\(umd\)\.p does not exist"),
-        ({"val_split": "test"}, r"refcoco/unc has no split 'test'; it has .*testA"),
-        ({"train_split": "testB"}, r"refcoco\+/unc has no split 'testB'"),
-        ({"streaming": True}, r"data\.streaming takes data\.source folder, not refer"),
-        ({"source": "scenes"}, r"data\.mix takes REFER sets or folders"),
-        ({"source": "scenes", "mix": [], "streaming": True}, r"data\.streaming takes data\.source folder, not scenes"),
-        ({"root": None}, r"data\.root is not set"),
-    ],
-)
-def test_settings_that_do_not_go_together_are_refused(sets, changes, message):
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        load_training_splits(replace(sets, **changes))
-
-
-def test_a_mixture_that_leaves_nothing_of_a_set_is_refused(sets, tmp_path):
-    Folder(tmp_path / "refer", image_dir="images3", dataset="other", split_by="unc").fill({"train": [6, 7]})
-    with pytest.raises(ValueError, match="every image of other/unc train stands in another split"):
-        load_training_splits(replace(sets, mix=["other/unc"], image_dir=str(tmp_path / "refer" / "images")))
-
-
-def test_a_set_without_coco_ids_cannot_be_mixed(sets, tmp_path):
-    folder = Folder(tmp_path / "more").fill({"train": [40, 41]})
-    write_hub_copy(folder, "moondream", tmp_path / "copy", {"train": "train"})
-    data = replace(as_folders(sets, tmp_path / "prepared"), mix=[str(tmp_path / "copy")])
-    with pytest.raises(ValueError, match=r"copy.* does not tell its images' COCO image ids"):
-        load_training_splits(data)
 
 
 def test_numbers_of_rows_are_those_of_the_folder(prepared):

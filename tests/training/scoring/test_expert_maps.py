@@ -1,4 +1,4 @@
-"""What the experts do: left out one by one, drawn, and counted by kind of expression."""
+"""The effect of the experts: without each of them, as maps, and by kind of expression."""
 
 import json
 from dataclasses import replace
@@ -9,8 +9,8 @@ import torch
 from conftest import make_inputs, make_model, save_tiny_model
 from PIL import Image
 from reference import softmax
-from test_evaluation import make_processor, make_rows, tiny_model
-from test_prediction_command import check_files, photo, photograph, refusal, segment  # noqa: F401 (two fixtures)
+from segmenting import check_files, refusal, segment, smooth_image
+from stand_ins import make_processor, make_rows, tiny_model
 
 from modeling_sera.fusion_sera import EXPERT_NAMES
 from training.configuration import DataSettings, TrainingSettings, dump_settings
@@ -33,7 +33,7 @@ def routings(model) -> list:
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
 @pytest.mark.parametrize("name", EXPERT_NAMES)
-def test_the_others_are_routed_as_if_the_expert_were_not_there(k, name):
+def test_without_an_expert_the_others_are_routed_alone(k, name):
     model = make_model(num_selected_experts=k)
     place = EXPERT_NAMES.index(name)
     before = routings(model)
@@ -100,14 +100,16 @@ def test_maps_are_differences_of_two_answers(image):
     assert np.array_equal(np.asarray(sheets[0]), np.asarray(sheets[1])[: sheets[0].height])
 
 
-def test_the_command_for_prediction_draws_the_maps_on_request(photo, tmp_path, capsys):  # noqa: F811
+def test_the_command_for_prediction_draws_the_maps_on_request(tmp_path, capsys):
+    photo = tmp_path / "photo.png"
+    smooth_image().save(photo)
     model = save_tiny_model(tmp_path / "model")
     texts = ["left zebra", "the $5 cup — " * 12]
     segment(photo, *texts, "--model", model, "--out", tmp_path / "out", "--experts")
     assert str(tmp_path / "out" / "experts.png") in capsys.readouterr().out
     assert np.asarray(Image.open(tmp_path / "out" / "experts.png").convert("L")).std() > 5
     (tmp_path / "out" / "experts.png").unlink()
-    check_files(tmp_path / "out", (64, 40), texts)  # the other files are those of the command without the option
+    check_files(tmp_path / "out", (64, 40), texts)  # the option changes no other file
     bare = save_tiny_model(tmp_path / "bare", fusion_experts=False)
     said = refusal(capsys, photo, "cup", "--model", bare, "--out", tmp_path / "none", "--experts")
     assert "has no fusion experts" in said and not (tmp_path / "none").exists()

@@ -13,8 +13,8 @@ from training.configuration import DataSettings
 from training.examples.splits import load_splits
 from training.preparation import prepare_refer
 from training.sources.hub_layouts import RowFolder
-from training.sources.images import open_image
-from training.sources.masks import decode_mask
+from training.sources.images import content_hash, open_image
+from training.sources.masks import decode_mask, encode_mask
 from training.sources.refer import REFER_FEATURES
 
 SPLITS = {"train": [31, 7, 19, 2], "val": [4, 3, 5]}
@@ -63,10 +63,14 @@ def test_a_copy_is_the_rows_that_it_was_made_from(folder, layout, streaming):
 
 
 @pytest.mark.parametrize("layout", ["lmms_lab", "jxu124"])
-def test_the_coco_ids_of_a_copy_are_known_from_one_column(folder, layout):
+def test_the_images_of_a_copy_are_known_without_its_masks(folder, layout):
     copy = copy_of(folder, layout)
-    assert copy.image_ids("train") == copy.read("train")["image_id"][:]
-    assert set(copy.image_ids("validation")) == set(SPLITS["val"])
+    rows = copy.read("train")
+    images = list(copy.images("train"))
+    assert [image_id for image_id, _ in images] == rows["image_id"][:]
+    for (_, image), row in zip(images, rows, strict=True):
+        assert content_hash(image) == content_hash(row["image"])
+    assert {image_id for image_id, _ in copy.images("validation")} == set(SPLITS["val"])
 
 
 def test_images_without_a_coco_id_are_told_apart_by_negative_numbers(folder):
@@ -74,7 +78,7 @@ def test_images_without_a_coco_id_are_told_apart_by_negative_numbers(folder):
     files = {row["image_id"]: row["image"]["bytes"] for row in rows}
     assert len(files) == len(SPLITS["train"]) and max(files) < 0
     assert all(row["image"]["bytes"] == files[row["image_id"]] for row in rows)
-    assert max(RowFolder(str(folder.root.parent / "RefCopy")).image_ids("train")) < 0
+    assert max(image_id for image_id, _ in RowFolder(str(folder.root.parent / "RefCopy")).images("train")) < 0
 
 
 def test_a_stream_is_not_copied(folder, datasets_cache):
@@ -99,6 +103,45 @@ def test_that_a_validation_split_is_a_mixture_is_said(folder, caplog):
         assert not caplog.records
         RowFolder(str(target)).read("val")
     assert "those of Google together" in caplog.text
+
+
+# Rows that someone made
+
+
+def prepared_with(folder: Folder, **changes) -> RowFolder:
+    """A prepared folder whose second row of train is changed."""
+    prepare_refer(folder.root, folder.root.parent / "mine")
+    file = next((folder.root.parent / "mine" / "data").glob("train*"))
+    rows = list(datasets.Dataset.from_parquet(str(file)).cast(REFER_FEATURES))
+    rows[1].update(changes)
+    datasets.Dataset.from_list(rows, features=REFER_FEATURES).to_parquet(file)
+    return RowFolder(str(folder.root.parent / "mine"))
+
+
+EMPTY = encode_mask(np.zeros((30, 40), bool))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sentences": []}, r"its sentences must be texts, one or more, got \[\]"),
+        ({"sentences": ["a", " "]}, "its sentences must be texts"),
+        ({"sentence_kinds": []}, r"its sentence_kinds must be as many as its sentences, \d, got \[\]"),
+        ({"mask": {"size": [30, 40], "counts": "99"}}, "fill a mask of size"),
+        ({"mask": EMPTY}, "its mask has no pixel and no_target is False"),
+        ({"no_target": True}, "its mask has pixels and no_target is True"),
+        ({"boxes": [[1, 2, 3]]}, r"its boxes must be \[x, y, width, height\] in pixels each"),
+        ({"boxes": [[28, 28, 1, 1]]}, "it contradicts itself: its mask has the box .*their IoU is 0.00"),
+    ],
+)
+def test_a_made_row_that_cannot_be_used_is_named(folder, changes, message):
+    with pytest.raises(ValueError, match=rf"mine, train: row 1 \(ref_id \d+\) cannot be used: .*{message}"):
+        prepared_with(folder, **changes).read("train")
+
+
+def test_made_rows_without_boxes_are_taken(folder):
+    assert prepared_with(folder, boxes=[]).read("train")[1]["boxes"] == []
+    assert prepared_with(Folder(folder.root.parent / "b" / "r").fill(SPLITS), mask=EMPTY, no_target=True).read("train")
 
 
 # By the settings
@@ -210,6 +253,7 @@ def with_a_larger_mask(row: dict) -> None:
         ("lmms_lab", lambda row: row.update(iscrowd=1), "it is a crowd"),
         ("lmms_lab", lambda row: row.update(file_name="cat.jpg"), "the file name 'cat.jpg' is none of COCO's"),
         ("lmms_lab", lambda row: row.update(segmentation=[900.0, 900.0, 950.0, 900.0, 950.0, 950.0]), "no pixel"),
+        ("lmms_lab", lambda row: row.update(bbox=[1.0, 1.0, 2.0, 2.0]), "its mask has the box .*their IoU is 0.00"),
         ("lmms_lab", lambda row: row["image"].update(bytes=b"<html>"), "damaged, or not an image"),
         ("jxu124", lambda row: row.update(sentences="{"), "Expecting property name"),
         ("jxu124", lambda row: row.update(sentences=None), "it has no raw_sentences or sentences"),

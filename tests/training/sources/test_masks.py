@@ -58,13 +58,29 @@ def test_a_transposed_or_strided_mask_is_encoded_as_it_looks():
         assert np.array_equal(decode_mask(encode_mask(view)), view)
 
 
+@pytest.mark.parametrize("values", [(0, 1), (0, 255), (0, 0), (255, 255)])
+@pytest.mark.parametrize("kind", [np.uint8, np.int64])
+def test_a_mask_of_whole_numbers_counts_as_object_where_it_is_not_zero(values, kind):
+    inside = np.random.default_rng(4).random((20, 31)) < 0.4
+    mask = np.where(inside, values[1], values[0]).astype(kind)
+    assert np.array_equal(decode_mask(encode_mask(mask)), mask > 0)
+
+
+@pytest.mark.parametrize("value", [2, 127, 254, -1])
+def test_a_grey_mask_is_refused_with_what_to_do(value):
+    mask = np.zeros((4, 5), np.int16)
+    mask[1:3], mask[0, 0] = 255, value
+    with pytest.raises(ValueError, match=f"1 of 20 pixels have other values, for example {value}. Cut it at half"):
+        encode_mask(mask)
+
+
 @pytest.mark.parametrize(
     "mask",
-    [np.zeros((3, 4), np.uint8), np.zeros((1, 3, 4), bool), np.zeros((0, 4), bool), [[True]]],
-    ids=["uint8", "three axes", "no pixel", "list"],
+    [np.zeros((3, 4)), np.zeros((1, 3, 4), bool), np.zeros((0, 4), bool), [[True]]],
+    ids=["float", "three axes", "no pixel", "list"],
 )
 def test_what_is_no_mask_is_refused(mask):
-    with pytest.raises(ValueError, match="bool array"):
+    with pytest.raises(ValueError, match=r"array .* of bools or whole numbers"):
         encode_mask(mask)
 
 

@@ -6,8 +6,10 @@ import copyreg
 import datetime
 import io
 import json
+import logging
 import os
 import pickle
+import re
 from pathlib import Path
 
 import datasets
@@ -18,8 +20,9 @@ from conftest import REFER_MINI, needs_refer_mini
 from reference import fill_even_odd
 
 from training.sources.images import open_image
-from training.sources.masks import decode_mask
-from training.sources.refer import REFER_FEATURES, load_plain_pickle, load_refer, refer_image_ids
+from training.sources.masks import decode_mask, encode_mask
+from training.sources.refer import REFER_FEATURES, load_refer, refer_images
+from training.sources.refer_records import load_plain_pickle
 
 # Pickles
 
@@ -398,12 +401,272 @@ def test_refs_that_name_a_class_are_refused(folder):
         folder.load()
 
 
-def test_the_images_of_each_split_are_known_from_the_refs_alone(folder):
-    loaded = folder.load()
-    (folder.folder / "instances.json").write_text("not read")
-    folder.image_folder.rename(folder.root / "gone")
-    images = refer_image_ids(folder.root, "refcoco", "unc")
-    assert images == {split: rows["image_id"][:] for split, rows in loaded.items()}
+def test_the_images_of_each_split_are_known_without_masks(folder):
+    spoil(annotations_0={"segmentation": None})(folder)
+    (folder.image_folder / "COCO_1.png").unlink()
+    with pytest.raises(ValueError, match="cannot be used"):
+        folder.load()
+    first = folder.image_folder / "COCO_0.png"
+    assert refer_images(folder.root, "refcoco", "unc") == {
+        "train": [(10, first), (10, first)],
+        "val": [(11, folder.image_folder / "COCO_1.png")],
+        "testA": [(10, first)],
+        "testB": [(11, folder.image_folder / "COCO_1.png")],
+    }
+
+
+# Records of wrong types
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (spoil(refs_1={"ref_id": True}), "ref True: its ref_id must be an integer, got True"),
+        (spoil(refs_1={"ref_id": 2**63}), "its ref_id must be an integer, got 9223372036854775808"),
+        (spoil(refs_1={"ann_id": 501.0}), r"ref 101: its ann_id must be an integer or a list of integers, got 501\.0"),
+        (spoil(refs_1={"ann_id": [True]}), r"ref 101: its ann_id must be .*, got \[True\]"),
+        (spoil(refs_1={"no_target": "no"}), "ref 101: its no_target must be true or false, got 'no'"),
+        (
+            spoil(refs_1={"sentences": [{"sent_id": [5], "sent": "zebra"}]}),
+            "ref 101: one of its sentences has no sent_id",
+        ),
+        (
+            spoil(refs_1={"sentences": [{"sent_id": 5.0, "sent": "zebra"}]}),
+            "ref 101: one of its sentences has no sent_id",
+        ),
+        (spoil(annotations_1={"image_id": [11]}), r"ref 101: it is about image 11, its annotation 501 about \[11\]"),
+        (spoil(annotations_1={"image_id": 11.0}), r"ref 101: it is about image 11, its annotation 501 about 11\.0"),
+        (spoil(annotations_1={"category_id": [3]}), r"ref 101: the category \[3\] of its annotation 501 is missing"),
+        (spoil(annotations_1={"category_id": 3.0}), r"ref 101: the category 3\.0 of its annotation 501 is missing"),
+        (spoil(categories_0={"name": 7}), "ref 101: the category 3 of its annotation 501 .* has no name"),
+        (spoil(annotations_1={"bbox": [4, 4, 10, 10**400]}), "ref 101: the bbox of its annotation 501 .* got .*…"),
+        (spoil(annotations_1={"bbox": [4, 4, 10, True]}), "ref 101: the bbox of its annotation 501 must be 4 finite"),
+        (spoil(annotations_1={"bbox": [4, 4, -10, 10]}), "ref 101: the bbox of its annotation 501 must be 4 finite"),
+        (
+            spoil(annotations_1={"area": "big"}),
+            "ref 101: the area of its annotation 501 must be a finite number .* 'big'",
+        ),
+        (spoil(images_1={"height": 40.0}), "ref 101: its image 11 needs file_name, height and width"),
+        (spoil(images_1={"height": True}), "ref 101: its image 11 needs file_name, height and width"),
+        (
+            spoil(images_1={"height": 10**6, "width": 10**6}),
+            "ref 101: its image 11 has 1000000 x 1000000 pixels, more than",
+        ),
+        (spoil(images_1={"file_name": "a\0b"}), "ref 101: its image .* does not exist"),
+        (
+            spoil(annotations_1={"segmentation": [[True, 4, 14, 4, 14, 14]]}),
+            "501 is malformed: a polygon is a flat list",
+        ),
+        (
+            spoil(annotations_1={"segmentation": {"size": [40, 60], "counts": [True, 2399]}}),
+            "501 is malformed: the counts of a run-length code are whole numbers",
+        ),
+        (
+            spoil(annotations_1={"segmentation": {"size": [40, 60], "counts": "o" * 10**6}}),
+            "501 is malformed: .* a number that is too large",
+        ),
+    ],
+)
+def test_a_field_of_a_wrong_type_is_named_with_file_and_ref(folder, damage, message):
+    damage(folder)
+    with pytest.raises(ValueError, match=rf"refs\(unc\)\.p: .*{message}"):
+        folder.load(splits=["val"])
+
+
+@pytest.mark.parametrize("value", [[1], None, 1.0, True, "1", {}, 2**64])
+@pytest.mark.parametrize("table", ["images", "annotations", "categories"])
+def test_an_id_of_a_wrong_type_is_named_with_its_place(folder, table, value):
+    getattr(folder, table)[0]["id"] = value
+    place = (
+        rf"instances\.json is not JSON with .*: {table}\[0\] must have an integer as id, got {re.escape(repr(value))}"
+    )
+    with pytest.raises(ValueError, match=place):
+        folder.load()
+
+
+HOSTILE = [
+    None,
+    True,
+    0,
+    -1,
+    1.0,
+    2.5,
+    float("nan"),
+    float("inf"),
+    1e300,
+    2**31,
+    -(2**63),
+    2**63,
+    10**400,
+    "",
+    " ",
+    "7",
+]
+HOSTILE += [
+    "\ud800",
+    "a\0b",
+    "x" * 5000,
+    [],
+    [1],
+    [[1]],
+    [None],
+    {},
+    {"id": 1},
+    [-1],
+    {"size": [40, 60], "counts": "9"},
+]
+
+
+def places(tree: list | dict) -> list[tuple[list | dict, int | str]]:
+    """Every place in nested lists and dicts, as a container and a key."""
+    found = []
+    for key in range(len(tree)) if isinstance(tree, list) else list(tree):
+        found.append((tree, key))
+        if isinstance(tree[key], (list, dict)):
+            found += places(tree[key])
+    return found
+
+
+def change(records: dict[str, list], rng: np.random.Generator) -> str:
+    """Puts something else in a random place, removes the place, or repeats what is there."""
+    every = places(records)
+    container, key = every[rng.integers(len(every))]
+    way = rng.choice(["replace", "remove", "repeat", "move"], p=[0.7, 0.1, 0.1, 0.1])
+    if way == "replace":
+        container[key] = HOSTILE[rng.integers(len(HOSTILE))]
+    elif way == "remove":
+        del container[key]
+    elif way == "repeat" and isinstance(container, list):
+        container.append(container[key])
+    else:
+        container[key] = every[rng.integers(len(every))][0]
+    return f"{way} {key!r}"
+
+
+@pytest.mark.parametrize("dataset", ["refcoco", "grefcoco"])
+def test_changed_records_load_or_are_refused_with_the_files_name(tmp_path, dataset, monkeypatch):
+    monkeypatch.setattr(datasets.arrow_dataset, "generate_fingerprint", lambda _: "0")  # it takes most of the time
+    folder = Folder(tmp_path, dataset=dataset)
+    folder.refs = folder.refs[:3]
+    for ref, annotation in zip(folder.refs, folder.annotations, strict=False):
+        ref["split"] = "train"
+        annotation["area"] = 7 if isinstance(annotation["segmentation"], dict) else 100
+    if dataset == "grefcoco":
+        folder.refs[0]["ann_id"], folder.refs[1]["ann_id"], folder.refs[1]["no_target"] = [500, 502, 504], [-1], True
+    tables = ("refs", "images", "annotations", "categories")
+    sound = json.dumps({table: getattr(folder, table) for table in tables})
+    rng, refused = np.random.default_rng(5), 0
+    for _ in range(1000):
+        records = json.loads(sound)
+        made = change(records, rng)
+        for table in tables:
+            setattr(folder, table, records.get(table))
+        try:
+            folder.write()
+        except (ValueError, RecursionError):  # moved into itself: no such file can be written
+            continue
+        try:
+            load_refer(tmp_path, dataset)
+        except (ValueError, FileNotFoundError, pickle.UnpicklingError) as error:
+            refused += 1
+            assert re.search(r"refs\(unc\)\.(p|json)|instances\.json", str(error)), made
+    assert 300 < refused < 950
+
+
+# Ids that come twice
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("images", r"two of the images have the id 10: file_name 'COCO_0.png' and file_name 'COCO_9.png'"),
+        ("annotations", r"two of the annotations have the id 500: image_id 10 and image_id 11"),
+        ("categories", r"two of the categories have the id 3: name 'zebra' and name 'cup'"),
+    ],
+)
+def test_an_id_of_two_records_is_refused(folder, table, message):
+    records = getattr(folder, table)
+    changed = {"images": {"file_name": "COCO_9.png"}, "annotations": {"image_id": 11}, "categories": {"name": "cup"}}
+    records.append(records[0] | changed[table])
+    with pytest.raises(ValueError, match=rf"instances\.json: {message}"):
+        folder.load()
+
+
+def test_a_record_that_is_written_twice_is_taken(folder):
+    folder.images.append(dict(folder.images[0]))
+    assert len(folder.load()["train"]) == 2
+
+
+# Masks that contradict their box
+
+
+def marked(folder: Folder, segmentation, box: list[float], area: float | None = None) -> None:
+    """Gives the annotation of the val ref this segmentation; its image has 40 x 60 pixels."""
+    folder.annotations[1].update(segmentation=segmentation, bbox=box, area=area)
+
+
+BOX = [6, 10, 20, 8]  # of the object that is meant, x first
+OBJECT = np.zeros((40, 60), dtype=bool)
+OBJECT[10:18, 6:26] = True
+CORNERS = np.array([[6, 10], [26, 10], [26, 18], [6, 18]])
+
+
+def by_rows(mask: np.ndarray) -> dict:
+    runs = np.diff(np.flatnonzero(np.diff(mask.ravel().astype(int), prepend=0, append=0)), prepend=0)
+    return {"size": list(mask.shape), "counts": [*runs.tolist(), int(mask.size - runs.sum())]}
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "box", "mistake"),
+    [
+        (by_rows(OBJECT), BOX, "run lengths look as if they were counted row by row"),
+        ([CORNERS[:, ::-1].ravel().tolist()], BOX, "Its x and y look swapped"),
+        (encode_mask(OBJECT), [10, 6, 8, 20], "Its x and y look swapped"),
+        ([(2 * CORNERS).ravel().tolist()], BOX, "before it was resized, 2 times as large"),
+        ([(CORNERS / 1.5).ravel().tolist()], BOX, r"before it was resized, 0\.667 times as large"),
+        (encode_mask(OBJECT), [6, 10, 26, 18], None),  # IoU 0.34, but of the box cut at the image's sides
+        ([[40, 2, 59, 2, 59, 38, 40, 38]], BOX, None),
+    ],
+)
+def test_a_mask_that_contradicts_its_box_is_refused_with_the_mistake(folder, segmentation, box, mistake):
+    marked(folder, segmentation, box)
+    said = r"refs\(unc\)\.p: ref 101: its annotation 501 contradicts itself: its mask has .*instances\.json"
+    with pytest.raises(ValueError, match=said) as error:
+        folder.load(splits=["val"])
+    assert re.search(mistake or "looks? like two corners|or more is accepted", str(error.value))
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "box", "area"),
+    [
+        (encode_mask(OBJECT), BOX, 160),
+        ([CORNERS.ravel().tolist()], BOX, 160.0),
+        ([CORNERS.ravel().tolist()], [6.4, 10.4, 19.3, 7.3], None),
+        ([[5, 5, 6.2, 5, 6.2, 6.2, 5, 6.2]], [5, 5, 1.2, 1.2], 1.44),  # a pixel or four: the edges are near
+        ([[50, 30, 80, 30, 80, 60, 50, 60]], [50, 30, 30, 30], None),  # reaches out of the image
+    ],
+)
+def test_a_mask_that_agrees_is_taken_without_a_word(folder, segmentation, box, area, caplog):
+    marked(folder, segmentation, box, area)
+    folder.load(splits=["val"])
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("box", [[6, 10, 20, 12], [6, 10, 20, 30]], ids=["IoU 0.67", "stray pixels lost, IoU 0.27"])
+def test_doubtful_masks_are_counted_once(folder, caplog, box):
+    marked(folder, [CORNERS.ravel().tolist()], box, 170)
+    folder.annotations[0].update(area=900)
+    with caplog.at_level(logging.WARNING):
+        folder.load()
+    (record,) = caplog.records
+    assert re.search(r"instances\.json: 2 masks agree only roughly .* first is annotation 500", record.getMessage())
+
+
+@needs_refer_mini
+def test_refer_mini_has_no_doubtful_mask(caplog):
+    load_refer(REFER_MINI)
+    load_refer(REFER_MINI, "refcoco+")
+    assert not caplog.records
 
 
 # gRefCOCO: several targets and none
@@ -459,10 +722,10 @@ def test_a_ref_to_nothing_has_an_empty_mask(generalized):
 def test_one_target_of_several_may_lie_outside_the_image_but_not_all(generalized):
     outside = [100, 100, 120, 100, 120, 120]
     annotations = {annotation["id"]: annotation for annotation in generalized.annotations}
-    annotations[20]["segmentation"] = [outside]
+    annotations[20].update(segmentation=[outside], bbox=[100, 100, 20, 20])
     assert {row["image_id"]: decode_mask(row["mask"]).any() for row in generalized.load()["train"]}[2]
-    annotations[21]["segmentation"] = [outside]
-    with pytest.raises(ValueError, match=r"its annotation 20, 21 in .* has no pixel"):
+    annotations[21].update(segmentation=[outside], bbox=[100, 100, 20, 20])
+    with pytest.raises(ValueError, match=r"its annotation 20, 21 has no pixel .*instances\.json"):
         generalized.load()
 
 

@@ -1,1 +1,0 @@
-../../../modeling_sera/checks_sera.py

@@ -1,1 +1,0 @@
-../../../modeling_sera/loss_sera.py

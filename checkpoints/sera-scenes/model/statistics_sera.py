@@ -1,1 +1,0 @@
-../../../modeling_sera/statistics_sera.py
