@@ -188,7 +188,7 @@ def measure_parts(models: Models, precision: str, repeats: int) -> dict[str, flo
         *(("adapters", adapter, name) for adapter in adapters for name in ("look", "attend")),
         ("backbone and adapters", vision, "encode_images"),
         ("backbone and adapters", vision, "forward"),
-        *(("fusion", fusion, "forward") for fusion in model.model.fusions),
+        *(("fusion", fusion, name) for fusion in model.model.fusions for name in ("look", "mix")),
         ("projector", model.decoder.projector, "forward"),
         ("decoder and projector", model.decoder, "forward"),
     ]

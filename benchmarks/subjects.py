@@ -49,10 +49,10 @@ class Entry:
 
 
 def sera_config(kind: str, tiny: bool) -> SeraConfig:
-    """The configuration of SERA-B or of a tiny model. The kind "late" has adapters in the last third of the blocks."""
+    """The configuration of SERA-B or of a tiny model. The kind "late" has adapters in the last two blocks alone."""
     if tiny:
-        return SeraConfig.tiny(**({"adapter_layers": [3]} if kind == "late" else {}))
-    return SeraConfig(adapter_layers=[8, 9, 10, 11]) if kind == "late" else SeraConfig()
+        return SeraConfig.tiny(**({"adapter_layers": [2, 3]} if kind == "late" else {}))
+    return SeraConfig(adapter_layers=[10, 11]) if kind == "late" else SeraConfig()
 
 
 def build_model(kind: str, tiny: bool) -> nn.Module:

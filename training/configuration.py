@@ -164,6 +164,7 @@ class OptimizationSettings:
         optimizer: "adamw", or "muon": Muon for the matrices and AdamW for the rest. Small models that start from random weights
             need fewer steps with Muon.
         learning_rate: Learning rate after the warm-up.
+        router_rate: Factor on the learning rate of the routers, which AdamW trains with either optimizer.
         schedule: "multistep" multiplies the learning rate by 0.1 at each milestone, "cosine" lowers it to zero.
         milestones: Shares of training, from 0 to 1, at which "multistep" lowers the learning rate.
         warmup: Share of training, from 0 to 1, in which the learning rate rises linearly.
@@ -177,6 +178,7 @@ class OptimizationSettings:
     batch_size: PositiveInt = 16
     optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: PositiveFloat = 1e-4
+    router_rate: PositiveFloat = 1.0
     schedule: Literal["multistep", "cosine"] = "multistep"
     milestones: list[float] = field(default_factory=lambda: [0.7])
     warmup: ClosedUnitInterval = 0.0

@@ -21,7 +21,7 @@ SWITCHES = [
     {"adapter_experts": False, "fusion_experts": False},
 ]
 PARTS = {
-    "routing": ["router.score", "router.hidden"],
+    "routing": ["router.", "model.sentence_norm"],
     "adapter_experts": ["adapter.spatial_expert", "adapter.boundary_expert", "adapter.router"],
     "fusion_experts": [".experts.", "fusions.0.router", "fusions.1.router", "fusions.2.router"],
 }
@@ -39,6 +39,8 @@ def with_weights_of(full: SeraForReferringSegmentation, **overrides) -> SeraForR
 def test_the_parameters_of_a_part_that_is_off_are_gone_and_no_others(switches):
     full, reduced = set(make_model().state_dict()), set(make_model(**switches).state_dict())
     named = [part for switch in switches for part in PARTS[switch]]
+    if len(switches) == 2:  # no router is left that could see the sentence
+        named.append("model.sentence_norm")
     gone = {name for name in full if any(part in name for part in named)}
     assert gone and reduced == full - gone
 
@@ -137,10 +139,18 @@ def test_nearest_targets_read_one_pixel_of_those_that_a_logit_covers():
     assert mask_segmentation_loss(logits, thinned, config["area"]).item() != pytest.approx(losses["area"], rel=1e-2)
 
 
-@pytest.mark.parametrize("options", [{"num_selected_experts": 2}, {"expression_aware_routing": True}])
-def test_uniform_routing_refuses_what_needs_a_router(options):
-    with pytest.raises(Exception, match="routing is 'uniform'"):
-        SeraConfig.tiny(routing="uniform", **options)
+def test_uniform_routing_refuses_to_select():
+    with pytest.raises(Exception, match="num_selected_experts is 2, but routing is 'uniform'"):
+        SeraConfig.tiny(routing="uniform", num_selected_experts=2)
+
+
+@pytest.mark.parametrize("aware", [False, True])
+def test_uniform_routing_has_nothing_that_sees_the_sentence(aware):
+    config = SeraConfig.tiny(routing="uniform", expression_aware_routing=aware)
+    assert not config.routers_see_sentence
+    assert set(make_model(routing="uniform", expression_aware_routing=aware).state_dict()) == set(
+        make_model(routing="uniform").state_dict()
+    )
 
 
 @pytest.mark.parametrize("name", ["routing", "mask_targets"])

@@ -11,6 +11,7 @@ from conftest import make_inputs, make_model
 from transformers import PreTrainedConfig, Trainer, TrainingArguments
 
 from modeling_sera import SeraConfig, SeraForReferringSegmentation
+from modeling_sera.layers_sera import SeraSampleStatistics
 from modeling_sera.loss_sera import area_average, mask_segmentation_loss
 
 
@@ -25,9 +26,8 @@ def test_fresh_model_gives_the_bare_towers_features_bit_for_bit(model_type):
     inputs = make_inputs(2)
     encoder = model.model.vision
     seen = []
-    model.model.fusions[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    model.model.fusions[1].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    model.model.fusions[2].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    for fusion in model.model.fusions:
+        fusion.project.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     with torch.no_grad():
         bare = encoder.tower(inputs["pixel_values"], output_hidden_states=True)
         model(**(inputs | {"image_index": None}))
@@ -178,7 +178,7 @@ def test_trainer_sees_the_same_gradient_however_many_batches_it_is_spread_over(t
     for accumulated in (1, 2):
         model = make_model(router_noise_std=0.0, decoder_dropout=0.0, router_balance_loss_weight=0.0)
         for module in model.modules():  # each half of the batch has other statistics
-            if isinstance(module, torch.nn.BatchNorm2d):
+            if isinstance(module, (torch.nn.BatchNorm2d, SeraSampleStatistics)):
                 module.train = lambda mode=True, module=module: module
         arguments = TrainingArguments(
             str(tmp_path / str(accumulated)),
@@ -376,7 +376,13 @@ def test_fresh_weights_start_as_documented():
     model = SeraForReferringSegmentation(SeraConfig.tiny())
     for block in model.model.vision.adapted_blocks.values():
         assert not block.adapter.up_proj.weight.any() and not block.adapter.up_proj.bias.any()
+        assert not block.adapter.router.score.weight.any() and not block.adapter.router.score_sentence.weight.any()
+    for fusion in model.model.fusions:
+        assert not fusion.router.score.weight.any() and not fusion.router.score.bias.any()
+        assert fusion.router.hidden.weight.std() > 0.1 and fusion.router.hidden_sentence.weight.std() > 0.1
     for gate in model.decoder.merge.gates:
+        assert (gate.bias == 1).all() and not gate.weight.any()
+    for gate in SeraForReferringSegmentation(SeraConfig.tiny(sentence_gate="linear")).decoder.merge.gates:
         assert (gate.bias == 1).all() and gate.weight.std() > 0.1
     deviation = model.decoder.layers[0].ffn[0].weight.std() * 32**0.5
     assert 0.8 < float(deviation) < 1.2  # variance 1 / fan-in
@@ -390,6 +396,9 @@ def test_states_stand_for_the_images(overrides, training):
     with torch.no_grad():
         states = model.model.vision.encode_states(inputs["pixel_values"])
         model.train(training)
+        for module in model.modules():  # or the first call's samples would move what the second normalises by
+            if isinstance(module, SeraSampleStatistics):
+                module.is_kept = True
         expected = model(**inputs).logits
         blank = inputs | {"pixel_values": torch.zeros_like(inputs["pixel_values"])}
         assert torch.equal(model(**blank, image_states=states).logits, expected)

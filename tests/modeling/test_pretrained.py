@@ -124,7 +124,7 @@ def test_a_fresh_sera_taps_the_bare_towers_features_bit_for_bit(folders, registe
     assert len(model.model.vision.adapted_blocks) >= 2
     tapped = []
     for fusion in model.model.fusions:
-        fusion.register_forward_pre_hook(lambda module, args: tapped.append(args[0]))
+        fusion.project.register_forward_pre_hook(lambda module, args: tapped.append(args[0]))
     pixel_values = torch.randn(3, 3, *size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         model(pixel_values, **tokens())

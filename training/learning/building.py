@@ -120,7 +120,7 @@ def _go_on(pretrained: str, overrides: dict) -> SeraForReferringSegmentation:
     gains = [f"decoder.layers.{i}." for i in range(saved.decoder_num_layers, config.decoder_num_layers)]
     gains += [f"model.vision.adapted_blocks.{i}." for i in set(config.adapter_layers) - set(saved.adapter_layers)]
     gains += ["decoder.presence_head."] if config.predict_presence and not saved.predict_presence else []
-    gains += [".hidden_sentence.", ".score_sentence."] if not saved.expression_aware_routing else []
+    gains += [".hidden_sentence.", ".score_sentence.", ".sentence_norm."] if not saved.expression_aware_routing else []
     unfit = [name for name in sorted(info["missing_keys"]) if not any(gain in name for gain in gains)]
     unfit += [*(key[0] for key in info["mismatched_keys"]), *info["unexpected_keys"]]
     if unfit:

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from modeling_sera import SeraForReferringSegmentation
+from modeling_sera.configuration_sera import NUM_FUSION_EXPERTS
 from modeling_sera.fusion_sera import EXPERT_NAMES
 from modeling_sera.routing_sera import SeraRouting
 
@@ -36,7 +37,8 @@ class RoutingHealth:
             for name, block in model.model.vision.adapted_blocks.items()
             if block.adapter.router is not None
         }
-        # for each tap: weights, selections, probabilities and squared logits of all experts, then entropy and number of samples
+        # for each tap: weights, selections, probabilities and squared excess logits of all experts, then entropy and number of
+        # samples
         device = model.device
         self.fusion_sums = {tap: torch.zeros(4 * len(EXPERT_NAMES) + 2, device=device) for tap in self.fusions}
         self.adapter_sums = {block: torch.zeros(len(ADAPTER_EXPERTS) + 1, device=device) for block in self.adapters}
@@ -60,7 +62,8 @@ class RoutingHealth:
 
     def _add_fusion(self, tap: str, routing: SeraRouting) -> None:
         weights, logits = routing.weights.float(), routing.logits.float()
-        per_expert = torch.cat([weights, routing.selected.float(), logits.softmax(-1), logits.square()], dim=1)
+        excess = (logits.abs() - self.config.router_logit_bound).relu().square()
+        per_expert = torch.cat([weights, routing.selected.float(), logits.softmax(-1), excess], dim=1)
         entropy = torch.special.entr(weights).sum()
         count = weights.new_tensor(len(weights))
         self.fusion_sums[tap] += torch.cat([per_expert.sum(0), torch.stack([entropy, count])])
@@ -74,7 +77,8 @@ class RoutingHealth:
         Returns:
             `{"taps": {depth: {"shares": {expert: mean weight}, "selected": {expert: share of samples}, "entropy": mean entropy of
             the weights in nats, at most log 4, "logit_loss", "balance_loss", "token_loss": auxiliary losses of all samples as one
-            batch, times their weights}}, "adapters": {block: {expert: mean weight}}}`. Shares are in [0, 1].
+            batch, times their weights; the last is 0 where all experts are used}}, "adapters": {block: {expert: mean weight}}}`.
+            Shares are in [0, 1].
         """
         taps = {tap: self._tap(accelerator.reduce(sums, "sum")) for tap, sums in self.fusion_sums.items()}
         adapters = {}
@@ -85,12 +89,13 @@ class RoutingHealth:
 
     def _tap(self, sums: Tensor) -> dict:
         means = sums[:-1] / sums[-1]
-        shares, selected, probability, squares = means[:-1].view(4, -1)
+        shares, selected, probability, excess = means[:-1].view(4, -1)
         config = self.config
+        token_weight = config.router_token_loss_weight * (config.num_selected_experts < NUM_FUSION_EXPERTS)
         losses = {
-            "logit_loss": config.router_logit_loss_weight * squares.mean(),
+            "logit_loss": config.router_logit_loss_weight * excess.mean(),
             "balance_loss": config.router_balance_loss_weight * shares.var(unbiased=False) / shares.mean() ** 2,
-            "token_loss": config.router_token_loss_weight * len(selected) * (selected * probability).sum(),
+            "token_loss": token_weight * len(selected) * (selected * probability).sum(),
         }
         return {
             "shares": dict(zip(EXPERT_NAMES, shares.tolist(), strict=True)),

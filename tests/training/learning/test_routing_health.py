@@ -12,7 +12,7 @@ from training.learning.routing_health import RoutingHealth
 
 @pytest.mark.parametrize("k", [2, 4])
 def test_what_the_routers_decided_is_counted(k):
-    model = make_model(num_selected_experts=k, router_logit_loss_weight=0.5)
+    model = make_model(num_selected_experts=k, router_logit_loss_weight=0.5, router_logit_bound=0.0)
     health = RoutingHealth(model)
     taps, adapters = [], []
     with health.watch(), torch.inference_mode():
@@ -36,7 +36,8 @@ def test_what_the_routers_decided_is_counted(k):
         assert tap["entropy"] == pytest.approx(-(nonzero * np.log(nonzero)).sum(axis=1).mean(), abs=1e-6)
         balance = model.config.router_balance_loss_weight * (shares.std() / shares.mean()) ** 2
         assert tap["balance_loss"] == pytest.approx(balance, abs=1e-6)
-        assert tap["logit_loss"] > 0 and tap["token_loss"] > 0
+        assert tap["logit_loss"] > 0
+        assert tap["token_loss"] > 0 if k < 4 else tap["token_loss"] == 0
 
     assert list(summary["adapters"]) == [str(block) for block in model.config.adapter_layers]
     for number, shares in enumerate(summary["adapters"].values()):
@@ -46,7 +47,7 @@ def test_what_the_routers_decided_is_counted(k):
 
 def test_the_losses_of_one_batch_are_the_models_own():
     """In training mode without noise, the model's auxiliary loss is the mean over the taps of the three terms together."""
-    model = make_model(router_noise_std=0.0, num_selected_experts=3).train()
+    model = make_model(router_noise_std=0.0, num_selected_experts=3, router_logit_bound=0.1).train()
     health = RoutingHealth(model)
     with health.watch(), torch.no_grad():
         expected = model(**make_inputs(4)).router_aux_loss.item()
