@@ -131,7 +131,7 @@ EMPTY = encode_mask(np.zeros((30, 40), bool))
         ({"mask": EMPTY}, "its mask has no pixel and no_target is False"),
         ({"no_target": True}, "its mask has pixels and no_target is True"),
         ({"boxes": [[1, 2, 3]]}, r"its boxes must be \[x, y, width, height\] in pixels each"),
-        ({"boxes": [[28, 28, 1, 1]]}, "it contradicts itself: its mask has the box .* their IoU is 0.00"),
+        ({"boxes": [[28, 28, 1, 1]]}, "it contradicts itself: its mask has the box .*their IoU is 0.00"),
     ],
 )
 def test_a_made_row_that_cannot_be_used_is_named(folder, changes, message):
@@ -253,7 +253,7 @@ def with_a_larger_mask(row: dict) -> None:
         ("lmms_lab", lambda row: row.update(iscrowd=1), "it is a crowd"),
         ("lmms_lab", lambda row: row.update(file_name="cat.jpg"), "the file name 'cat.jpg' is none of COCO's"),
         ("lmms_lab", lambda row: row.update(segmentation=[900.0, 900.0, 950.0, 900.0, 950.0, 950.0]), "no pixel"),
-        ("lmms_lab", lambda row: row.update(bbox=[1.0, 1.0, 2.0, 2.0]), "its mask has the box .* their IoU is 0.00"),
+        ("lmms_lab", lambda row: row.update(bbox=[1.0, 1.0, 2.0, 2.0]), "its mask has the box .*their IoU is 0.00"),
         ("lmms_lab", lambda row: row["image"].update(bytes=b"<html>"), "damaged, or not an image"),
         ("jxu124", lambda row: row.update(sentences="{"), "Expecting property name"),
         ("jxu124", lambda row: row.update(sentences=None), "it has no raw_sentences or sentences"),
