@@ -16,7 +16,7 @@ from .image_decoding_sera import as_image_list, as_list, is_undecoded
 
 
 class ReferringImageSegmentationPipeline(Pipeline):
-    """Segment what expressions refer to.
+    """Segment what expressions refer to in images.
 
     `pipe(image, "left zebra")`, `pipe(image, ["left zebra", "zebra drinking"])`, `pipe({"image": image, "text": ...})`, or
     a list, generator or dataset of such dictionaries. With a list of images, one `text` goes to each of them.
@@ -31,7 +31,7 @@ class ReferringImageSegmentationPipeline(Pipeline):
 
     Raises:
         ValueError: no processor, a threshold outside (0, 1), `max_expressions` below 1.
-        TypeError: an argument that there is not.
+        TypeError: an unknown argument.
     """
 
     _load_processor = True
@@ -60,12 +60,12 @@ class ReferringImageSegmentationPipeline(Pipeline):
             For one image a list with one dictionary per expression: "label", the expression as given; "score" in [0, 1],
             see `SeraProcessor.post_process_referring_segmentation`; "mask", a PIL image of mode "L" and the image's own
             size, 255 on the object. From a model that predicts presence also "no_target", the probability that nothing
-            in the image is meant; where that is likely the mask is empty. For a list, tuple, array or Series of inputs a list
+            in the image is meant. Where that is likely, the mask is empty. For a list, tuple, array or Series of inputs a list
             of those, for a generator, dataset or Column an iterator.
 
         Raises:
-            ValueError: no or an empty expression, no image, one that cannot be read.
-            TypeError: an expression that is no string, an image that is none.
+            ValueError: no expression or an empty one, no image or one that cannot be read.
+            TypeError: an expression that is not a string, an image of a type that is not accepted.
             FileNotFoundError: no file at a path.
         """
         if text is not None:
@@ -102,7 +102,7 @@ class ReferringImageSegmentationPipeline(Pipeline):
         missing = "image" if image is None else "text" if text is None else None
         if missing:
             usage = 'pipe(image, text="left zebra") or pipe({"image": image, "text": ["left zebra", "zebra drinking"]})'
-            purpose = " (what to look for in the image)" if missing == "text" else ""
+            purpose = " (the phrases for what to find in the image)" if missing == "text" else ""
             raise ValueError(f"The argument {missing} is missing{purpose}: call {usage}.")
         expressions = [text] if isinstance(text, str) else as_list(text)
         if expressions is None:
@@ -122,7 +122,7 @@ class ReferringImageSegmentationPipeline(Pipeline):
         return {"text": model_inputs["text"], "features": items if is_batch else items[0]}
 
     def _join(self, items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """The processor's outputs for single images, as it would have given them for all at once."""
+        """The processor's outputs for single images, as one batch."""
         batch = join_rows(items, self.processor.tokenizer.pad_token_id)
         return {**batch, "pixel_values": batch["pixel_values"].to(self.model.dtype)}
 

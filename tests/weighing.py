@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from conftest import make_inputs, make_model
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from modeling_sera import SeraForReferringSegmentation
 from modeling_sera.layers_sera import SeraSampleStatistics
@@ -65,6 +65,13 @@ def assert_same_gradients(found: Inputs, expected: Inputs) -> None:
     scale = max(gradient.abs().max() for gradient in expected.values())
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5 * scale.item(), msg=name)
+
+
+class Keep(TrainerCallback):
+    """Keeps the gradients of a step."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
+        self.gradients = {name: gradient.clone() for name, gradient in gradients_of(model).items()}
 
 
 def gradients_of_trainer(

@@ -16,11 +16,11 @@ from transformers.utils import ModelOutput, can_return_tuple, logging
 from .adapter_sera import SeraAdapterBoundaryExpert, SeraUpProjection
 from .checks_sera import check_batch, check_finite, check_requested_outputs
 from .configuration_sera import TOWER_TYPES, SeraConfig
-from .decoder_sera import SeraMaskDecoder, SeraSentenceGate
-from .fusion_sera import SeraFixedFilters, SeraFusion, SeraSpatialExpert
-from .layers_sera import SeraConvUnit
+from .decoder_sera import SeraMaskDecoder, SeraMerge, SeraOpenGate, SeraSentenceGate
+from .fusion_sera import SeraFixedFilters, SeraFusion, SeraFusionView, SeraSpatialExpert
+from .layers_sera import SeraConvUnit, SeraSampleNorm, SeraSampleStatistics
 from .loss_sera import mask_segmentation_loss, presence_detection_loss
-from .routing_sera import SeraRouterScore, SeraRouting, router_auxiliary_loss
+from .routing_sera import SeraAdapterRouter, SeraRouterScore, SeraRouting, SeraTopKRouter, mean_router_loss
 from .statistics_sera import freeze_statistics
 from .vision_sera import SeraAdaptedBlock, SeraImages, SeraVisionEncoder
 
@@ -40,7 +40,8 @@ class SeraModelOutput(ModelOutput):
         text_states: (N, L, text hidden size) token features of the expressions.
         text_mask: Attention mask that hides the padding, in the form that the attention kernel takes. `None` without padding.
         sentence: (N, projection_dim) sentence features.
-        fusion_routings: One [`SeraRouting`] per tap; none where the taps have no experts.
+        fusion_routings: One [`SeraRouting`] per tap, of N rows; none where the taps have no experts.
+        decided_routings: The same, but with one row per image where the routing is the same for all expressions about it.
         adapter_router_weights: One (N, 2) per adapter with experts: weights of the spatial and of the boundary expert.
     """
 
@@ -49,6 +50,7 @@ class SeraModelOutput(ModelOutput):
     text_mask: Tensor | None = None
     sentence: Tensor | None = None
     fusion_routings: tuple[SeraRouting, ...] | None = None
+    decided_routings: tuple[SeraRouting, ...] | None = None
     adapter_router_weights: tuple[Tensor, ...] | None = None
 
 
@@ -101,18 +103,20 @@ class SeraPreTrainedModel(PreTrainedModel):
         """Initialise what no checkpoint holds, constant buffers included. The towers initialise themselves."""
         super()._init_weights(module)
         # Only modules with parameters or buffers of their own arrive here, so each rule is about the class of such a module.
-        if isinstance(module, (SeraUpProjection, SeraRouterScore)):
+        if isinstance(module, (SeraUpProjection, SeraRouterScore, SeraOpenGate)):
             init.zeros_(module.weight)
         elif isinstance(module, (nn.Linear, nn.Conv2d)):
             init.lecun_normal_(
                 module.weight
             )  # the base class's fixed 0.02 is too small for layers as narrow as the adapters'
-            if isinstance(module, SeraSentenceGate):
-                init.ones_(module.bias)
         elif isinstance(module, SeraSpatialExpert):
-            init.constant_(module.alpha, 0.1)
+            init.constant_(module.alpha, module.ALPHA)
         elif isinstance(module, SeraFixedFilters):
             module.reset_kernels()
+        elif isinstance(module, SeraSampleStatistics):
+            module.reset()
+        if isinstance(module, SeraSentenceGate):
+            init.ones_(module.bias)
 
     def _set_gradient_checkpointing(
         self,
@@ -178,6 +182,7 @@ class SeraModel(SeraPreTrainedModel):
         self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_dim, bias=False)
         self.vision = SeraVisionEncoder(config)
         self.fusions = nn.ModuleList(SeraFusion(config) for _ in config.tap_layers)
+        self.sentence_norm = SeraSampleNorm(config.projection_dim) if config.routers_see_sentence else None
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -229,32 +234,28 @@ class SeraModel(SeraPreTrainedModel):
 
     def encode_images(
         self, pixel_values: Tensor, image_states: Tensor | None = None
-    ) -> tuple[SeraImages, list[tuple[Tensor, SeraRouting | None]] | None]:
+    ) -> tuple[SeraImages, list[SeraFusionView]]:
         """Compute all that does not depend on the text, of (B, 3, H, W) images: their expressions share it.
 
         Returns:
-            What the vision tower makes of them, and the fused map and the routing of every tap that no text has reached; `None`
-            for the latter where routers see the sentence.
+            The results of the vision tower, and those of SERA-Fusion for every tap before the first adapter.
         """
         images = self.vision.encode_images(pixel_values, image_states)
-        if self.config.expression_aware_routing:
-            return images, None
-        fused = [
-            fusion(tokens, grid_size=images.grid_size, sentence=None)
-            for fusion, tokens in zip(self.fusions, images.taps, strict=False)
+        views = [
+            fusion.look(tokens, images.grid_size) for fusion, tokens in zip(self.fusions, images.taps, strict=False)
         ]
-        return images, fused
+        return images, views
 
     def condition(
         self,
         images: SeraImages,
-        fused_images: list[tuple[Tensor, SeraRouting | None]] | None,
+        views: list[SeraFusionView],
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         image_index: Tensor | None = None,
     ) -> SeraModelOutput:
         """The rest of [`forward`], from what [`encode_images`] returned; for all of the expressions or for a part of them."""
-        grid_size = images.grid_size
+        grid_size, num_images = images.grid_size, images.hidden_states.shape[0]
         text_states, sentence = self.encode_text(input_ids, attention_mask)
         text_mask = create_bidirectional_mask(
             config=self.config,
@@ -262,27 +263,29 @@ class SeraModel(SeraPreTrainedModel):
             attention_mask=attention_mask,
             encoder_hidden_states=text_states,
         )
-        condition = {
-            "grid_size": grid_size,
-            "text_states": text_states,
-            "text_mask": text_mask,
-            "sentence": sentence,
+        routed = {
+            "sentence": sentence if self.sentence_norm is None else self.sentence_norm(sentence),
+            "num_images": num_images,
         }
+        condition = {"grid_size": grid_size, "text_states": text_states, "text_mask": text_mask, **routed}
         taps, adapter_weights = self.vision(images, image_index=image_index, condition=condition)
-        fused = []
-        for grid, routing in fused_images or ():
-            if image_index is not None:
-                grid, routing = grid[image_index], None if routing is None else routing.take(image_index)
-            fused.append((grid, routing))
-        for fusion, tap in list(zip(self.fusions, taps, strict=True))[len(fused) :]:
-            index = image_index if tap.shared else None
-            fused.append(fusion(tap.tokens, grid_size=grid_size, sentence=sentence, image_index=index))
+        fusions = list(self.fusions)
+        shared, others = fusions[: len(views)], fusions[len(views) :]
+        fused = [
+            fusion.mix(view, image_index=image_index, **routed) for fusion, view in zip(shared, views, strict=True)
+        ]
+        fused += [fusion(tap, grid_size=grid_size, **routed) for fusion, tap in zip(others, taps, strict=True)]
+        decided = [routing for _, routing in fused if routing is not None]
+        per_image = 0 if image_index is None or self.config.routers_see_sentence else len(views)
         return SeraModelOutput(
             fused_maps=tuple(grid for grid, _ in fused),
             text_states=text_states,
             text_mask=text_mask,
             sentence=sentence,
-            fusion_routings=tuple(routing for _, routing in fused if routing is not None),
+            fusion_routings=tuple(
+                routing.take(image_index) if i < per_image else routing for i, routing in enumerate(decided)
+            ),
+            decided_routings=tuple(decided),
             adapter_router_weights=adapter_weights,
         )
 
@@ -314,14 +317,15 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
         """
         adapters = [f"model.vision.adapted_blocks.{i}.adapter" for i in self.config.adapter_layers]
         fusions = [f"model.fusions.{i}" for i in range(len(self.config.tap_layers))]
-        return ["model.text_projection", *adapters, *fusions, "decoder"]
+        norms = [] if self.model.sentence_norm is None else ["model.sentence_norm"]
+        return ["model.text_projection", *norms, *adapters, *fusions, "decoder"]
 
     def fuse_for_inference(self) -> "SeraForReferringSegmentation":
         """Change this model, in place and for good, so that it predicts a little faster; results differ by rounding only.
 
-        Batch norms are taken into their convolutions, and convolutions keep their weights channels-last, as feature maps lie
-        here. Call it before a cast to bfloat16, so that the folding is done in float32. Afterwards the model can neither be
-        trained nor saved.
+        Batch norms and norms over samples are taken into the layers beside them, and convolutions keep their weights
+        channels-last, as feature maps lie here. Call it before a cast to bfloat16, so that the folding is done in float32.
+        Afterwards the model can neither be trained nor saved.
 
         Returns:
             The model itself.
@@ -332,8 +336,11 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
         if self.training:
             raise ValueError("The model is in training mode; call eval() before fuse_for_inference().")
         for module in self.modules():
-            if isinstance(module, (SeraConvUnit, SeraAdapterBoundaryExpert)):
+            if isinstance(module, (SeraConvUnit, SeraAdapterBoundaryExpert, SeraMerge)):
                 module.fold()
+            elif isinstance(module, (SeraAdapterRouter, SeraTopKRouter)):
+                module.fold(self.model.sentence_norm)
+        self.model.sentence_norm = None
         self.requires_grad_(False)
         self.is_fused = True
         return self.to(memory_format=torch.channels_last)
@@ -515,7 +522,7 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
             logits, presence_logits = self._decode(encoded)
             adapter_weights = encoded.adapter_router_weights
             fusion_weights = tuple(routing.weights for routing in encoded.fusion_routings)
-            router_aux_loss = self._router_loss(encoded.fusion_routings, logits) if self.training else None
+            router_aux_loss = self._router_loss(encoded.decided_routings, logits) if self.training else None
 
         if not (self.training or torch.compiler.is_compiling()) and logits.device.type == "cpu":
             # elsewhere the check would have to wait for the device; in training the loss shows it
@@ -575,16 +582,7 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
     def _router_loss(self, routings: Sequence[SeraRouting], like: Tensor) -> Tensor:
         if not routings:
             return like.new_zeros((), dtype=torch.float32)
-        losses = [
-            router_auxiliary_loss(
-                routing,
-                logit_weight=self.config.router_logit_loss_weight,
-                balance_weight=self.config.router_balance_loss_weight,
-                token_weight=self.config.router_token_loss_weight,
-            )
-            for routing in routings
-        ]
-        return torch.stack(losses).mean()
+        return mean_router_loss(routings, self.config)
 
 
 def _is_sera(checkpoint: str | PathLike) -> bool:

@@ -17,10 +17,10 @@ from transformers.utils import PaddingStrategy
 from .expressions_sera import CLIP_MAX_TOKENS, clean_expression, grouped_expressions, shortened
 from .image_decoding_sera import ImageLike, as_image_list, as_list
 from .image_processing_sera import letterbox_box
-from .pipeline_sera import ReferringImageSegmentationPipeline  # so that the file is saved with the processor
+from .pipeline_sera import ReferringImageSegmentationPipeline  # so that its file is saved with the processor
 
 NO_TARGET_THRESHOLD = 0.5  # probability of absence above which a mask is left empty
-UNSET_LENGTH = 10**6  # a tokenizer's model_max_length is astronomical where nobody set it
+UNSET_LENGTH = 10**6  # a tokenizer's model_max_length is far above this where nobody set it
 LOADING_OPTIONS = ("dtype", "is_local", "local_files_only")  # transformers keeps these among the tokenizer's settings
 TEXT_OPTIONS = ("padding", "truncation", "max_length", "return_attention_mask")
 OPTION_GROUPS = {
@@ -38,7 +38,7 @@ class SeraProcessorKwargs(ProcessingKwargs, total=False):
 
 
 def token_limit(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Tokens that an expression may have, start and end among them: the tokenizer's own limit, or CLIP's where nobody set one."""
+    """Tokens that an expression may have, with start and end: the tokenizer's own limit, or CLIP's where nobody set one."""
     limit = tokenizer.model_max_length
     return limit if limit < UNSET_LENGTH else CLIP_MAX_TOKENS
 
@@ -56,7 +56,7 @@ class SeraProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer)
         if tokenizer.pad_token_id is None:
             raise ValueError(
-                "The tokenizer has no padding token, which its tokenizer_config.json should name; CLIP's is '<|endoftext|>'."
+                "The tokenizer has no padding token; its tokenizer_config.json should name one. CLIP's is '<|endoftext|>'."
             )
         self.mask_threshold = _checked_threshold(mask_threshold)
 
@@ -64,7 +64,7 @@ class SeraProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        """The names of all that `model(**inputs)` may be given from here, labels aside."""
+        """The names of all inputs of the model that this processor gives, apart from labels."""
         return [*self.image_processor.model_input_names, "input_ids", "attention_mask", "image_index"]
 
     def __call__(
@@ -86,7 +86,7 @@ class SeraProcessor(ProcessorMixin):
                 pixels, nested like `text`. In whole numbers negative pixels are left out of the loss, see `read_masks`.
             kwargs: `return_tensors`: "pt" for tensors, otherwise numpy arrays.
                 `padding`: True or "longest" (default), "max_length", or False for lists of unequal length.
-                `truncation`: True (default) to cut to `max_length` with a warning, False to keep what the model cannot read.
+                `truncation`: True (default) to cut to `max_length` with a warning, False to keep all tokens.
                 `max_length`: tokens, by default and at most `max_tokens`.
                 `return_attention_mask`: False to leave it out.
                 Also as `text_kwargs={…}`, as in every processor.
@@ -135,9 +135,9 @@ class SeraProcessor(ProcessorMixin):
         return token_limit(self.tokenizer)
 
     def count_tokens(self, expression: str) -> int:
-        """How many tokens an expression has, start and end among them, before it is cut to `max_tokens`.
+        """How many tokens an expression has, with start and end, before it is cut to `max_tokens`.
 
-        Of a text so long that cleaning cuts it, the tokens of the part that is left: more than `max_tokens`.
+        A very long text is cut by cleaning. Then these are the tokens of the rest, which are more than `max_tokens`.
 
         Raises:
             ValueError: an empty expression.
@@ -242,8 +242,8 @@ class SeraProcessor(ProcessorMixin):
         """Masks of the images' own sizes from logits that cover the letterboxed frame.
 
         Logits are interpolated once, bilinearly, straight to the image's pixels, one expression at a time.
-        Pixels at the image's border take the nearest logit that lies wholly inside it: the next is partly
-        about padding.
+        Pixels at the image's border take the nearest logit that lies completely inside the image. The next logit covers
+        padding too.
 
         Args:
             outputs: what the model returned, with `logits` (N, h, w); h x w need not be H x W; and, from a model
@@ -253,13 +253,13 @@ class SeraProcessor(ProcessorMixin):
             threshold: probability above which a pixel is in the mask; None for the processor's
                 `mask_threshold`.
             return_probabilities: also return the probabilities, as "probabilities": float32 (H0, W0).
-            no_target_threshold: probability of absence, within (0, 1), above which the mask is left empty. It
-                matters to a model that predicts presence only.
+            no_target_threshold: probability of absence, within (0, 1), above which the mask is left empty. It has an effect
+                only where the model predicts presence.
 
         Returns:
             Per expression {"mask": bool (H0, W0), "score": float}. The score is the mean probability inside
             the mask; for an empty mask the highest anywhere. With `presence_logits` also {"no_target": float},
-            the probability in [0, 1] that nothing in the image is meant.
+            the probability in [0, 1] that the expression refers to nothing in the image.
 
         Raises:
             ValueError: no `original_sizes`, or logits, index and sizes that do not fit each other; a threshold
@@ -309,7 +309,7 @@ def _resample(values: Tensor, original_size: tuple[int, int], frame_size: tuple[
 
 
 def _resample_axis(values: Tensor, axis: int, length: int, start: float, extent: float) -> Tensor:
-    """Interpolate one axis linearly to `length` pixels over a stretch of it, given as shares of the axis."""
+    """Interpolate one axis linearly to `length` pixels, over the part of it from `start` on, `extent` long (both shares of it)."""
     n = values.shape[axis]
     # an image smaller than its share of the logits takes averages of several samples per pixel
     samples = max(1, round(n * extent / length))

@@ -4,8 +4,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .configuration_sera import SeraConfig
+from .layers_sera import SeraSampleStatistics
 
-STATISTICS = (nn.modules.batchnorm._BatchNorm,)  # layers with running statistics
+STATISTICS = (nn.modules.batchnorm._BatchNorm, SeraSampleStatistics)  # layers with running statistics
 
 
 def freeze_statistics(layer: nn.Module) -> bool:

@@ -14,19 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .adapter_sera import SeraAdapter
 from .configuration_sera import SeraConfig
-from .layers_sera import grid_to_tokens, tokens_to_grid
-
-
-class SeraTap(NamedTuple):
-    """Patch tokens read out of the tower.
-
-    Attributes:
-        tokens: (B or N, H·W, hidden_size).
-        shared: Whether rows are images (B), because no text-conditioned block came before; else rows are expressions (N).
-    """
-
-    tokens: Tensor
-    shared: bool
+from .layers_sera import SeraSampleStatistics, grid_to_tokens, tokens_to_grid
 
 
 class SeraBlockView(NamedTuple):
@@ -80,7 +68,7 @@ class SeraAdaptedBlock(GradientCheckpointingLayer):
             block: The DINOv2 block.
             num_prefix: Number of class and register tokens, which the adapter does not touch.
             image_index: (N,) row of `hidden_states` each expression is about, or `None` where rows are expressions already.
-            condition: `grid_size`, `text_states`, `text_mask` and `sentence` for the adapter.
+            condition: `grid_size`, `text_states`, `text_mask`, `sentence` and `num_images` for the adapter.
 
         Returns:
             (N, num_prefix + H·W, hidden_size) and the router weights (N, 2); `None` without experts.
@@ -96,7 +84,7 @@ class SeraAdaptedBlock(GradientCheckpointingLayer):
         return SeraBlockView(attended, update, self.adapter.look(normed[:, num_prefix:], grid_size))
 
     def keep_statistics_when_recomputed(self) -> None:
-        """Have the second computation, of activation checkpointing, leave the batch norms' running statistics alone."""
+        """Have the second computation, of activation checkpointing, leave all running statistics alone."""
         checkpoint = self._gradient_checkpointing_func
         given = getattr(checkpoint, "keywords", {}).get("context_fn", lambda: (nullcontext(), nullcontext()))
 
@@ -109,16 +97,21 @@ class SeraAdaptedBlock(GradientCheckpointingLayer):
     @contextmanager
     def _running_statistics_kept(self, context: AbstractContextManager) -> Iterator[None]:
         norms = [module for module in self.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        samples = [module for module in self.modules() if isinstance(module, SeraSampleStatistics)]
         before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
         for norm in norms:
             norm.momentum = 0.0
             norm.num_batches_tracked = torch.zeros_like(norm.num_batches_tracked)  # synchronised norms want one
+        for statistics in samples:
+            statistics.is_kept = True
         try:
             with context:
                 yield
         finally:
             for norm, (momentum, count) in zip(norms, before, strict=True):
                 norm.momentum, norm.num_batches_tracked = momentum, count
+            for statistics in samples:
+                statistics.is_kept = False
 
     @staticmethod
     def transform(hidden_states: Tensor, block: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
@@ -208,7 +201,7 @@ class SeraVisionEncoder(nn.Module):
 
     def forward(
         self, images: SeraImages, *, image_index: Tensor | None, condition: dict
-    ) -> tuple[list[SeraTap], tuple[Tensor, ...]]:
+    ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
         """
         Args:
             images: From [`encode_images`].
@@ -216,9 +209,10 @@ class SeraVisionEncoder(nn.Module):
             condition: What conditions the adapters; see [`SeraAdaptedBlock`].
 
         Returns:
-            One tap per configured depth, and per adapter with experts its router weights (N, 2).
+            Patch tokens (N, H·W, hidden_size) of the depths that `images.taps` does not hold, and per adapter with experts its
+            router weights (N, 2).
         """
-        hidden_states, router_weights, tokens = images.hidden_states, [], []
+        hidden_states, router_weights, taps = images.hidden_states, [], []
         for i in range(self.first_adapted, self.depth):
             block = self.tower.encoder.layer[i]
             if str(i) not in self.adapted_blocks:
@@ -232,9 +226,7 @@ class SeraVisionEncoder(nn.Module):
                     hidden_states, weights = adapted(hidden_states, *context)
                 if weights is not None:
                     router_weights.append(weights)
-            self._tap(hidden_states, i + 1, tokens)
-        shared = image_index is not None  # rows are images until a block has seen the text
-        taps = [SeraTap(tap, shared) for tap in images.taps] + [SeraTap(tap, False) for tap in tokens]
+            self._tap(hidden_states, i + 1, taps)
         return taps, tuple(router_weights)
 
     def _run_shared(self, pixel_values: Tensor) -> tuple[Tensor, list[Tensor]]:

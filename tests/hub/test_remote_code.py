@@ -1,4 +1,4 @@
-"""A saved folder is whole: it holds its code, is saved again as it was, and needs neither trust nor that code where we are."""
+"""A saved folder is complete: it holds its code, and a second saving changes nothing. Our packages need no code from it."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def photo(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def code_cache(tmp_path, monkeypatch) -> None:
-    """Code of folders that are loaded here goes to a place of the test's own."""
+    """Code of folders that are loaded here goes to a folder of this test."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", [*sys.path])
 
@@ -132,7 +132,7 @@ def test_no_order_of_imports_makes_a_class_at_hand_ask_whether_to_run_code(saved
 
 
 def test_a_folder_saved_before_code_came_along_is_loaded_and_saved_with_it(saved, tmp_path):
-    """Where the packages are installed; what an older configuration does not say yet has its default."""
+    """With the packages installed; settings that an older configuration lacks have their defaults."""
     folder = copy(saved, tmp_path / "old")
     for path in folder.glob("*.py"):
         path.unlink()

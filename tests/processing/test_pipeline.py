@@ -1,4 +1,4 @@
-"""The pipeline: every way to call it, against a model whose answer is known."""
+"""The pipeline: every way to call it, with a model whose answer is known."""
 
 import io
 
@@ -22,7 +22,7 @@ class BrightnessConfig(PreTrainedConfig):
 
 
 class BrightnessModel(PreTrainedModel):
-    """An expression that begins with "d" means the dark part of its image, any other the bright part."""
+    """An expression that begins with "d" refers to the dark part of its image, any other to the bright part."""
 
     config: BrightnessConfig
     main_input_name = "pixel_values"
@@ -40,7 +40,7 @@ class BrightnessModel(PreTrainedModel):
         assert input_ids.shape == attention_mask.shape and len(original_sizes) == len(pixel_values)
         grey = torch.nn.functional.avg_pool2d(pixel_values.mean(1, keepdim=True), 2)[:, 0]
         sign = torch.where(input_ids[:, 1] == self.dark, -1.0, 1.0).to(grey.dtype)
-        # longer expressions are surer, so that a wrong padding mask would show
+        # longer expressions have larger logits, so that a wrong padding mask changes the result
         return ModelOutput(logits=self.gain * (sign * attention_mask.sum(1))[:, None, None] * grey[image_index])
 
 
@@ -170,7 +170,7 @@ def test_the_batch_size_is_that_of_images_whose_expressions_go_together(pipe, ba
     assert pipe.model.calls == [(len(group), sum(group), 32) for group in groups]
 
 
-def test_500_expressions_about_one_image_are_one_call_that_the_model_bounds(pipe):
+def test_500_expressions_about_one_image_are_one_call_of_the_model(pipe):
     image, texts = two_sided((40, 30)), ["dark " * (1 + i % 3) if i % 2 else f"bright {i}" for i in range(500)]
     results = pipe(image, texts)
     assert len(results) == 500 and pipe.model.calls == [(1, 500, 32)]
@@ -184,7 +184,7 @@ def test_the_caller_says_how_many_expressions_go_through_the_model_at_once(pipe,
     assert pipe.model.calls == [(3, 4, max_expressions)]
 
 
-def test_several_images_asked_the_same(pipe):
+def test_several_images_with_the_same_expressions(pipe):
     images = [two_sided((100, 60)), two_sided((30, 50))]
     for image, results in zip(images, pipe(images, text=["dark", "bright"]), strict=True):
         check(results[0], image, "dark")
@@ -199,10 +199,10 @@ def test_text_given_at_construction(model, processor):
     check(pipe({"image": image, "text": "bright"})[0], image, "bright")
 
 
-def test_a_dictionary_without_a_text_is_asked_the_calls(pipe):
+def test_a_dictionary_without_a_text_takes_the_text_of_the_call(pipe):
     image = two_sided((100, 60))
-    for asked in ({"image": image}, {"image": image, "text": None}):
-        (result,) = pipe(asked, "dark")
+    for given in ({"image": image}, {"image": image, "text": None}):
+        (result,) = pipe(given, "dark")
         check(result, image, "dark")
 
 
@@ -306,7 +306,7 @@ IMAGES, TEXTS = [two_sided((100, 60)), two_sided((33, 47))], [["dark", "the brig
 
 
 def expected_of(model: SeraForReferringSegmentation, processor: SeraProcessor) -> list[dict]:
-    """What model and processor give without the pipeline."""
+    """The results of model and processor without the pipeline."""
     inputs = processor(images=IMAGES, text=TEXTS, return_tensors="pt")
     with torch.no_grad():
         outputs = model(**inputs)
@@ -316,7 +316,7 @@ def expected_of(model: SeraForReferringSegmentation, processor: SeraProcessor) -
 @pytest.mark.parametrize("options", [{}, {"batch_size": 2}, {"batch_size": 2, "max_expressions": 2}])
 @pytest.mark.parametrize("predict_presence", [False, True])
 def test_with_sera_itself(processor, predict_presence, options):
-    """Masks, and the same ones as without the pipeline; empty ones where the model says that nothing is meant."""
+    """The masks are those without the pipeline, and empty where the model predicts that nothing is meant."""
     model = make_sera(processor, predict_presence=predict_presence)
     if predict_presence:
         with torch.no_grad():  # absent for some of the expressions, present for others

@@ -1,4 +1,4 @@
-"""The processor: clean expressions, nested under their images; masks as labels, and logits as masks at full size."""
+"""The processor: clean expressions, grouped by image; masks to labels, and logits to masks of full size."""
 
 import copy
 import json
@@ -123,7 +123,7 @@ def test_a_million_characters_are_read_as_their_beginning(processor):
     assert len(str(error.value)) < 200
 
 
-def test_the_tokenizer_is_asked_for_the_cleaned_text(processor):
+def test_the_tokenizer_gets_the_cleaned_text(processor):
     plain = processor(text="the zebra's cup")["input_ids"]
     assert np.array_equal(processor(text=" The zebra&rsquo;s \u200bCUP ")["input_ids"], plain)
 
@@ -303,7 +303,7 @@ def test_a_row_does_not_depend_on_its_batch(processor, image):
 )
 def test_texts_that_do_not_fit(processor, count, text, error, message):
     with pytest.raises(error, match=message):
-        processor(images=["not yet opened.png"] * count, text=text)  # told before any image is read
+        processor(images=["not yet opened.png"] * count, text=text)  # refused before any image is read
 
 
 def test_nothing_at_all(processor):
@@ -353,7 +353,7 @@ def test_processor_round_trip(tmp_path, processor, image):
     processor = SeraProcessor(processor.image_processor, processor.tokenizer, mask_threshold=0.35)
     arguments = {"images": [image, image], "text": [["left zebra", "cup"], ["the left zebra"]]}
     before = processor(**arguments)
-    # what a tokenizer would otherwise write into its file
+    # a tokenizer would write these settings into its file
     processor.tokenizer(["cup"], padding="max_length", truncation=True, max_length=3)
     processor.save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "tokenizer.json").read_text())
@@ -407,10 +407,10 @@ def test_a_perfect_prediction_at_quarter_resolution(processor, original):
 
 
 @pytest.mark.parametrize("original", [(333, 500), (386, 500), (500, 333), (480, 640), (61, 37)])
-def test_what_the_model_says_about_the_padding_does_not_matter(processor, original):
+def test_the_logits_of_the_padding_have_no_effect(processor, original):
     processor.image_processor = SeraImageProcessor(size=448)
     inputs = processor(images=np.zeros(original), text="zebra", return_tensors="pt")
-    inside = perfect_logits([np.ones(original, bool)], (448, 448), (128, 128)) > 9  # cells wholly in the image
+    inside = perfect_logits([np.ones(original, bool)], (448, 448), (128, 128)) > 9  # cells completely in the image
     assert 0 < inside.float().mean() < 1
     logits = torch.randn(1, 128, 128, generator=torch.Generator().manual_seed(0))
     results = [
@@ -516,7 +516,7 @@ def test_outputs_and_inputs_that_do_not_fit(processor, image):
 
 
 def test_labels_and_post_processing_are_inverse_on_a_drawing(processor):
-    """Drawn shapes, thin ones among them, through labels at full resolution and back."""
+    """Drawn shapes, also thin ones, to labels at full resolution and back."""
     drawing = Image.new("1", (300, 200))
     pen = ImageDraw.Draw(drawing)
     pen.rectangle((0, 150, 90, 199), fill=1)

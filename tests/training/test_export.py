@@ -220,7 +220,7 @@ def test_what_it_cannot_use_is_named_before_any_work(run_folder, tmp_path, monke
     model, output = run_folder / "model", tmp_path / "new"
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")
-    assert "holds something else" in refusal(capsys, model, "--output", tmp_path / "mine")
+    assert "holds other files than an export" in refusal(capsys, model, "--output", tmp_path / "mine")
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep"
     assert "'nope'" in refusal(capsys, model, "--output", output, "--evaluate", "nope")
     moved = tmp_path / "alone" / "model"

@@ -9,8 +9,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import make_inputs
-from test_restart import NOISY, printed, start, wait_for_step
-from test_training import TINY, written
+from restarts import NOISY, printed, start, wait_for_step
+from runs import TINY, written
 
 from modeling_sera import SeraForReferringSegmentation
 from training.configuration import TrainingSettings, dump_settings

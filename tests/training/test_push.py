@@ -511,7 +511,7 @@ def test_a_path_of_the_models_folder_is_refused(tmp_path):
 @pytest.mark.parametrize("token", [TOKEN, "a-token-of-another-form"])
 def test_a_token_is_refused_and_its_file_is_named_without_it(tmp_path, token, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", token)
-    with pytest.raises(ValueError, match=r"^tokenizer_config\.json holds what looks like a token") as error:
+    with pytest.raises(ValueError, match=r"^tokenizer_config\.json holds text that looks like a token") as error:
         planted(tmp_path, "tokenizer_config.json", json.dumps({"auth": token}))
     assert token not in str(error.value)
 

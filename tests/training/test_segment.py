@@ -373,6 +373,7 @@ def run_script(arguments: list[str], environment: dict[str, str], output: str) -
     os.dup2(file, 1)
     os.dup2(file, 2)
     torch.set_num_threads(1)
+    datasets.config.HF_DATASETS_CACHE = Path(output).parent / "cache"
     sys.argv = ["segment.py", *arguments]
     runpy.run_path(str(REPOSITORY / "training" / "segment.py"), run_name="__main__")
 
@@ -409,9 +410,11 @@ def kill_at_random(started: list[BaseProcess], output: Path, rng: random.Random)
     while len(list_parts(output)) < before + number and any(process.is_alive() for process in started):
         time.sleep(0.002)
     time.sleep(rng.uniform(0, 0.2))
-    for process in rng.sample(started, len(started)):
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
+    for rank in rng.sample(range(len(started)), len(started)):
+        started[rank].kill()
+        started[rank].join()
+        # one that had no part left had ended
+        assert started[rank].exitcode in (-signal.SIGKILL, 0), output.with_suffix(f".{rank}.txt").read_text()
     return len(list_parts(output))
 
 
@@ -454,7 +457,9 @@ def test_what_one_process_began_three_go_on_with(model, many, whole, tmp_path):
 def test_two_processes_give_the_rows_of_one(model, many, whole, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["training/segment.py", str(model), "--data", str(many), "--output", str(tmp_path / "out")]
-    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": str(REPOSITORY)}
+    environment = (
+        os.environ | ENVIRONMENT | {"PYTHONPATH": str(REPOSITORY), "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    )
     options = ["--part_size", "4", "--batch_size", "3"]  # other batches than those of one process
     done = subprocess.run([*command, *options], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -549,7 +554,7 @@ def test_the_file_alone_runs_with_the_package_that_its_header_names(model, folde
     empty.mkdir()
     script = shutil.copy(REPOSITORY / "training" / "segment.py", empty)
     arguments = [str(model), "--data", str(folder), "--output", "out"]
-    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": str(site)}
+    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": str(site), "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(
         [sys.executable, script, *arguments], cwd=empty, env=environment, capture_output=True, text=True
     )

@@ -55,7 +55,7 @@ def _swapped(found: re.Match[str]) -> str:
 
 
 def drop_words(sentence: str, probability: float, rng: np.random.Generator) -> str:
-    """Drop each word with a probability; where all would go, one stays."""
+    """Drop each word with a probability; one word stays where all would be dropped."""
     words = sentence.split()
     kept = [word for word in words if rng.random() >= probability]
     return " ".join(kept) if kept else words[rng.integers(len(words))]
@@ -72,7 +72,7 @@ def augment(
 
     Args:
         image: The image (W, H).
-        masks: One (H, W) mask per object, boolean or int8 with -1 where the loss is to leave a pixel out.
+        masks: One (H, W) mask per object: boolean, or int8 with -1 for pixels that the loss leaves out.
         sentences: The sentences of each object.
         settings: How much.
         rng: Source of all randomness.

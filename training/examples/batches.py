@@ -24,12 +24,12 @@ from training.sources.masks import decode_mask
 
 @dataclass
 class ImageExample:
-    """One image with what is asked about it.
+    """One image with its expressions.
 
     Attributes:
-        image: PIL image; `None` once a batch has been made of it.
-        masks: One (H, W) mask per expression, in the image's own pixels: boolean, or int8 with -1 where the loss is to leave a
-            pixel out.
+        image: PIL image. None after a batch was made of it.
+        masks: One (H, W) mask per expression, in the image's own pixels: boolean, or int8 with -1 for pixels that the loss
+            leaves out.
         text: The expressions.
         sources: (row, sentence) number of each expression in the split.
     """
@@ -218,7 +218,7 @@ class EvaluationExamples(Dataset):
         """
         Args:
             rows: The split.
-            sentences: Sentences to ask instead of each row's own (as many), such as shuffled ones.
+            sentences: Sentences to use instead of each row's own, for example shuffled ones; the same number for each row.
         """
         self.rows = rows
         self.groups = group_by_image(rows, None)
@@ -244,9 +244,9 @@ class EvaluationExamples(Dataset):
 
 
 def shuffled_sentences(rows: datasets.Dataset, seed: int = 0) -> list[list[str]]:
-    """Every sentence handed to another object, of another image where there is one: the text-blind control.
+    """The text-blind control: every sentence is given to another object, of another image where there is one.
 
-    Sentences are moved among all places by one rotation of a random order of the images, so each is asked exactly once.
+    The images are put in a random order, and all sentences move on by one number of places. So each sentence is used exactly once.
     """
     order = np.random.default_rng(seed).permutation(len(groups := group_by_image(rows, None)))
     sentences = rows["sentences"]
@@ -275,7 +275,7 @@ class Collator:
             masks=[example.masks for example in examples] if self.with_labels else None,
             return_tensors="pt",
         )
-        # a worker that prepares batches would send the images through a pipe to a process that has no use for them
+        # the images are not needed any more, and a worker would send them through a pipe
         return inputs, [replace(example, image=None) for example in examples]
 
 

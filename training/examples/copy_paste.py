@@ -1,8 +1,8 @@
 """Copy-paste augmentation: images of cut-out training objects, with sentences that are true by construction (ours).
 
-A small set of photographs says little about "left" or "second from right", since only the object meant is annotated in each. Here
-the places of all objects are known, so that any number of sentences about them can be written. Objects keep those of their own
-sentences that say nothing about a place.
+A small set of images says little about "left" or "second from right", since only the object that is meant is annotated in each.
+Here the places of all objects are known, so many sentences about them can be written. Objects also keep their own sentences, but
+not those that name a place.
 """
 
 import re
@@ -14,6 +14,7 @@ import datasets
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
+from training.examples.augmentation import swap_left_right
 from training.examples.batches import ImageExample, image_as_annotated
 from training.sources.masks import decode_mask
 
@@ -23,10 +24,10 @@ COUNTS, COUNT_SHARES = (2, 3, 4), (0.4, 0.4, 0.2)  # objects in an image
 # share of further objects that are of the first one's category: what tells them apart is then the place
 SAME_CATEGORY = 0.75
 STACKED = 0.2  # share of images whose objects stand above each other
-MIN_COVERED = 0.01  # share of its photograph that an object must cover to be cut out
+MIN_COVERED = 0.01  # share of its image that an object must cover to be cut out
 MIN_SHOWN = 0.55  # share of an object that others may not hide
 MIN_AREA = 0.006  # share of the image that an object must cover
-APART = 0.08  # of the width: centres that are nearer are not called left and right of each other
+APART = 0.08  # share of the width; centres that are nearer are not called left and right of each other
 LARGER = 1.6  # ratio of areas from which objects are called big and small
 ATTEMPTS = 100  # layouts that are drawn before a set of objects is given up as unfit
 
@@ -34,11 +35,11 @@ ATTEMPTS = 100  # layouts that are drawn before a set of objects is given up as 
 _PLACE_WORD = re.compile(
     r"\b(\w*left\w*|\w*right\w*|middle|mid|cent(er|re)|top|bottom|upper|lower|front|back|behind|close(st|r)?|near(est|er)?|far"
     r"|farthest|further|furthest|next|beside|between|side|corner|edge|first|second|third|last|\d(st|nd|rd)|above|below|under|over"
-    r"|on|big(ger|gest)?|small(er|est)?|large(r|st)?|tall(er|est)?|other|another|both|most|pic|image|photo|image|screen|facing"
+    r"|on|big(ger|gest)?|small(er|est)?|large(r|st)?|tall(er|est)?|other|another|both|most|pic|picture|photo|image|screen|facing"
     r"|looking)\b",
     re.IGNORECASE,
 )
-# What sentences call a person. Of people a category tells no more than "person".
+# What sentences call a person; the category of people is only "person".
 _PEOPLE = (
     "man",
     "guy",
@@ -59,14 +60,14 @@ _PEOPLE = (
 
 @dataclass
 class CutOut:
-    """An object cut out of its photograph.
+    """An object that was cut out of its image.
 
     Attributes:
         image: (W, H), its bounding box.
         alpha: (W, H), 255 on the object and 0 beside it.
-        category: Such as "dog".
-        nouns: What it may be called; the last is true of every object of its category.
-        sentences: Its own, those that name no place.
+        category: Its category, for example "dog".
+        nouns: What it may be called. The last one is true of every object of its category.
+        sentences: Its own sentences that name no place.
     """
 
     image: Image.Image
@@ -77,12 +78,12 @@ class CutOut:
 
 
 class CopyPaste:
-    """Draws images of the objects of a split."""
+    """Draws copy-paste images of the objects of a split."""
 
     def __init__(self, rows: datasets.Dataset):
         """
         Args:
-            rows: The split; its photographs are opened as they are needed.
+            rows: The split. Its images are opened when they are needed.
 
         Raises:
             ValueError: Where fewer than two rows have a category and one object that is large enough to be cut out.
@@ -140,12 +141,20 @@ class CopyPaste:
             alpha=Image.fromarray(mask.astype(np.uint8) * 255).crop(box),
             category=row["category"],
             nouns=nouns(row["category"], row["sentences"]),
-            sentences=[text for text in row["sentences"] if len(text.split()) > 1 and not _PLACE_WORD.search(text)],
+            sentences=[text for text in row["sentences"] if len(text.split()) > 1 and not names_a_place(text)],
         )
 
 
+def names_a_place(sentence: str) -> bool:
+    """Whether a sentence may become false where its object stands elsewhere, among other objects."""
+    return bool(_PLACE_WORD.search(sentence)) or swap_left_right(sentence) != sentence  # which knows misspellings
+
+
 def nouns(category: str, sentences: Sequence[str]) -> list[str]:
-    """What an object may be called, after its category and, of a person, its own sentences; the last is true of all alike."""
+    """What an object may be called, by its category and, for a person, by its own sentences.
+
+    The last noun is true of every object of the category.
+    """
     words = {word for text in sentences for word in text.lower().split()}
     if category == "person":
         return [noun for noun in _PEOPLE if noun in words] + ["person"]
@@ -269,4 +278,4 @@ def _lay_out(
     return canvas, masks
 
 
-__all__ = ["CopyPaste", "CutOut", "describe", "nouns"]
+__all__ = ["CopyPaste", "CutOut", "describe", "names_a_place", "nouns"]

@@ -1,9 +1,9 @@
 """The feature cache: training images drawn once, with the hidden states of a frozen vision tower on disk (ours).
 
 Where nothing below the first adapter is trained, the tower gives the same states for the same image in every epoch of every run. So
-a few versions of each image, and copy-paste images, are drawn once for all runs. Their hidden states (float16) and masks stand in a
-folder whose name depends on everything that they depend on. Training draws the version, the sentences and the dropped words anew in
-each epoch.
+a few versions of each image, and copy-paste images, are drawn once for all runs. Their hidden states (float16) and masks lie in a
+folder. Its name is a hash of everything that they depend on. In each epoch, training draws the version, the sentences and the
+dropped words anew.
 """
 
 import fcntl
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 VERSION = 4  # of what is drawn and how it is kept; a change makes new folders
 SEED = 20_240  # of the versions: they are the same for all runs, whatever these runs' seeds
-SAMPLE = 128  # versions, about, that stand for all of them
+SAMPLE = 128  # about this many versions stand for all of them
 BATCH = 8  # images that the tower takes at once
 
 
@@ -62,7 +62,7 @@ class CachedImage:
 
 
 def _drawings(rows: datasets.Dataset, settings: TrainingSettings) -> list["_Drawing"]:
-    """What is to be kept: every version of every group of an image's objects, then as many drawings of every copy-paste image."""
+    """What is kept: every version of every group of an image's objects, then as many of every copy-paste image."""
     groups = group_by_image(rows, settings.data.objects_per_image)
     copy_paste = CopyPaste(rows) if settings.data.copy_paste else None
     drawings = [
@@ -116,7 +116,7 @@ class FeatureCache:
         """
         Args:
             settings: What is cached.
-            rows: The training rows. Where their sentences are hidden they are read again: one folder serves both kinds of run.
+            rows: The training rows. Rows with hidden sentences are read again without hiding: one folder serves both.
             model: Its vision tower is run, in the run's precision, where the folder is absent.
             processor: Makes pixels of images.
             accelerator: Its device runs the tower; the process that comes first makes the folder.
@@ -141,7 +141,7 @@ class FeatureCache:
         with _alone(self.folder):  # processes of this run and of others; a barrier would time out on a large set
             if not recover_folder(self.folder):
                 _write(self.folder, _drawings(rows, settings), model, processor, accelerator)
-        # (versions, states, num_prefix + H·W, hidden_size); those that stand for each other in an epoch follow each other
+        # (versions, states, num_prefix + H·W, hidden_size); the versions of one image follow each other
         self.states = np.load(self.folder / "states.npy", mmap_mode="r")
         self.labels = np.load(self.folder / "labels.npy", mmap_mode="r")  # (masks, H, W) uint8
         self.examples = json.loads((self.folder / "examples.json").read_text(encoding="utf-8"))
@@ -165,9 +165,11 @@ class FeatureCache:
 
 
 class CachedExamples(Dataset):
-    """Cached images with freshly drawn sentences: in an epoch one version of every group of objects and of every copy-paste image.
+    """Cached images with freshly drawn sentences.
 
-    What is drawn depends on (seed, epoch, index) alone: not on the order of access, the worker or the process.
+    An epoch has one version of every group of objects and of every copy-paste image. Of a weighted mixture the groups are drawn by
+    weight, see [`WeightedDraws`]. What is drawn depends on (seed, epoch, index) alone: not on the order of access, the worker or
+    the process.
     """
 
     def __init__(self, store: FeatureCache, settings: TrainingSettings):

@@ -1,4 +1,4 @@
-"""Training examples from a stream of rows, for data that shall not be copied to the disk."""
+"""Training examples from a stream of rows, for data that should not be copied to the disk (ours)."""
 
 from collections.abc import Callable, Iterator
 from itertools import groupby
@@ -15,19 +15,19 @@ from training.examples.batches import ImageExample, draw_example, refuse_one_id
 from training.sources.images import is_same_image
 from training.support.workers import end_with_parent
 
-SHUFFLED_GROUPS = 4096  # an example is drawn from so many of the stream that have not been drawn yet
+SHUFFLED_GROUPS = 4096  # the next example is drawn from this many groups of the stream
 
 
 class StreamedExamples(IterableDataset):
     """Images of a stream of rows in an order of the epoch's own, with freshly drawn sentences and variations.
 
-    The stream's shards are put in random order, and images leave a buffer at random. This order depends on (seed, epoch) alone,
-    what is drawn for an image on (seed, epoch, image_id, number of the group in its image): neither on the number of processes
-    nor of workers. Batches of the order are dealt to the processes in turn. What is left over at the end of the order, less than
-    one batch for every process, is not used in that epoch, so that all processes take as many steps.
+    The shards come in random order, and a buffer shuffles the images. The order depends on (seed, epoch) alone. What is drawn for
+    an image depends on (seed, epoch, image_id, number of the group in its image) alone. The number of processes and of workers
+    changes neither. Batches are dealt to the processes in turn. All processes take the same number of steps: what is left over at
+    the end, less than one batch for every process, is not used in that epoch.
 
-    Every worker of every process reads the whole stream, which is cheap beside decoding images, but keeps and decodes only what
-    it deals out: on a slow network, prepare or download the data. [`streamed_loader`] makes batches of them.
+    Every worker of every process reads the whole stream, but decodes only its own images. Reading is cheap beside decoding. On a
+    slow network, download or prepare the data first. [`streamed_loader`] makes batches of the examples.
     """
 
     def __init__(
@@ -44,7 +44,8 @@ class StreamedExamples(IterableDataset):
     ):
         """
         Args:
-            rows: Rows of REFER_FEATURES; only adjacent rows of an image within a shard are grouped. Read once to count groups.
+            rows: Rows of REFER_FEATURES. Only adjacent rows of an image within a shard are grouped. They are read once to count the
+                groups.
             batch_size: Examples in a batch of one process.
             objects_per_image: Most rows in an example.
             sentences_per_object: Sentences drawn for a row in an epoch.
@@ -73,12 +74,12 @@ class StreamedExamples(IterableDataset):
             )
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order, sentences and variations are drawn, from its beginning if it is another than before."""
+        """Choose the epoch whose order, sentences and variations are drawn. Another epoch than before starts at its first batch."""
         if epoch != self.epoch:
             self.epoch, self.first_batch = epoch, 0
 
     def start_at(self, epoch: int, batch: int) -> None:
-        """Begin an epoch at this batch of each process, without decoding those before it; later epochs begin at their first."""
+        """Start an epoch at this batch of each process, without decoding earlier ones. Later epochs start at their first batch."""
         self.epoch, self.first_batch = epoch, batch
 
     def __len__(self) -> int:
@@ -89,7 +90,7 @@ class StreamedExamples(IterableDataset):
         worker_index, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
         rng = np.random.default_rng((self.seed, self.epoch))
         shards = rng.permutation(self.rows.num_shards).tolist()
-        # A group's place is its number in the stream, put off by less than the buffer's length.
+        # A group's place is its number in the stream plus a delay, which is shorter than the buffer.
         order = np.argsort(np.arange(self.num_groups) + rng.uniform(0, SHUFFLED_GROUPS, self.num_groups)).tolist()
         mine: list[int] = []
         # the loader takes the first batch from its first worker, the second from its second and so on
@@ -133,9 +134,9 @@ class StreamedExamples(IterableDataset):
 def streamed_loader(
     examples: StreamedExamples, collate_fn: Callable, num_workers: int, accelerator: Accelerator
 ) -> DataLoader:
-    """Batches of this process on its device, as `Accelerator.prepare` would give them, which would deal them out once more.
+    """Batches of this process on its device.
 
-    Its `set_epoch` is the examples'.
+    `Accelerator.prepare` would deal the batches to the processes a second time. The loader's `set_epoch` sets the examples' epoch.
     """
     loader = DataLoader(
         examples,
@@ -150,7 +151,7 @@ def streamed_loader(
 
 
 def _chunks(rows: Iterator[dict], size: int) -> Iterator[list[dict]]:
-    """Lists of so many rows, the last of what is left; none is held longer than it takes to pass it on."""
+    """Lists of `size` rows; the last one holds the rest. No list is kept after it was passed on."""
     chunk: list[dict] = []
     for row in rows:
         chunk.append(row)

@@ -25,9 +25,8 @@ logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 
-# Converted rows are cached under what they are made from, which holds the names of functions, not their code: to be raised with
-# every change of what conversion gives.
-_CONVERSION = 1
+# Converted rows are cached by the names of functions, not by their code. Raise this with every change of the converted rows.
+_CONVERSION = 2
 
 
 @dataclass(frozen=True)

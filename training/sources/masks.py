@@ -14,7 +14,7 @@ from pycocotools import mask as coco_mask
 # Masks of more pixels are refused: Pillow opens no larger image by default.
 MAX_PIXELS = 178_956_970
 
-MAX_RUN_BITS = 40  # of a run in the compressed counts; a larger one fits no mask
+MAX_RUN_LETTERS = 8  # of a run in the compressed counts; a larger one fits no mask
 
 # Polygons are clipped this many pixels outside the image: pycocotools then rounds at the border as ever.
 CLIP_MARGIN = 1.0
@@ -52,6 +52,11 @@ def decode_mask(rle: Mapping[str, Any]) -> np.ndarray:
     Raises ValueError when the code is damaged or its runs do not add up to H * W pixels.
     """
     return coco_mask.decode(_checked_rle(rle)).astype(bool)
+
+
+def mask_area(rle: Mapping[str, Any]) -> int:
+    """The number of pixels of a mask by its code; raises ValueError as decode_mask does."""
+    return int(coco_mask.area(_checked_rle(rle)))
 
 
 def segmentation_to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:
@@ -131,26 +136,25 @@ def _decompress_runs(counts: bytes) -> list[int]:
     Each character, counted from "0", holds five bits of a number, low bits first, and a sixth for "more
     follow"; the highest bit is the sign. The fourth run and later ones are differences to the one two before.
     """
-    runs: list[int] = []
-    value = shift = 0
-    for character in counts:
-        bits = character - ord("0")
-        if not 0 <= bits < 64:
-            raise ValueError(f"the counts of a run-length code hold the character {chr(character)!r}")
-        value |= (bits & 0x1F) << shift
-        shift += 5
-        if shift > MAX_RUN_BITS:
-            raise ValueError(
-                "the counts of a run-length code hold a number that is too large, or end in the middle of a number"
-            )
-        if not bits & 0x20:
-            if bits & 0x10:
-                value -= 1 << shift
-            runs.append(value + runs[-2] if len(runs) > 2 else value)
-            value = shift = 0
-    if shift:
+    letters = np.frombuffer(counts, np.uint8).astype(np.int64) - ord("0")
+    if not letters.size:
+        return []
+    if letters.min() < 0 or letters.max() >= 64:
+        wrong = int(letters[(letters < 0) | (letters >= 64)][0]) + ord("0")
+        raise ValueError(f"the counts of a run-length code hold the character {chr(wrong)!r}")
+    ends = np.flatnonzero(letters & 0x20 == 0)
+    if not ends.size or ends[-1] != len(letters) - 1:
         raise ValueError("the counts of a run-length code end in the middle of a number")
-    return runs
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    lengths = ends - starts + 1
+    if lengths.max() > MAX_RUN_LETTERS:
+        raise ValueError("the counts of a run-length code hold a number that is too large")
+    shifts = 5 * (np.arange(len(letters)) - np.repeat(starts, lengths))
+    runs = np.add.reduceat((letters & 0x1F) << shifts, starts)
+    runs -= np.where(letters[ends] & 0x10, np.int64(1) << 5 * lengths, 0)
+    for first in (1, 2):
+        runs[first::2] = runs[first::2].cumsum()
+    return runs.tolist()
 
 
 def polygon_points(polygon: Any) -> np.ndarray:

@@ -7,7 +7,7 @@ from typing import Any
 import datasets
 
 from training.sources.agreement import compare_mask, describe_contradiction, union_box
-from training.sources.masks import decode_mask
+from training.sources.masks import mask_area
 from training.sources.refer_records import is_number, is_text, shown
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,13 @@ def check_rows(rows: datasets.Dataset, name: str) -> int:
         ValueError: For a row that cannot be used, with its number, its ref_id and the reason.
     """
     doubtful = []
-    for number, row in enumerate(rows.select_columns(list(CHECKED))):
+    batches = rows.select_columns(list(CHECKED)).iter(batch_size=1000)  # several times as fast as row by row
+    every = (
+        dict(zip(CHECKED, values, strict=True))
+        for batch in batches
+        for values in zip(*map(batch.get, CHECKED), strict=True)
+    )
+    for number, row in enumerate(every):
         try:
             if _is_doubtful(row):
                 doubtful.append(row["ref_id"])
@@ -57,7 +63,7 @@ def _is_doubtful(row: Mapping[str, Any]) -> bool:
     mask = row["mask"]
     if mask is None:
         raise ValueError("it has no mask")
-    is_empty = not decode_mask(mask).any()
+    is_empty = not mask_area(mask)
     if is_empty != bool(row["no_target"]):
         raise ValueError(
             f"its mask has {'no pixel' if is_empty else 'pixels'} and no_target is {row['no_target']}: no_target is true where the "

@@ -446,7 +446,7 @@ def test_a_mask_of_the_turned_size_names_the_setting(corners):
 
 
 @pytest.mark.parametrize("mode", ["L", "I;16", "1", "P", "CMYK", "RGBA", "LA"])
-def test_a_image_of_any_mode_looks_the_same_as_to_the_processor(mode):
+def test_an_image_of_any_mode_looks_the_same_as_to_the_processor(mode):
     grey = Image.fromarray(ramp())
     if mode == "I;16":
         image = Image.fromarray(ramp().astype(np.uint16) * 257)
@@ -465,7 +465,7 @@ def test_a_image_of_any_mode_looks_the_same_as_to_the_processor(mode):
 
 
 @pytest.mark.parametrize("augmentation", [PLAIN, AugmentationSettings(flip=1.0), AugmentationSettings(min_crop=0.9)])
-def test_a_image_of_another_size_than_its_mask_is_refused(processor, augmentation):
+def test_an_image_of_another_size_than_its_mask_is_refused(processor, augmentation):
     row = make_rows([{"red": ["red"], "blue": ["blue"]}])[0]
     smaller = image_as_annotated(row).reduce(2)
     row = row | {"image": {"path": None, "bytes": png(smaller)}}

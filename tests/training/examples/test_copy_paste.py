@@ -1,4 +1,4 @@
-"""Made-up images: what is seen of each object, and that every sentence is true of its object alone."""
+"""Copy-paste images: what is seen of each object, and that every sentence is true of its object alone."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ from builders import disc
 from PIL import Image
 from squares import COLORS, make_rows
 
-from training.examples.copy_paste import CopyPaste, CutOut, describe, nouns
+from training.examples.copy_paste import CopyPaste, CutOut, describe, names_a_place, nouns
 
 ROWS = [{"red": ["red square", "left one"], "green": ["green thing there"]}, {"blue": ["blue square"]}]
 
@@ -107,3 +107,9 @@ def test_rows_without_a_category_or_with_several_objects_are_not_cut_out():
 def test_a_split_without_objects_to_cut_out_is_refused():
     with pytest.raises(ValueError, match="fewer than two objects"):
         CopyPaste(make_rows([{"red": ["red square"]}]))
+
+
+@pytest.mark.parametrize("sentence", ["dog left", "luggage bottomrigth", "dog lef", "cat in the picture", "second cup"])
+def test_sentences_that_name_a_place_are_known(sentence):
+    assert names_a_place(sentence)
+    assert not names_a_place("a bright red cup with a handle")

@@ -47,7 +47,7 @@ def store_of(monkeypatch):
     return lambda settings: FeatureCache(settings, rows, model, processor, Accelerator()), model, processor
 
 
-def test_views_are_the_image_its_flipped_image_and_variations(store_of, tmp_path):
+def test_cached_versions_are_the_image_its_flipped_image_and_variations(store_of, tmp_path):
     make, _, _ = store_of
     store = make(settings_for(tmp_path))
     assert len(store.examples) == 3 * 3 + 3 * 2
@@ -65,7 +65,7 @@ def test_views_are_the_image_its_flipped_image_and_variations(store_of, tmp_path
     assert {row for i in range(9, 15) for row, _ in store[i].sources} == {-1}
 
 
-def test_without_flips_every_view_but_the_first_is_varied(store_of, tmp_path):
+def test_without_flips_every_version_but_the_first_is_varied(store_of, tmp_path):
     make, _, _ = store_of
     settings = settings_for(tmp_path, cached_versions=2)
     store = make(replace(settings, augmentation=replace(AUGMENTATION, flip=0.0)))
@@ -122,7 +122,7 @@ def test_a_folder_is_made_once_and_for_what_it_depends_on(store_of, tmp_path, mo
             make(changed)
 
 
-def test_other_images_of_the_same_sizes_are_other_views(store_of, tmp_path):
+def test_other_images_of_the_same_sizes_are_cached_apart(store_of, tmp_path):
     _, model, processor = store_of
     rows = make_rows(ROWS)
     grey = [{"path": None, "bytes": png(Image.new("RGB", image_as_annotated(row).size))} for row in rows]
@@ -230,7 +230,7 @@ def test_what_acts_on_the_feature_cache_wants_some(option, tmp_path):
         start_accelerator(read_settings([f"--{option}", "--output_dir", str(tmp_path)]))
 
 
-def test_a_run_reads_views_and_another_finds_them(tmp_path):
+def test_a_run_fills_the_cache_and_another_finds_it(tmp_path):
     settings = refer_settings(tmp_path / "refer")
     data = replace(settings.data, cached_versions=2, copy_paste=2)
     model = replace(settings.model, vision_tuning="frozen", whitened_start=True)

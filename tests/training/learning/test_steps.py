@@ -3,7 +3,6 @@
 import pytest
 import torch
 from accelerate import Accelerator
-from transformers import TrainerCallback
 from weighing import (
     assert_same_gradients,
     expected_gradients,
@@ -23,13 +22,6 @@ def test_a_step_of_several_batches_has_the_gradients_of_one_large_batch(numbers)
     losses = accumulate_gradients(model, uneven_batches(numbers), Accelerator(cpu=True))
     assert_same_gradients(gradients_of(model), expected)
     torch.testing.assert_close(losses, torch.stack([loss, torch.zeros(())]))
-
-
-class Keep(TrainerCallback):
-    """Keeps the gradients of a step."""
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
-        self.gradients = {name: gradient.clone() for name, gradient in gradients_of(model).items()}
 
 
 def test_transformers_trainer_accumulates_the_same_gradients(tmp_path):

@@ -183,6 +183,7 @@ def test_a_degenerate_polygon_adds_nothing_to_the_others():
         ({"size": [12, 10]}, "whole numbers or text"),
         ({"size": [12, 10], "counts": "000"}, "add up to 0"),
         ({"size": [12, 10], "counts": "0" * 3000 + "l"}, "middle of a number"),
+        ({"size": [12, 10], "counts": "o" * 20 + "0"}, "a number that is too large"),
         ({"size": [12, 10], "counts": "zz"}, "character 'z'"),
         ({"size": [12, 10], "counts": b"\xff"}, "character"),
         ({"size": [12, 10], "counts": "é"}, "character"),
