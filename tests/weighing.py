@@ -8,6 +8,7 @@ from conftest import make_inputs, make_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from modeling_sera import SeraForReferringSegmentation
+from modeling_sera.layers_sera import SeraSampleStatistics
 from training.learning.tuning import apply_tuning
 
 Inputs = dict[str, torch.Tensor]
@@ -18,11 +19,11 @@ AT_REST |= {"router_noise_std": 0.0, "decoder_dropout": 0.0, "predict_presence":
 
 
 def resting_model() -> SeraForReferringSegmentation:
-    """A model in training mode whose batch norms keep their running statistics."""
+    """A model in training mode whose norms over samples keep their running statistics."""
     model = make_model(**AT_REST).train()
     apply_tuning(model, vision="full", text="full")  # what nothing reads would stall several processes
     for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
+        if isinstance(module, (torch.nn.BatchNorm2d, SeraSampleStatistics)):
             module.eval()
             module.train = lambda mode=True, module=module: module
     return model
