@@ -12,7 +12,7 @@ from training.configuration import OptimizationSettings
 from training.learning.optimizers import build_optimizer
 
 GRID, WIDTH, SENTENCE = (3, 3), 32, 24
-BATCH, STEPS, TESTED = 16, 250, 200
+BATCH, STEPS, TESTED = 16, 200, 200
 CAUSES = ("sentence", "image")
 
 
