@@ -284,4 +284,12 @@ def _idle_experts(figures: dict) -> dict[str, str]:
     return idle
 
 
-__all__ = ["ADAPTER_EXPERTS", "RoutingHealth", "experts_of", "named_routers", "routers_of", "routing_warnings"]
+__all__ = [
+    "ADAPTER_EXPERTS",
+    "SATURATED_PROBABILITY",
+    "RoutingHealth",
+    "experts_of",
+    "named_routers",
+    "routers_of",
+    "routing_warnings",
+]

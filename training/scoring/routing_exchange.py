@@ -101,7 +101,9 @@ class RoutingExchange:
             decided = _weights_of(decision)
             given = weights[name][place : place + len(decided)].to(decided)
             if len(given) < len(decided):
-                raise ValueError(f"There are routing weights of {len(weights[name])} samples for {name}, and the pass has more.")
+                raise ValueError(
+                    f"There are routing weights of {len(weights[name])} samples for {name}, and the pass has more."
+                )
             if isinstance(decision, SeraRouting):
                 return decision._replace(weights=given, selected=given > 0)
             return given

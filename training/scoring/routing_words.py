@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 
 from training.learning.routing_health import experts_of
+from training.scoring.slices import NO_TARGET, SIZES, THICKNESSES
 
 LEAST_OCCURRENCES = 10  # sentences with a word; the standard error of its effect is then 0.3 at most
 CONSTANT = 1e-6  # standard deviation of a weight that is constant but for rounding
+_ORDER = {label: i for i, label in enumerate((*SIZES, *THICKNESSES, NO_TARGET))}
 _WORD = re.compile(r"\w+(?:['’-]\w+)*")
 
 Weights = dict[str, dict[str, float]]  # per router the mean weight of each expert
@@ -104,9 +106,7 @@ def indicators(labels: Sequence[str]) -> np.ndarray:
     return np.eye(number.max() + 1)[number]
 
 
-def mean_weights(
-    weights: dict[str, np.ndarray], groups: dict[str, Sequence[str]]
-) -> dict[str, dict[str, Weights]]:
+def mean_weights(weights: dict[str, np.ndarray], groups: dict[str, Sequence[str]]) -> dict[str, dict[str, Weights]]:
     """The mean weight of every expert over groups of expressions.
 
     Args:
@@ -125,7 +125,7 @@ def mean_weights(
                 router: dict(zip(experts_of(router), table[given == label].mean(axis=0).tolist(), strict=True))
                 for router, table in weights.items()
             }
-            for label in dict.fromkeys(sorted(labels))
+            for label in sorted(set(labels), key=lambda label: (_ORDER.get(label, -1), label))
         }
     return found
 
