@@ -109,7 +109,7 @@ def start_pair(folder: Path, settings: TrainingSettings = SETTINGS, prepare: Cal
 
 
 def test_every_expression_weighs_the_same_in_two_processes(tmp_path):
-    script = tmp_path / "weighing.py"
+    script = tmp_path / "weigh.py"
     script.write_text(WEIGHING)
     places = [REPOSITORY, REPOSITORY / "tests"]
     done = launch(script, str(tmp_path / "trainer"), PYTHONPATH=os.pathsep.join(map(str, places)))
