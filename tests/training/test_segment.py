@@ -206,6 +206,12 @@ def test_one_list_of_phrases_is_asked_of_every_image(model, expected, folder, tm
         assert prediction.score == pytest.approx(score, abs=1e-4)
 
 
+def test_one_phrase_for_every_image(model, expected, folder, tmp_path):
+    found = run(model, folder, tmp_path / "out", "--phrases", PHRASES[0])
+    assert [p.expression for p in found] == PHRASES[:1] * NUMBER
+    assert all(p.score == pytest.approx(expected[p.row, PHRASES[0]][0], abs=1e-4) for p in found)
+
+
 def test_a_data_set_on_the_hub_is_streamed(model, tmp_path, monkeypatch):
     """As far as that can be seen without a network: the id's place is taken by a folder."""
     write_parquet(tmp_path / "hub")

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import fsspec.asyn
+import torch
 from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -153,6 +154,8 @@ class AskedBatches(IterableDataset):
                 inputs = self.processor(images=collected.images, text=collected.texts, return_tensors="pt")
             except ValueError as error:
                 raise ValueError(f"row {collected.questions[0].row} and those after it: {error}") from error
+            # the processor leaves it out where every image has one expression
+            inputs.setdefault("image_index", torch.arange(len(inputs["input_ids"])))
             batch.inputs = dict(inputs)
         if self.keep_images:
             batch.images = collected.images
