@@ -91,7 +91,7 @@ class DataSettings:
         streaming: Read the training rows of folders as they are needed, instead of copying them to the cache first.
         train_split: Split that is trained on.
         val_split: Split that chooses the best epoch; the only one that training looks at.
-        hide_sentences: Replace every sentence by one and the same word: what the images alone tell, as a control.
+        hide_sentences: Replace every sentence by the same word. This control shows what can be learnt from the images alone.
         scene_set: Which embedded scenes: "demo" for easy ones, or the benchmark's (`docs/scenes.md`): "location" (location words
             allowed), "appearance" (excluded), "relation" (long), "mixed" (all three about the same scenes).
         scene_no_target: Add to every scene of the benchmark expressions about something that is not in it.
@@ -100,14 +100,14 @@ class DataSettings:
         scene_seed: Seed of the embedded scenes.
         image_size: Height and width in pixels that images are letterboxed to. None: 448×448 or, going on from a whole SERA, its
             own.
-        objects_per_image: Objects of one image that share a forward pass of it; 1 is the field's one object, one image.
+        objects_per_image: Objects of one image that share a forward pass. 1 is the field's usual way: one object, one image.
         sentences_per_object: Sentences drawn for an object in each epoch.
         cached_versions: Versions of every training image in the feature cache: the image, the flipped image (where
             `augmentation.flip` is above zero), then variations of both in turns. They are drawn once for all epochs and runs, with
             the hidden states of the frozen vision tower below the first adapter. It needs `model.vision_tuning` "frozen". 0: no
             cache, every epoch draws anew.
-        copy_paste: Number of copy-paste images in an epoch, beside the others: cut-out training objects on a blurred background,
-            with sentences that are true by construction (`examples/copy_paste.py`). They stand in the feature cache too.
+        copy_paste: Number of copy-paste images in an epoch, added to the others: cut-out training objects on a blurred background,
+            with sentences that are true by construction (`examples/copy_paste.py`). They are kept in the feature cache too.
     """
 
     source: Literal["refer", "folder", "scenes"] = "refer"

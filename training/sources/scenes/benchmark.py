@@ -1,8 +1,8 @@
 """The benchmark's scenes: compositions that training never shows, three levels of difficulty, and photographs' nuisances.
 
-`draw_benchmark_scene` draws one; it depends on nothing but (seed, split, number, size). `describe_benchmark_scene` says something
-about it in one of three kinds: "location" (location words allowed), "appearance" (excluded) and "relation" (long, over two steps),
-after RefCOCO, RefCOCO+ and RefCOCOg. The sentences of a kind do not depend on which other kinds are asked for. The design is ours.
+`draw_benchmark_scene` draws one scene, which depends on (seed, split, number, size) alone. `describe_benchmark_scene` writes its
+sentences of one of three kinds, after RefCOCO, RefCOCO+ and RefCOCOg: "location" (location words are allowed), "appearance" (they
+are excluded) and "relation" (long, over two steps). The sentences of a kind do not depend on the other kinds. The design is ours.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from training.sources.scenes.nuisances import add_clutter, cast_shadow, jpeg_qua
 from training.sources.scenes.semantics import KINDS, Attributes, Expression, SceneObject, SceneSemantics
 from training.sources.scenes.shapes import FORMS
 
-VERSION = "1"  # of what is drawn and said; anything that changes a pixel or a word needs another
+VERSION = "1"  # of images and sentences; every change of a pixel or a word needs a new one
 SPLITS = ("train", "val", "test", "test_seen")
 
 # in the order in which the rule for held-out compositions numbers them
@@ -39,7 +39,9 @@ THIN_SHAPES = tuple(shape for shape in SHAPES if not FORMS[shape].solid)
 TEXTURES = ("plain", "striped", "dotted", "checkered")
 TEXTURE_SHARES = (0.52, 0.2, 0.14, 0.14)
 RADII = {"small": (0.105, 0.116), "medium": (0.142, 0.154), "large": (0.190, 0.210)}  # in units of the side
-UNSEEN_SHARE = 0.5  # share of the objects of val and test whose composition training never shows, beyond the first two
+UNSEEN_SHARE = (
+    0.5  # share of objects with unseen compositions in val and test, after the first two, which all have them
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Level:
         objects: Least and largest number of objects.
         company: Share of the tries that place an object beside another, so that they overlap.
         min_visible: Share of an object's area that stays in sight.
-        look_alikes: Probability that an object is another's copy but for one attribute.
+        look_alikes: Probability that an object is a copy of another object with one attribute changed.
         thin: Probability that a shape of the scene's pool is hollow or thin.
         thinness: Range of the strokes of such shapes, from 0 (thickest) to 1.
         small: Probability that an object is small.
@@ -85,9 +87,9 @@ class BenchmarkScene:
     Attributes:
         image: (S, S, 3) uint8, before its compression.
         objects: In drawing order.
-        targets: Numbers of the objects that expressions may mean: in val and test those of unseen compositions, else all.
+        targets: Numbers of the objects that expressions may mean. In val and test these are the objects of unseen compositions.
         level: One of LEVELS.
-        quality: Of the JPEG file that the image is kept as.
+        quality: Quality of the image's JPEG file.
     """
 
     image: np.ndarray
@@ -103,10 +105,10 @@ class BenchmarkScene:
 
 
 def held_out_for(shape: str, other: str) -> str | None:
-    """The split, "test" or "val", that alone shows this pair of a shape and a color or a texture; None for any.
+    """The only split, "test" or "val", that shows this pair of a shape and a color or a texture; None where all splits do.
 
-    Shapes, colors and textures are numbered from 0 in the order of SHAPES, COLOR_NAMES and TEXTURES. Where the shape's number less
-    the other's, modulo 6, is 0, the pair is the test split's; where it is 3, the val split's. "plain" is held out for no shape.
+    Shapes, colors and textures are numbered from 0 in the order of SHAPES, COLOR_NAMES and TEXTURES. Take the shape's number minus
+    the other's, modulo 6. At 0 the pair belongs to the test split, at 3 to the val split. "plain" is held out for no shape.
     """
     if other == "plain":
         return None
@@ -115,7 +117,7 @@ def held_out_for(shape: str, other: str) -> str | None:
 
 
 def composition_split(shape: str, color: str, texture: str = "plain") -> str | None:
-    """Where an object may be a target: "train" (and test_seen), "val" or "test". None: nowhere, as its pairs are of both.
+    """Where an object may be a target: "train" (and test_seen), "val" or "test". None: nowhere, since it has pairs of both.
 
     Objects of "train" also stand beside the targets of val and test.
     """
@@ -139,12 +141,12 @@ def _split_of_targets(split: str) -> str:
 
 
 def _stream(seed: int, split: str, number: int, part: int) -> np.random.Generator:
-    """The randomness of one part of one scene; the scenes of the demo use none of the same."""
+    """The random numbers of one part of one scene; the scenes of the demo use other ones."""
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(SPLITS.index(split), number, part)))
 
 
 def draw_benchmark_scene(seed: int, split: str, number: int, size: int = 112) -> BenchmarkScene:
-    """Draws scene `number` of a split: 4 to 10 objects, of which each has the level's share in sight.
+    """Draws scene `number` of a split: 4 to 10 objects, each visible as far as the level wants it.
 
     Args:
         seed: any non-negative integer.
@@ -198,8 +200,8 @@ def describe_benchmark_scene(
 def describe_nothing(scene: BenchmarkScene, kind: str, seed: int, split: str, number: int) -> str | None:
     """An expression of the kind about a composition that is not in the scene; None where none was found.
 
-    The composition is one that may be a target in the split; its shape and its color or texture each stand in the scene, if
-    that is possible, or one of them does.
+    The composition may be a target in the split. If possible the scene has both its shape and its color or texture,
+    else one of them.
     """
     rng = _stream(seed, split, number, 4 + KINDS.index(kind))
     absent = _absent_attributes(scene.semantics, _split_of_targets(split))
@@ -211,7 +213,7 @@ def describe_nothing(scene: BenchmarkScene, kind: str, seed: int, split: str, nu
 
 
 def _absent_attributes(semantics: SceneSemantics, split: str) -> dict[Attributes, int]:
-    """Pairs of a shape and a color or a texture that no object has even possibly: how many of the two stand in the scene."""
+    """Pairs of a shape and a color or a texture that no object may have, with the number of the two that the scene has."""
     objects = semantics.objects
     shapes, colors, textures = ({getattr(item, name) for item in objects} for name in ("shape", "color", "texture"))
     found = {}
@@ -228,7 +230,7 @@ def _absent_attributes(semantics: SceneSemantics, split: str) -> dict[Attributes
 
 
 def _sample_drafts(level: Level, split: str, rng: np.random.Generator) -> list[Draft] | None:
-    """A level's objects from a few shapes and colors, so that many are shared; None where these do not give what is wanted.
+    """A level's objects from a few shapes and colors, so that many share them; None where the chosen ones do not suffice.
 
     In val and test at least two objects are of unseen compositions.
     """
@@ -266,7 +268,7 @@ def _sample_size(level: Level, rng: np.random.Generator) -> str:
 def _sample_draft(
     shapes: list[str], colors: list[str], of: str, level: Level, rng: np.random.Generator
 ) -> Draft | None:
-    """An object of a composition of "train", "val" or "test", its texture drawn first; None where there is none such."""
+    """An object of a composition of "train", "val" or "test", its texture drawn first; None where there is no such composition."""
     texture = TEXTURES[int(np.searchsorted(np.cumsum(TEXTURE_SHARES)[:-1], rng.random()))]
     fitting = [
         (shape, color)

@@ -1,7 +1,7 @@
 """The embedded data sets: scenes drawn from a seed, with expressions that each denote exactly one object, or none.
 
-`generate_scenes` and `load_scenes` give scenes the columns that every referring data set here has, `train_tokenizer` builds the
-small CLIP vocabulary that goes with them. Nothing is downloaded. The rest in reading order: `semantics` (what an expression means),
+`generate_scenes` and `load_scenes` give scenes the columns of REFER_FEATURES. `train_tokenizer` builds the small CLIP vocabulary
+for them. Nothing is downloaded. The other modules in the order to read them: `semantics` (what an expression means),
 `expressions` (the search for one), `wording`; `shapes`, `drawing`, `nuisances`; `demo` and `benchmark` (the scenes themselves),
 `rows`. The design of the scenes is ours.
 """
@@ -52,16 +52,16 @@ def generate_scenes(
     - "demo": scene i of split number s is `draw_scene(SeedSequence(seed, spawn_key=(s, i)), image_size)`, as lossless WebP (about
       60 kB per scene at 96 pixels). Every object has a row; `sentence_kinds` are "location", "appearance" and "relation".
     - "location", "appearance", "relation": the benchmark (`benchmark.py`), as JPEG (about 30 kB per scene at 112 pixels), with
-      sentences of that kind; `sentence_kinds` are the scene's level of difficulty. "mixed": all three kinds about the same scenes,
-      the same sentences with the same ids; `sentence_kinds` are such as "relation, hard". Targets of val and test are objects of
-      compositions that training never shows, those of "test_seen" have training's. A target that nothing clear of the kind can be
-      said about has no row.
+      sentences of that kind. `sentence_kinds` are the scene's level of difficulty. "mixed" has all three kinds about the same
+      scenes, with the same sentences and ids. Its `sentence_kinds` name kind and level, for example "relation, hard". Targets of
+      val and test are objects of compositions that training never shows. Targets of "test_seen" have the compositions of training.
+      A target without a clear sentence of the kind has no row.
 
     Args:
         num_scenes: how many scenes, 1 to 10 million.
         seed: any non-negative integer.
         image_size: side of the images in pixels, 64..512.
-        split: "train", "val", "test" or, but for the demo's, "test_seen"; no scene of one is in another.
+        split: "train", "val", "test" or, for the benchmark, "test_seen"; no two splits share a scene.
         num_workers: processes that draw; above 1, a script needs its `if __name__ == "__main__"` guard.
         scene_set: one of those above.
         no_target: add to every scene of the benchmark a row about a composition that is not in it.
@@ -91,13 +91,13 @@ def load_scenes(
     no_target: bool = False,
     num_workers: int = 1,
 ) -> datasets.Dataset:
-    """The rows of `generate_scenes`, of the benchmark, drawn once into the cache of `datasets`.
+    """The benchmark's rows as `generate_scenes` gives them, drawn once into the cache of `datasets`.
 
-    Rows are read from the disk as they are needed. Other processes and later runs find them there; processes that ask for the same
+    Rows are read from the disk when they are needed. Other processes and later runs find them there. Processes that need the same
     rows at the same time wait for the one that draws them.
 
     Raises:
-        ValueError: for an argument out of range, or so few scenes that there is no row.
+        ValueError: for an argument out of range, or where so few scenes give no row.
     """
     check_scenes(scene_set, split, no_target)
     _check_numbers(seed, image_size, {split: num_scenes})
@@ -127,8 +127,7 @@ def _chunks(num_scenes: int) -> list[range]:
 
 
 def check_scenes(scene_set: str, split: str, no_target: bool = False) -> None:
-    """ValueError where there is no such set of scenes, where it has no such split, or no expressions without a
-    target."""
+    """ValueError where there is no such set of scenes, or where the set has no such split or no expressions without a target."""
     if scene_set not in SPLITS:
         raise ValueError(f"The set of scenes must be one of {', '.join(SPLITS)}, got {scene_set!r}.")
     if split not in SPLITS[scene_set]:

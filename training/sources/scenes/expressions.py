@@ -25,7 +25,7 @@ from training.sources.scenes.semantics import (
 from training.sources.scenes.wording import word
 
 REDUNDANT = 0.4  # share of the clauses that may follow a noun phrase which is clear by itself
-LONG = 0.7  # share of the relations of `describe` that go over two steps where that is possible
+LONG = 0.7  # share of the relations of `describe` with two steps, where two are possible
 OVER_SPECIFIED = 0.5  # share of the noun phrases that name one attribute more than needed, as people do
 
 _Option = tuple[float, Clause | None, int | None]  # weight, clause, number of the anchor
@@ -141,9 +141,9 @@ def describe_absent(
 def _anchors(
     semantics: SceneSemantics, phrases: Mapping[int, Sequence[_Phrase]], rng: np.random.Generator
 ) -> tuple[dict[int, Meaning], dict[int, Meaning]]:
-    """What objects can be called as anchors: by attributes alone, and by a relation that their attributes need.
+    """Names for objects as anchors: by attributes alone, and by attributes with a relation that they need.
 
-    As the attributes of the latter fit several objects, such an anchor's relation can be read as the target's no more.
+    The attributes of the second kind fit several objects. So nobody can take such an anchor's relation for the target's.
     """
     short, long = {}, {}
     for i in phrases:
@@ -163,7 +163,7 @@ def _relations(anchors: Iterable[int], target: int) -> list[_Option]:
 
 
 def _phrases(semantics: SceneSemantics, item: SceneObject, rng: np.random.Generator) -> list[_Phrase]:
-    """Every combination of the object's nameable attributes, by and large from the shortest to the longest."""
+    """Every combination of the object's nameable attributes, roughly from the shortest to the longest."""
     values = (item.shape, item.color, item.size, item.texture)
     costs = {}
     for named, noise in zip(product((False, True), repeat=4), rng.random(16).tolist(), strict=True):
@@ -186,8 +186,8 @@ def _specify(
 ) -> Meaning | None:
     """A meaning that denotes `target`: the first of the options, in weighted random order, that a short phrase completes.
 
-    Mostly, or with `always_needed` without exception, an option whose clause the phrase needs is preferred to one whose clause
-    only adds to it. None if nothing works. `anchors` are the meanings that the options' anchors are called by.
+    An option whose clause the phrase needs mostly comes before one whose clause is not needed. With `always_needed` the others are
+    not used. None if nothing works. `anchors` are the meanings of the options' anchors.
     """
     keys = rng.random(len(options)).tolist()  # sorted by u^(1/weight): Efraimidis and Spirakis, 2006
     order = sorted(range(len(options)), key=lambda i: keys[i] ** (1 / options[i][0]), reverse=True)

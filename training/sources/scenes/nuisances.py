@@ -1,4 +1,4 @@
-"""What makes a drawn scene look less drawn: clutter, shadows, uneven light, tint, blur and sensor noise (ours).
+"""Disturbances that make a drawn scene more like a photograph: clutter, shadows, uneven light, tint, blur, sensor noise (ours).
 
 Canvases are (S, S, 3) float32 in 0..255. Lengths are given for images of 112 pixels and grow with the side. A `strength` in
 0..1 scales a nuisance; at 1 the named colors can still be told apart.

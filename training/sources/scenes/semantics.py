@@ -1,8 +1,8 @@
 """What an expression about an embedded scene means: the records, and the one place where a meaning is executed over the objects.
 
-A predicate has three values. An object satisfies it *clearly* (with a margin), *possibly* (a viewer could argue, or
-would under another reading of the words) or not at all. A meaning denotes an object only where exactly one object
-satisfies it clearly and no other one even possibly, so that the answer is plain to see. All of it is ours.
+A predicate has three values. An object satisfies it *clearly* (with a margin), *possibly* (some viewers would say so) or not at
+all. A meaning denotes an object where exactly one object satisfies it clearly and no other one satisfies it possibly. So every
+viewer finds the same answer. All of it is ours.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LARGER_RADIUS, LARGER_AREA = 1.25, 1.15  # ratios to every other candidate
 CONTACT_CLEAR = 0.06  # visible overlap as a share of the smaller object
 CONTACT_POSSIBLE = 0.02  # objects within this distance of each other may seem to touch
 
-# What a viewer may also call by the name; a moon's horns and an arch differ only in how they taper.
+# Other things that a viewer may call by the same name; a moon and an arch differ only at their ends.
 LOOK_ALIKES = {
     "circle": ("ring",),
     "square": ("frame",),
@@ -134,7 +134,7 @@ class SceneSemantics:
             for value in {
                 *values,
                 *LOOK_ALIKES,
-            }:  # a name that nothing has may still be what a viewer calls a look-alike
+            }:  # a viewer may call a look-alike by a name that no object has
                 clear = _bits(i for i, other in enumerate(values) if other == value)
                 alike = _bits(i for i, other in enumerate(values) if other in LOOK_ALIKES.get(value, ()))
                 self._attributes[name, value] = clear, clear | alike
