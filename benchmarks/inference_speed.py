@@ -1,7 +1,8 @@
-"""How fast SERA is beside its bare vision tower and a peer, where the time goes, and what growing images and lists cost.
+"""Measure the speed of SERA, of its vision tower alone and of CLIPSeg, and the time of each part of SERA.
 
 `python benchmarks/inference_speed.py [--repeats N] [--device cpu|cuda] [--only WORD …] [--curves] [--output FILE.json]` prints
-Markdown tables and writes a JSON file; with `--curves` also a plot beside it. Random weights: nothing is downloaded.
+Markdown tables and writes a JSON file. With `--curves` it also measures larger images and more expressions, and draws a plot beside
+the JSON file. Weights are random, so nothing is downloaded.
 """
 
 import argparse
@@ -68,11 +69,11 @@ PHOTOGRAPH = (480, 640)  # height and width of the JPEG that processing is measu
 
 
 def benchmark(options: argparse.Namespace) -> dict[str, Any]:
-    """All figures as plain values; times in seconds, memory in bytes."""
+    """All figures as plain values. Times are in seconds, memory in bytes."""
     device, tiny = torch.device(options.device), options.tiny
     trains = not options.only or any(word in "training step" for word in options.only)
     largest = {}
-    if trains and device.type == "cuda":  # first, while no other model takes memory there
+    if trains and device.type == "cuda":  # first, while no other model is in the GPU's memory
         largest = {precision: largest_batch(precision, tiny, device) for precision in PRECISIONS[:2]}
     models = Models(tiny, device)
     calls, skipped = {}, {}
@@ -82,7 +83,7 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
         try:
             call = models.forward(entry)
             call()
-        except Exception as error:  # a compiler has many ways to fail, and none of them may cost the other figures
+        except Exception as error:  # a compiler may fail in many ways; the other figures are still measured
             if not entry.compiled:
                 raise
             skipped[entry.name] = in_one_line(error)[:200]
@@ -102,7 +103,7 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
     named = {entry.name: call for entry, call in calls.items()} | {name: step for name, (_, _, step) in steps.items()}
     logger.info("%d entries, in turns", len(named))
     seconds = measure(named, options.repeats, device, warm_up=1 if device.type == "cpu" else 5)
-    # only what is compared with it: a processor without units for bfloat16 takes minutes for one such product
+    # only for the precisions in use: without units for bfloat16, one such product takes minutes
     used = {entry: torch.float32 if entry.precision == "float32" else torch.bfloat16 for entry in calls}
     rates = {dtype: matrix_rate(dtype, device) for dtype in dict.fromkeys(used.values())}
 
@@ -158,7 +159,7 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _add_memory(entries: dict, training: dict, steps: dict, calls: dict, tiny: bool, device: torch.device) -> None:
-    """On the CPU a process of its own for each figure; on a GPU the allocator's count, which includes all models held there."""
+    """Add the peak memory: on the CPU from a new process each, on a GPU from its allocator, with all models that are loaded."""
     if device.type == "cuda":
         held = {entry.name: (entries, call) for entry, call in calls.items()}
         held |= {name: (training, step) for name, (_, _, step) in steps.items()}
@@ -176,7 +177,7 @@ def _add_memory(entries: dict, training: dict, steps: dict, calls: dict, tiny: b
 
 
 def measure_parts(models: Models, precision: str, repeats: int) -> dict[str, float]:
-    """Median seconds that each part of SERA-B takes in a forward pass of one image and one expression."""
+    """Median seconds of each part of SERA-B in a forward pass of one image and one expression."""
     entry, device = Entry("sera", precision), models.device
     model = models.get(entry)
     total: dict[str, float] = {}
@@ -187,7 +188,7 @@ def measure_parts(models: Models, precision: str, repeats: int) -> dict[str, flo
         *(("adapters", adapter, name) for adapter in adapters for name in ("look", "attend")),
         ("backbone and adapters", vision, "encode_images"),
         ("backbone and adapters", vision, "forward"),
-        *(("fusion", fusion, "forward") for fusion in model.model.fusions),
+        *(("fusion", fusion, name) for fusion in model.model.fusions for name in ("look", "mix")),
         ("projector", model.decoder.projector, "forward"),
         ("decoder and projector", model.decoder, "forward"),
     ]
@@ -214,7 +215,7 @@ def measure_parts(models: Models, precision: str, repeats: int) -> dict[str, flo
                 runs.append(dict(total))
     finally:
         for _, owner, name in parts:
-            vars(owner).pop(name, None)  # the class's own again
+            vars(owner).pop(name, None)  # the method of the class again
     medians = {part: statistics.median(run[part] for run in runs) for part in runs[0]}
     outer = {"backbone": ("backbone and adapters", "adapters"), "decoder": ("decoder and projector", "projector")}
     for name, (whole, inner) in outer.items():
@@ -223,7 +224,7 @@ def measure_parts(models: Models, precision: str, repeats: int) -> dict[str, flo
 
 
 def measure_operators(models: Models, precision: str, count: int = 8) -> dict[str, float]:
-    """Shares, in [0, 1], of the time that the most costly operators take in such a pass, from torch's profiler."""
+    """Shares of time, in [0, 1], of the slowest operators in such a pass, from torch's profiler."""
     call = models.forward(Entry("sera", precision))
     call()
     with torch.profiler.profile() as profiler:
@@ -233,14 +234,14 @@ def measure_operators(models: Models, precision: str, count: int = 8) -> dict[st
     spent = {
         event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total
         for event in profiler.key_averages()
-        if event.device_type == DeviceType.CPU  # an operator, not its kernels, whose times it has as well
+        if event.device_type == DeviceType.CPU  # an operator; its time includes its kernels'
     }
     costly = sorted(spent, key=spent.__getitem__, reverse=True)[:count]
     return {name.removeprefix("aten::"): spent[name] / sum(spent.values()) for name in costly}
 
 
 def measure_processing(repeats: int) -> dict[str, dict[str, float]]:
-    """Seconds for one 640×480 JPEG and one expression on one core, before and after the model."""
+    """Seconds of pre- and post-processing on one core, for one 640×480 JPEG and one expression."""
     height, width = PHOTOGRAPH
     rng = np.random.default_rng(0)
     coarse = Image.fromarray(rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8))
@@ -268,7 +269,7 @@ def measure_processing(repeats: int) -> dict[str, dict[str, float]]:
 
 
 def largest_batch(precision: str, tiny: bool, device: torch.device, limit: int = 4096) -> int:
-    """The largest power of two of images whose training step fits the GPU; 0 if not even one does."""
+    """The largest power of two of images that a training step fits on the GPU; 0 if it fits none."""
     model, size, fitting = build_model("sera", tiny).to(device), 1, 0
     while size <= limit:
         try:
@@ -284,7 +285,7 @@ def largest_batch(precision: str, tiny: bool, device: torch.device, limit: int =
 
 
 def format_record(record: dict[str, Any]) -> str:
-    """The figures as Markdown tables; times as multiples of the bare backbone's, where it was measured."""
+    """The figures as Markdown tables. Times are multiples of the bare backbone's time, if it was measured."""
     backbone = record["entries"].get(Entry("backbone").name)
     unit = backbone["median"] if backbone else 1.0
     lines = [
@@ -332,7 +333,7 @@ def format_record(record: dict[str, Any]) -> str:
 
 
 def _spread_and_peak(figures: dict[str, float], unit: float) -> tuple[str, str]:
-    """Cells of a table: the time in units of `unit` with its quartiles, and the peak memory, where it was measured."""
+    """Cells of a table: the time in units of `unit` with its quartiles, and the peak memory if it was measured."""
     median, low, high = (figures[key] / unit for key in ("median", "low", "high"))
     peak = f"{figures['peak_memory'] / 2**20:.0f}" if "peak_memory" in figures else "–"
     return f"{median:.3f} [{low:.3f}, {high:.3f}]", peak
@@ -343,10 +344,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5, help="timed calls of each entry")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    parser.add_argument("--only", nargs="+", metavar="WORD", help="only the entries whose names hold one of the words")
+    parser.add_argument(
+        "--only", nargs="+", metavar="WORD", help="measure only entries whose names contain one of these words"
+    )
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory")
-    parser.add_argument("--curves", action="store_true", help="also the cost of side length and number of expressions")
-    parser.add_argument("--tiny", action="store_true", help="tiny models, to try the command")
+    parser.add_argument(
+        "--curves", action="store_true", help="also measure the cost over image size and number of expressions"
+    )
+    parser.add_argument("--tiny", action="store_true", help="use tiny models, to try the command")
     parser.add_argument("--output", type=Path, default=Path("outputs/inference_speed.json"), help="JSON file")
     options = parser.parse_args(arguments)
     if options.repeats < 1:

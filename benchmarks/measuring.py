@@ -1,4 +1,4 @@
-"""What the benchmarks share: times in turns, peak memory, how fast the machine multiplies matrices."""
+"""Measurements that the benchmarks share: times of calls in turns, peak memory, the rate of matrix products."""
 
 import multiprocessing
 import re
@@ -15,9 +15,9 @@ import torch
 def measure(
     calls: dict[str, Callable[[], object]], repeats: int, device: torch.device, warm_up: int
 ) -> dict[str, dict[str, float]]:
-    """Seconds of each call: median and quartiles over `repeats`, after warm-up, the device's queue empty at both ends.
+    """Seconds of each call after a warm-up: median and quartiles over `repeats`. The device is idle before and after a call.
 
-    The calls take turns, so that what else the machine does hits all of them alike.
+    The calls take turns, so other work on the machine slows all of them equally.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(warm_up + repeats):  # first calls allocate, compile and choose kernels
@@ -32,34 +32,34 @@ def measure(
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done what it was given."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def reset_memory(device: torch.device) -> None:
-    """Begin [`memory`] anew, where that can be done."""
+    """Reset [`memory`] if the device can."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def memory(device: torch.device) -> int:
-    """Peak bytes: allocated on the GPU since the last reset, or, without one, resident of this process since it began."""
+    """Peak bytes: allocated on the GPU since the last reset; without a GPU, resident in this process since its start."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
-    if status.exists():  # what getrusage says on Linux, a process inherits from the one that started it
+    if status.exists():  # on Linux, the value of getrusage is inherited from the parent process
         return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def memory_alone(work: Callable[..., None], *arguments: object) -> int:
-    """Peak resident bytes of a fresh process that does nothing but `work(*arguments)`: Python and the libraries are in it."""
+    """Peak resident bytes of a new process that only calls `work(*arguments)`. They include Python and the libraries."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_report_memory, args=(sender, torch.get_num_threads(), work, arguments))
     process.start()
-    sender.close()  # so that the end of the process ends the waiting
+    sender.close()  # so that `recv` returns when the process ends
     try:
         return receiver.recv()
     except EOFError:
@@ -71,7 +71,7 @@ def memory_alone(work: Callable[..., None], *arguments: object) -> int:
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device, side: int = 4096) -> float:
-    """FLOP/s of one large matrix product, the most that can be hoped for: the best of three."""
+    """FLOP/s of one large matrix product, as an upper bound for any model: the best of three."""
     side = side if device.type == "cuda" else side // 2
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     seconds = measure({"product": lambda: a @ b}, 3, device, warm_up=2)["product"]["low"]

@@ -1,4 +1,4 @@
-"""Cost of an inference against the image's side and against the number of expressions, measured and drawn."""
+"""Measure and draw the cost of inference over the image's side and over the number of expressions."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from training.support.files import write_binary
 
 SIDES = (224, 448, 672, 896, 1022)  # multiples of the patch
 EXPRESSIONS = (1, 4, 16, 64)
-AT_ONCE = 4  # expressions that are worked on at once
+AT_ONCE = 4  # expressions that are computed at once
 DPI = 90
 
 
 def measure_curves(models: Models, with_memory: bool) -> dict[str, Any]:
-    """Seconds of one call, warmed up by a small one, for each side (one expression) and each number of expressions (448×448).
+    """Seconds of one call, for each side with one expression and for each number of expressions at 448×448. A small call warms up.
 
-    With memory, on the CPU, also the peak resident memory, of a process of its own, of several numbers of expressions, all at
-    once and in parts.
+    With memory, on the CPU, also the peak resident memory for several numbers of expressions, all at once and in parts. A new
+    process measures each.
     """
-    scale = 8 if models.tiny else 1  # the tiny model's images are as much smaller
+    scale = 8 if models.tiny else 1  # the tiny model takes smaller images
     sides = {}
     for side in SIDES:
         entry = Entry("sera")
@@ -48,8 +48,8 @@ def measure_curves(models: Models, with_memory: bool) -> dict[str, Any]:
 
 
 def draw_curves(record: dict[str, Any], path: Path) -> None:
-    """A PNG of the curves: seconds against the side, milliseconds for each expression against their number."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and only the curves need it
+    """Draw a PNG of the curves: seconds over the side, and milliseconds per expression over the number of expressions."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import; only the curves need it
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3.8), dpi=DPI, layout="constrained")

@@ -1,4 +1,4 @@
-"""What the benchmark of inference measures: models with random weights, inputs for them, and how much they compute."""
+"""The subjects of the inference benchmark: models with random weights, their inputs, and their number of operations."""
 
 import copy
 from collections.abc import Callable
@@ -25,12 +25,12 @@ KINDS = {
     "late": "SERA-B, late adapters",
     "clipseg": "CLIPSeg, 352×352",
 }
-NUM_TOKENS = 8  # of every expression, its marks included
+NUM_TOKENS = 8  # of every expression, with its start and end tokens
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the benchmark: a kind of model, how it computes, and how much at once."""
+    """One line of the benchmark: a kind of model, its precision, and the size of its input."""
 
     kind: str
     precision: str = "float32"
@@ -41,7 +41,7 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """The name in tables."""
         amount = "" if self.images == 1 else f", {self.images} images"
         amount += "" if self.expressions == self.images else f", {self.expressions} expressions"
         amount += "" if self.at_once is None else f", {self.at_once} at once"
@@ -49,14 +49,14 @@ class Entry:
 
 
 def sera_config(kind: str, tiny: bool) -> SeraConfig:
-    """SERA-B's configuration, or a tiny model's; with adapters in the last third of the blocks for "late"."""
+    """The configuration of SERA-B or of a tiny model. The kind "late" has adapters in the last two blocks alone."""
     if tiny:
-        return SeraConfig.tiny(**({"adapter_layers": [3]} if kind == "late" else {}))
-    return SeraConfig(adapter_layers=[8, 9, 10, 11]) if kind == "late" else SeraConfig()
+        return SeraConfig.tiny(**({"adapter_layers": [2, 3]} if kind == "late" else {}))
+    return SeraConfig(adapter_layers=[10, 11]) if kind == "late" else SeraConfig()
 
 
 def build_model(kind: str, tiny: bool) -> nn.Module:
-    """A model of a kind with random weights, for inference, on the default device."""
+    """A model of a kind with random weights, in evaluation mode, on the default device."""
     torch.manual_seed(0)
     if kind == "clipseg":
         return CLIPSegForImageSegmentation(_clipseg_config(tiny)).eval()
@@ -67,7 +67,7 @@ def build_model(kind: str, tiny: bool) -> nn.Module:
 
 
 def build_inputs(entry: Entry, tiny: bool, device: torch.device, side: int | None = None) -> dict[str, Tensor]:
-    """Random images of `side` pixels (`None`: what the kind is meant for) and expressions, spread evenly over them."""
+    """Random images of `side` pixels (`None`: the usual side of the kind), and expressions spread evenly over them."""
     side = side or (64 if tiny else 352) if entry.kind == "clipseg" else side or (56 if tiny else 448)
     dtype = torch.bfloat16 if entry.precision == "bf16 weights" else torch.float32
     pixels = torch.randn(entry.images, 3, side, side, device=device, dtype=dtype)
@@ -84,7 +84,7 @@ def build_inputs(entry: Entry, tiny: bool, device: torch.device, side: int | Non
 
 
 class Models:
-    """Models by kind and precision, each made once."""
+    """Models by kind and precision. Each is made once."""
 
     def __init__(self, tiny: bool, device: torch.device):
         self.tiny, self.device = tiny, device
@@ -108,7 +108,7 @@ class Models:
     def forward(
         self, entry: Entry, side: int | None = None, max_expressions: int | None = None
     ) -> Callable[[], object]:
-        """A call of the entry's model on inputs of its own."""
+        """A function that calls the entry's model on its inputs."""
         model, inputs = self.get(entry), build_inputs(entry, self.tiny, self.device, side)
         if at_once := max_expressions or entry.at_once:
             inputs["max_expressions"] = at_once
@@ -121,14 +121,14 @@ class Models:
 
 
 def autocast(precision: str, device: torch.device):
-    """The context that a precision computes in."""
+    """The autocast context of a precision."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16 autocast" else nullcontext()
 
 
 def training_step(
     model: SeraForReferringSegmentation, precision: str, batch_size: int, tiny: bool, device: torch.device
 ) -> Callable[[], object]:
-    """A step of the recipe (norm-and-bias tuning, AdamW) on a batch of images with one expression each."""
+    """A function that does one training step (norm-and-bias tuning, AdamW) on images with one expression each."""
     model.train()
     apply_tuning(model, vision="norm_bias", text="norm_bias")
     optimizer = build_optimizer(model, OptimizationSettings())
@@ -147,12 +147,12 @@ def training_step(
 
 
 def run_once(entry: Entry, tiny: bool, max_expressions: int | None = None) -> None:
-    """A forward pass on the CPU from nothing, for its memory."""
+    """Build a model and do one forward pass on the CPU, to measure its memory."""
     Models(tiny, torch.device("cpu")).forward(entry, max_expressions=max_expressions)()
 
 
 def train_once(precision: str, batch_size: int, tiny: bool) -> None:
-    """Two training steps on the CPU from nothing, for their memory: the second has the optimiser's state."""
+    """Build a model and do two training steps on the CPU, to measure their memory. The second has the optimiser's state."""
     step = training_step(build_model("sera", tiny), precision, batch_size, tiny, torch.device("cpu"))
     step()
     step()
@@ -160,15 +160,15 @@ def train_once(precision: str, batch_size: int, tiny: bool) -> None:
 
 @cache
 def count_flops(kind: str, images: int, expressions: int, tiny: bool) -> int:
-    """Floating-point operations of a forward pass (a multiplication and an addition are two), counted without computing them.
+    """Count the floating-point operations of a forward pass without computing it. A multiplication and an addition are two.
 
-    The counter does not see the CPU's fused attention, nor fused transformer layers: both are taken apart for it.
+    The counter does not see fused attention on the CPU or fused transformer layers, so both are switched off.
     """
     device = torch.device("meta")
     with device:
         model = build_model("sera" if kind == "fused" else kind, tiny)
     inputs = build_inputs(Entry(kind, images=images, expressions=expressions), tiny, device)
-    inputs.pop("attention_mask", None)  # all ones; whether they are cannot be asked there
+    inputs.pop("attention_mask", None)  # all ones; the meta device cannot check that
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -180,7 +180,7 @@ def count_flops(kind: str, images: int, expressions: int, tiny: bool) -> int:
 
 
 def _clipseg_config(tiny: bool) -> CLIPSegConfig:
-    """The published rd64-refined: a CLIP-B/16 read out after blocks 3, 6 and 9, at 352×352."""
+    """The published rd64-refined: a CLIP-B/16 whose blocks 3, 6 and 9 feed the decoder, at 352×352."""
     text, vision = {}, {"image_size": 352, "patch_size": 16}
     refined = {"extract_layers": [3, 6, 9], "reduce_dim": 64, "use_complex_transposed_convolution": True}
     if tiny:

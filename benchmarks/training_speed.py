@@ -1,7 +1,7 @@
-"""How fast training is, and what it waits for: the input pipeline alone, a training step, the bare vision tower's forward.
+"""Measure the speed of training: the input pipeline alone, a training step, and the forward pass of the vision tower alone.
 
 `python benchmarks/training_speed.py [--repeats N] [--output FILE.json] --config training/configs/demo.yaml [--option value ...]`
-takes the options of `training/train.py`, prints a Markdown table and writes a JSON file. Processor or GPU, as accelerate finds.
+takes the options of `training/train.py`, prints a Markdown table and writes a JSON file. accelerate chooses the CPU or the GPU.
 """
 
 import argparse
@@ -30,14 +30,14 @@ WARM_UP = 3  # first calls allocate, compile and choose kernels
 
 
 def benchmark(settings: TrainingSettings, repeats: int) -> dict[str, Any]:
-    """All figures for the settings of a run, as plain values; times in seconds for one batch, memory in bytes.
+    """All figures for the settings of a run, as plain values. Times are in seconds per batch, memory in bytes.
 
     Raises:
-        ValueError: Where the run would use the feature cache, and its steps would leave the vision tower out.
+        ValueError: The settings use the feature cache; then training steps do not run the vision tower.
     """
     if settings.data.cached_versions:
         raise ValueError(
-            f"data.cached_versions is {settings.data.cached_versions}; what is timed is training through the tower: set it to 0."
+            f"data.cached_versions is {settings.data.cached_versions}; this benchmark runs the vision tower. Set it to 0."
         )
     accelerator = Accelerator(mixed_precision=settings.mixed_precision)
     device = accelerator.device
@@ -62,7 +62,7 @@ def benchmark(settings: TrainingSettings, repeats: int) -> dict[str, Any]:
         made[:] = [inputs]
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a worker process has one
+    torch.set_num_threads(1)  # a worker process has one thread
     pipeline = measure({"pipeline": prepare}, repeats, torch.device("cpu"), WARM_UP)["pipeline"]
     torch.set_num_threads(threads)
 
@@ -121,7 +121,7 @@ def format_figures(record: dict[str, Any]) -> str:
     where = ", ".join(hardware["gpus"]) if record["device"].startswith("cuda") else hardware["processor"]
     names = {
         "pipeline": "input pipeline alone, one core",
-        "tower_forward": "bare vision tower, forward",
+        "tower_forward": "vision tower alone, forward",
         "training_step": "training step",
     }
     lines = [
@@ -133,14 +133,14 @@ def format_figures(record: dict[str, Any]) -> str:
         peak = f"{figure['peak_memory'] / 2**20:.0f}" if "peak_memory" in figure else "–"
         rates = f"{figure['images_per_second']:.1f} | {figure['samples_per_second']:.1f}"
         lines.append(f"| {names[key]} | {median:.1f} [{low:.1f}, {high:.1f}] | {rates} | {peak} |")
-    where_used = "allocated on the GPU" if record["device"].startswith("cuda") else "of the whole process"
+    where_used = "allocated on the GPU" if record["device"].startswith("cuda") else "in the whole process"
     lines += [
         "",
         f"{where}, {record['threads']} thread(s), {record['mixed_precision']} mixed precision, {record['repeats']} repeats. "
         f"A batch: {batch['images']} images of {batch['input'][2]}×{batch['input'][3]} with {batch['expressions']} expressions "
-        f"(samples). Memory: the highest {where_used} so far.",
-        f"A step takes {record['step_per_tower_forward']:.1f} times the tower's forward; {record['workers_needed']:.2f} cores of "
-        "input pipeline keep it fed.",
+        f"(samples). Memory: the peak so far, {where_used}.",
+        f"A step takes {record['step_per_tower_forward']:.1f} times as long as the tower's forward pass. The input pipeline needs "
+        f"{record['workers_needed']:.2f} cores to keep up.",
     ]
     return "\n".join(lines)
 

@@ -1,8 +1,8 @@
 """What an inference endpoint runs: images and expressions in a request, masks in the answer.
 
-This file lies beside the weights. The inference toolkit imports it as a module of its own, calls `EndpointHandler(folder)` once
-and then the handler with each request. Whatever it raises becomes the answer `{"error": message}` with status 400, so every
-refusal here is a `ValueError` of one sentence that says what to send instead, and no other message leaves the machine. (Ours.)
+This file lies beside the weights. The inference toolkit imports it as a module of its own. It calls `EndpointHandler(folder)`
+once, and then the handler with each request. The text of an exception becomes the answer `{"error": message}` with status 400.
+So every refusal here is a `ValueError` of one sentence that says what to send instead. No other message leaves the machine. (Ours.)
 """
 
 import base64
@@ -20,11 +20,11 @@ logger = logging.getLogger(__name__)
 
 MAX_IMAGE_BYTES = 20 * 2**20  # of the file, after base64
 MAX_PIXELS = 25_000_000  # of the image; a mask and its probabilities are as large
-MAX_EXPRESSIONS = 100  # more are refused: their answer would outlast the connection
-MAX_CHARACTERS = 1000  # of one expression; the model reads fewer tokens still
+MAX_EXPRESSIONS = 100  # more take longer than a connection stays open
+MAX_CHARACTERS = 1000  # of one expression; the model reads at most 77 tokens of them
 EXPRESSIONS_AT_ONCE = 16  # memory grows with them
-NUM_BYTES = 256  # every one of them is in a CLIP tokenizer's vocabulary
-# Pillow knows more, some of which start other programs
+NUM_BYTES = 256  # a CLIP tokenizer's vocabulary holds all of them
+# Pillow has more; some of them start other programs
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 
 FORM = '{"inputs": {"image": "<base64>", "text": ["left zebra"]}, "parameters": {"threshold": 0.5}}'
@@ -43,11 +43,11 @@ class EndpointHandler:
             OSError, ValueError: Where the folder does not hold a whole model.
         """
         self.processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
-        # where a file is missing, transformers makes up an empty or another tokenizer, or takes the tokenizer for the processor
+        # Where a file is missing, transformers creates an empty or another tokenizer, or returns the tokenizer as the processor.
         tokenizer = getattr(self.processor, "tokenizer", ())
         if len(tokenizer) < NUM_BYTES or tokenizer.pad_token_id is None:
             raise ValueError(
-                "The model's processor is not whole; is its code, its tokenizer.json or its tokenizer_config.json missing?"
+                "The model's processor is incomplete; is its code, its tokenizer.json or its tokenizer_config.json missing?"
             )
         model = AutoModel.from_pretrained(path, trust_remote_code=True)
         self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
@@ -74,22 +74,22 @@ class EndpointHandler:
         try:
             image_inputs = self.processor(images=[image], return_tensors="pt")
         except ValueError:
-            raise ValueError("The image's values are no colours; send an ordinary image of 8 bits a channel.") from None
+            raise ValueError("The image's values are not colours; send an image of 8 bits per channel.") from None
         self._check_expressions(expressions)
         try:
             return self._segment(image_inputs, expressions, threshold)
         except Exception:
             logger.exception("a request failed")
-            # the toolkit answers with the text of any exception, and this one's could name what lies on the machine
+            # The toolkit answers with the text of any exception. This one's text could name files of the machine.
             raise RuntimeError("The model could not answer this request; the endpoint's log says why.") from None
 
     def _check_expressions(self, expressions: list[str]) -> None:
-        """`ValueError` where nothing is left of an expression once cleaned, or where it is cut to what the model reads."""
+        """Raise `ValueError` where an expression is empty after cleaning, or has more tokens than the model reads."""
         for i, expression in enumerate(expressions):
             try:
                 count = self.processor.count_tokens(expression)
             except ValueError:
-                raise ValueError(f"text[{i}] is empty but for spaces and signs that are not seen.") from None
+                raise ValueError(f"text[{i}] is empty: it holds only spaces and invisible characters.") from None
             if count > self.processor.max_tokens:
                 raise ValueError(f"text[{i}] has more tokens than the model reads; shorten it.")
 
@@ -103,7 +103,7 @@ class EndpointHandler:
             outputs = self.model(**inputs, max_expressions=EXPRESSIONS_AT_ONCE)
         about_it = {name: inputs[name] for name in ("pixel_values", "original_sizes")}
         answers = []
-        for n, label in enumerate(expressions):  # masks of an image's own size are large: one at a time
+        for n, label in enumerate(expressions):  # masks have the image's own size and are large: one at a time
             alone = {name: outputs[name][n : n + 1] for name in ("logits", "presence_logits") if name in outputs}
             (result,) = self.processor.post_process_referring_segmentation(alone, about_it, threshold=threshold)
             answers.append({"label": label, "score": result["score"], "mask": encode_mask(result["mask"])})
@@ -111,7 +111,7 @@ class EndpointHandler:
 
 
 def read_request(data: Any) -> tuple[Any, list[str], float | None]:
-    """A request's image (as sent), expressions and threshold (`None`: not given), all but the image checked.
+    """The parts of a request: the image as sent, the checked expressions, the checked threshold (`None` where not given).
 
     Raises:
         ValueError: See [`EndpointHandler.__call__`].
@@ -137,10 +137,10 @@ def read_request(data: Any) -> tuple[Any, list[str], float | None]:
 
 
 def open_image(image: Any) -> Image.Image:
-    """An image as sent, decoded; its size is checked before that, from its header.
+    """Decode an image as sent, after a check of its size in its header.
 
     Raises:
-        ValueError: Where it is no image, too large, cut off, or of a format that is not accepted.
+        ValueError: Where it is not an image, too large, cut off, or of a format that is not accepted.
     """
     if isinstance(image, str):
         image = _decode_base64(image)
@@ -151,11 +151,15 @@ def open_image(image: Any) -> Image.Image:
             image = Image.open(io.BytesIO(image), formats=FORMATS)
         except Image.DecompressionBombError:
             raise ValueError(f"The image has too many pixels; send at most {MAX_PIXELS}.") from None
-        except Exception:  # what Pillow raises on a broken header is not one kind
+        except Exception:  # Pillow raises errors of many kinds on a broken header
             raise ValueError(f"image is not an image; send one of these formats: {', '.join(FORMATS)}.") from None
     if not isinstance(image, Image.Image):
         raise ValueError(f"image must be the base64 of a file, got {_type_name(image)}; send {FORM}.")
-    if image.format not in (*FORMATS, "MPO", None):  # phones' JPEGs of several images; made in memory
+    if image.format not in (
+        *FORMATS,
+        "MPO",
+        None,
+    ):  # MPO: JPEG files of phones with several images; None: made in memory
         raise ValueError(f"A {image.format} image is not accepted; send one of {', '.join(FORMATS)}.")
     width, height = image.size
     if width * height > MAX_PIXELS:
@@ -186,7 +190,7 @@ def _decode_base64(text: str) -> bytes:
     try:
         return base64.b64decode("".join(text.split()), validate=True)
     except ValueError:
-        raise ValueError("image is not whole base64; was it cut off, or is it not encoded?") from None
+        raise ValueError("image is not valid base64; was it cut off, or is it not encoded?") from None
 
 
 def _read_expressions(text: Any) -> list[str]:
@@ -207,8 +211,8 @@ def _read_expressions(text: Any) -> list[str]:
             raise ValueError(f"{name} has {len(expression)} characters; send at most {MAX_CHARACTERS}.")
         try:
             expression.encode("utf-8")
-        except UnicodeEncodeError:  # half a surrogate pair, which JSON can carry and the answer cannot
-            raise ValueError(f"{name} is not whole UTF-8 text; encode it again.") from None
+        except UnicodeEncodeError:  # half a surrogate pair: JSON can hold it, the answer cannot
+            raise ValueError(f"{name} is not valid UTF-8 text; encode it again.") from None
     return list(expressions)
 
 

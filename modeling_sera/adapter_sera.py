@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import layer_norm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .configuration_sera import SeraConfig
@@ -13,7 +14,12 @@ BOUNDARY_GAIN = 0.15  # of the boundary expert in G_corr (paper)
 
 
 class SeraMultiScaleConv(nn.Module):
-    """Parallel 1×1, 3×3 and 5×5 convolutions joined along channels, plus the input: `G_rich` (paper; widths ours)."""
+    """Parallel 1×1, 3×3 and 5×5 convolutions joined along channels, plus the input, normalised: `G_rich` (paper).
+
+    The widths are ours, and so is the normalisation: the channels of every position to mean 0 and variance 1, without
+    parameters. The experts end in batch norms, so their maps have a fixed scale. `G_rich` would grow in training, until the
+    experts' shares of 0.25 and 0.15 are nothing beside it.
+    """
 
     def __init__(self, dim: int):
         super().__init__()
@@ -23,7 +29,8 @@ class SeraMultiScaleConv(nn.Module):
 
     def forward(self, grid: Tensor) -> Tensor:
         """(B, d, H, W) to the same shape."""
-        return grid + torch.cat([self.conv1(grid), self.conv3(grid), self.conv5(grid)], dim=1)
+        rich = grid + torch.cat([self.conv1(grid), self.conv3(grid), self.conv5(grid)], dim=1)
+        return tokens_to_grid(layer_norm(grid_to_tokens(rich), rich.shape[1:2]), rich.shape[-2:])
 
 
 class SeraAdapterSpatialExpert(nn.Module):
@@ -91,8 +98,9 @@ class SeraAdapter(nn.Module):
         grid_size: tuple[int, int],
         text_states: Tensor,
         text_mask: Tensor | None,
-        sentence: Tensor,
+        sentence: Tensor | None = None,
         image_index: Tensor | None = None,
+        num_images: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """
         Args:
@@ -100,9 +108,10 @@ class SeraAdapter(nn.Module):
             grid_size: (H, W).
             text_states: (N, L, text hidden size) token features.
             text_mask: Attention mask that hides the padding, for (N, 1, H·W, L).
-            sentence: (N, projection_dim).
+            sentence: (N, projection_dim), standardised; needed by a router that sees it.
             image_index: (N,) row of `patches` that each expression is about; `None` means N = B, one each. The part that does
                 not depend on the text is then computed once per row of `patches`.
+            num_images: Number of images among the rows of `patches`; `None` means each row is another image.
 
         Returns:
             The correction (N, H·W, hidden_size), to be scaled and added by the caller, and the router weights (N, 2) of the
@@ -114,6 +123,7 @@ class SeraAdapter(nn.Module):
             text_mask=text_mask,
             sentence=sentence,
             image_index=image_index,
+            num_images=num_images,
         )
 
     def look(self, patches: Tensor, grid_size: tuple[int, int]) -> tuple[Tensor, ...]:
@@ -129,19 +139,20 @@ class SeraAdapter(nn.Module):
         *,
         text_states: Tensor,
         text_mask: Tensor | None,
-        sentence: Tensor,
+        sentence: Tensor | None = None,
         image_index: Tensor | None = None,
+        num_images: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """The rest of [`forward`], whose arguments and result it has, from the maps that [`look`] made."""
         grid, *experts = maps
         weights = None
         if self.router is not None:
             spatial, boundary = experts
-            if self.router.score_sentence is not None and image_index is not None:
+            weights = self.router(grid, sentence, image_index, num_images)
+            if self.router.sees_sentence and image_index is not None:
                 # the weights differ between expressions of one image, so only the experts themselves can be shared
                 grid, spatial, boundary = grid[image_index], spatial[image_index], boundary[image_index]
                 image_index = None
-            weights = self.router(grid, sentence)
             share = weights[..., None, None, None]
             grid = grid + share[:, 0] * spatial + share[:, 1] * boundary
         refined = grid_to_tokens(grid)

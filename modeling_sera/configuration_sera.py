@@ -51,19 +51,29 @@ class SeraConfig(PreTrainedConfig):
         num_selected_experts (`int`, *optional*, defaults to 4): `k`, how many of the four fusion experts a sample uses.
         router_hidden_dim (`int`, *optional*, defaults to 128): Hidden width of the fusion routers.
         router_noise_std (`float`, *optional*, defaults to 0.1): Standard deviation of the noise on routing logits in training.
-        expression_aware_routing (`bool`, *optional*, defaults to `False`):
-            Whether both kinds of router see the sentence feature beside the pooled image.
+        expression_aware_routing (`bool`, *optional*, defaults to `True`):
+            Whether both kinds of router see the sentence feature beside the pooled image. Without it they follow the expression
+            as far as adapters in earlier blocks have brought it into the image's features.
         routing (`str`, *optional*, defaults to `"learned"`):
-            `"uniform"` gives every expert the same fixed weight for every sample and has no routers: the control of an ablation
-            that says whether routing itself helps.
+            `"uniform"` gives every expert the same fixed weight for every sample and has no routers, so that nothing sees the
+            sentence in their place: the control of an ablation that says whether routing itself helps.
         adapter_experts (`bool`, *optional*, defaults to `True`):
             Whether adapters hold their two experts. Without them an adapter projects, enriches and attends to the text: the
             uniform baseline that SERA-Adapter is measured against.
         fusion_experts (`bool`, *optional*, defaults to `True`):
             Whether taps are refined by the four fusion experts. Without them a tap is projected and normalised only.
-        router_logit_loss_weight (`float`, *optional*, defaults to 1e-3): λz, weight of the mean squared routing logit.
+        router_logit_loss_weight (`float`, *optional*, defaults to 1e-3):
+            λz, weight of the mean square of what a routing logit exceeds the bound by.
+        router_logit_bound (`float`, *optional*, defaults to 3.0):
+            Absolute value up to which a routing logit costs nothing. 0: the paper's term, which pulls logits to zero.
         router_balance_loss_weight (`float`, *optional*, defaults to 1e-2): λb, weight of the squared coefficient of variation.
-        router_token_loss_weight (`float`, *optional*, defaults to 1e-2): λt, weight of the selection-times-probability term.
+        router_token_loss_weight (`float`, *optional*, defaults to 1e-2):
+            λt, weight of the selection-times-probability term. It stands where `num_selected_experts` is below four alone.
+        sentence_gate (`str`, *optional*, defaults to `"standardized"`):
+            How the decoder multiplies the channels of each tap's map by factors from the sentence. `"standardized"`: a linear
+            function of the sentence feature standardised over samples, which starts at exactly one. `"linear"`: a linear function
+            of the feature itself, which starts at random. `"none"`: no factors; the routers alone then weigh the taps' maps by
+            the sentence.
         decoder_dim (`int`, *optional*, defaults to 512): Width of the mask decoder; a multiple of eight.
         decoder_num_layers (`int`, *optional*, defaults to 3): Decoder layers.
         decoder_num_heads (`int`, *optional*, defaults to 8): Heads of the decoder's attentions.
@@ -81,6 +91,7 @@ class SeraConfig(PreTrainedConfig):
 
     model_type = "sera"
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
+    keys_to_ignore_at_inference = ["mask_loss", "presence_loss", "router_aux_loss"]  # no predictions, for the Trainer
 
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
@@ -96,13 +107,15 @@ class SeraConfig(PreTrainedConfig):
     num_selected_experts: int = NUM_FUSION_EXPERTS
     router_hidden_dim: int = 128
     router_noise_std: float | int = 0.1
-    expression_aware_routing: bool = False
+    expression_aware_routing: bool = True
     routing: Literal["learned", "uniform"] = "learned"
     adapter_experts: bool = True
     fusion_experts: bool = True
     router_logit_loss_weight: float | int = 1e-3
+    router_logit_bound: float | int = 3.0
     router_balance_loss_weight: float | int = 1e-2
     router_token_loss_weight: float | int = 1e-2
+    sentence_gate: Literal["standardized", "linear", "none"] = "standardized"
     decoder_dim: int = 512
     decoder_num_layers: int = 3
     decoder_num_heads: int = 8
@@ -143,12 +156,10 @@ class SeraConfig(PreTrainedConfig):
             raise ValueError(
                 f"num_selected_experts is {self.num_selected_experts}; it must lie in 1..{NUM_FUSION_EXPERTS}."
             )
-        if self.routing == "uniform" and (
-            self.expression_aware_routing or self.num_selected_experts < NUM_FUSION_EXPERTS
-        ):
+        if self.routing == "uniform" and self.num_selected_experts < NUM_FUSION_EXPERTS:
             raise ValueError(
-                "routing is 'uniform', which uses every expert and looks at nothing; leave expression_aware_routing False and "
-                f"num_selected_experts {NUM_FUSION_EXPERTS}."
+                f"num_selected_experts is {self.num_selected_experts}, but routing is 'uniform', which uses every expert; leave "
+                f"it {NUM_FUSION_EXPERTS}."
             )
         for width, heads in (
             ("adapter_dim", "adapter_num_heads"),
@@ -214,6 +225,12 @@ class SeraConfig(PreTrainedConfig):
         for tower in self.sub_configs:
             fields[tower].pop("dtype", None)
         return fields
+
+    @property
+    def routers_see_sentence(self) -> bool:
+        """Whether there is a router that the sentence reaches."""
+        has_routers = self.fusion_experts or (self.adapter_experts and bool(self.adapter_layers))
+        return self.expression_aware_routing and self.routing == "learned" and has_routers
 
     @property
     def patch_size(self) -> int:

@@ -12,6 +12,7 @@ from .layers_sera import (
     SeraConvUnit,
     SeraFeedForward,
     SeraGridCache,
+    SeraSampleNorm,
     coordinate_grid,
     grid_to_tokens,
     sine_positions,
@@ -20,31 +21,50 @@ from .layers_sera import (
 
 
 class SeraSentenceGate(nn.Linear):
-    """`F · (W·sentence + b)`: what cross-attention to the sentence as a single key comes to. b starts at one, letting F through."""
+    """Sentence (N, projection_dim) to one factor per channel of a map F: cross-attention to the sentence as a single key gives
+    `F · (W·sentence + b)`. b starts at one, but with W's random start a fresh factor is far from one: the sentence features of
+    a CLIP have a norm of 10 to 20.
 
-    def forward(self, grid: Tensor, sentence: Tensor) -> Tensor:
-        """Map (N, fusion_dim, H, W) and sentence (N, projection_dim) to the gated map."""
-        return grid * super().forward(sentence)[:, :, None, None]
+    `forward` is that of a linear layer, so that LoRA can be put on it.
+    """
+
+
+class SeraOpenGate(SeraSentenceGate):
+    """A gate whose W starts at zero, too: its fresh factors are exactly one."""
 
 
 class SeraMerge(nn.Module):
-    """Sentence-gated maps of all taps to one map: concat → 1×1 → coordinate convolution, residual."""
+    """Maps of all taps to one map: sentence gates (if any) → concat → 1×1 → coordinate convolution, residual."""
 
     def __init__(self, config: SeraConfig):
         super().__init__()
         num_taps = len(config.tap_layers)
-        self.gates = nn.ModuleList(SeraSentenceGate(config.projection_dim, config.fusion_dim) for _ in range(num_taps))
+        kind = {"standardized": SeraOpenGate, "linear": SeraSentenceGate, "none": None}[config.sentence_gate]
+        self.gates = self.sentence_norm = None
+        if kind is not None:
+            self.gates = nn.ModuleList(kind(config.projection_dim, config.fusion_dim) for _ in range(num_taps))
+        if config.sentence_gate == "standardized":
+            self.sentence_norm = SeraSampleNorm(config.projection_dim)
         self.reduce = SeraConvUnit(num_taps * config.fusion_dim, config.decoder_dim, 1)
         self.coordinate_conv = SeraConvUnit(config.decoder_dim + 2, config.decoder_dim, 3)
         self.coordinates = SeraGridCache(coordinate_grid)
 
     def forward(self, maps: list[Tensor], sentence: Tensor) -> Tensor:
         """Maps (N, fusion_dim, H, W) and sentence (N, projection_dim) to (N, decoder_dim, H, W)."""
-        gated = [gate(grid, sentence) for grid, gate in zip(maps, self.gates, strict=True)]
-        merged = self.reduce(torch.cat(gated, dim=1))
+        if self.gates is not None:
+            seen = sentence if self.sentence_norm is None else self.sentence_norm(sentence)
+            maps = [grid * gate(seen)[:, :, None, None] for grid, gate in zip(maps, self.gates, strict=True)]
+        merged = self.reduce(torch.cat(list(maps), dim=1))
         coordinates = self.coordinates(*merged.shape[-2:], merged).expand(merged.shape[0], -1, -1, -1)
         coordinates = coordinates.contiguous(memory_format=torch.channels_last)  # as `merged` lies, or both are copied
         return merged + self.coordinate_conv(torch.cat([merged, coordinates], dim=1))
+
+    def fold(self) -> None:
+        """Take the norm of the sentence, as in inference, into the gates, for good."""
+        if self.sentence_norm is not None:
+            for gate in self.gates:
+                self.sentence_norm.fold_into(gate, gate.bias)
+            self.sentence_norm = None
 
 
 class SeraDecoderLayer(nn.Module):
@@ -117,7 +137,7 @@ class SeraPresenceHead(nn.Module):
 
     def forward(self, grid: Tensor, sentence: Tensor) -> Tensor:
         """Map (N, decoder_dim, H, W) and sentence (N, projection_dim) to logits (N,), positive for "it is there"."""
-        gated = self.gate(grid, sentence)
+        gated = grid * self.gate(sentence)[:, :, None, None]
         return self.score(torch.cat([gated.mean(dim=(2, 3)), gated.amax(dim=(2, 3))], dim=1))[:, 0]
 
 

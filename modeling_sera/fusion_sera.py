@@ -1,5 +1,7 @@
 """SERA-Fusion: four geometry-preserving experts on a tapped feature map, mixed by a sparse router (paper, Figure 4)."""
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, pad
@@ -56,11 +58,17 @@ class SeraFixedFilters(nn.Module):
 
 
 class SeraSpatialExpert(nn.Module):
-    """`X + α·Conv1×1(G)`, G the coordinate grid in [-1, 1], α learnable from 0.1 (paper; α's start ours)."""
+    """`X + α·Conv1×1(G)`, G the coordinate grid in [-1, 1], α learnable from 1 (paper; α's start ours).
+
+    X has unit variance at every position, and the fresh expert adds a map of more than half its size. With α from 0.1, the
+    expert still adds next to nothing after training.
+    """
+
+    ALPHA = 1.0
 
     def __init__(self, config: SeraConfig):
         super().__init__()
-        self.alpha = nn.Parameter(torch.full((1,), 0.1))
+        self.alpha = nn.Parameter(torch.full((1,), self.ALPHA))
         self.conv = nn.Conv2d(2, config.fusion_dim, 1)
         self.coordinates = SeraGridCache(coordinate_grid)
 
@@ -111,18 +119,37 @@ class SeraBoundaryExpert(nn.Module):
 
 
 class SeraShapeExpert(nn.Module):
-    """Low frequencies (fixed blur) and high frequencies (fixed Laplacian), mixed back by a 1×1 convolution, residual (paper)."""
+    """Low frequencies (fixed blur) and high frequencies (fixed Laplacian), mixed back by a 1×1 convolution, residual (paper).
+
+    The Laplacian is divided by four: the difference between a cell and the mean of its neighbours (ours). Both parts then have
+    the scale of X.
+    """
 
     def __init__(self, config: SeraConfig):
         super().__init__()
         binomial = (1, 4, 6, 4, 1)
         self.blur = SeraFixedFilters([[[a * b / 256 for a in binomial] for b in binomial]])
-        self.laplacian = SeraFixedFilters([[[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]]])
+        self.laplacian = SeraFixedFilters([[[0.0, 0.25, 0.0], [0.25, -1.0, 0.25], [0.0, 0.25, 0.0]]])
         self.mix = nn.Conv2d(2 * config.fusion_dim, config.fusion_dim, 1)
 
     def forward(self, grid: Tensor) -> Tensor:
         """(B, C, H, W) to the same shape."""
         return grid + self.mix(torch.cat([self.blur(grid)[0], self.laplacian(grid)[0]], dim=1))
+
+
+@dataclass
+class SeraFusionView:
+    """A tapped map with the results of its experts: all that the expressions about an image can share.
+
+    Attributes:
+        grid: (B, fusion_dim, H, W), projected and normalised.
+        refined: Results of the experts, (B, fusion_dim, H, W) by name; each is added when it is first used.
+        fused: Weighted sum (B, fusion_dim, H, W) and routing, once computed. Only of a router that does not see the sentence.
+    """
+
+    grid: Tensor
+    refined: dict[str, Tensor] = field(default_factory=dict)
+    fused: tuple[Tensor, SeraRouting] | None = None
 
 
 class SeraFusion(nn.Module):
@@ -145,39 +172,63 @@ class SeraFusion(nn.Module):
             )
 
     def forward(
-        self, tokens: Tensor, *, grid_size: tuple[int, int], sentence: Tensor | None, image_index: Tensor | None = None
+        self,
+        tokens: Tensor,
+        *,
+        grid_size: tuple[int, int],
+        sentence: Tensor | None = None,
+        image_index: Tensor | None = None,
+        num_images: int | None = None,
     ) -> tuple[Tensor, SeraRouting | None]:
         """
         Args:
             tokens: (B, H·W, hidden_size), a tap.
             grid_size: (H, W).
-            sentence: (N, projection_dim), seen by the router with `expression_aware_routing` only.
-            image_index: (N,) row of `tokens` each expression is about, for routers that see the sentence; the experts then run
-                once per row of `tokens`. `None` means N = B.
+            sentence: (N, projection_dim), standardised; needed by a router that sees it.
+            image_index: (N,) row of `tokens` each expression is about; the experts then run once per row of `tokens`. `None` means
+                N = B.
+            num_images: Number of images among the rows of `tokens`; `None` means each row is another image.
 
         Returns:
-            The refined map (N, fusion_dim, H, W) and the routing of the N samples; `None` without experts.
+            The refined map (N, fusion_dim, H, W) and the routing, `None` without experts: of the N expressions or, by a router
+            that does not see the sentence, of the B rows.
         """
-        grid = tokens_to_grid(self.norm(self.project(tokens)), grid_size)
-        if self.router is None:
-            return (grid if image_index is None else grid[image_index]), None
-        pooled = grid.mean(dim=(2, 3))
-        if image_index is None:
-            routing = self.router(pooled, sentence)
-            return self._mix(grid, routing), routing
-        routing = self.router(pooled[image_index], sentence)
-        return self._mix(grid, routing, image_index), routing
+        return self.mix(self.look(tokens, grid_size), sentence, image_index, num_images)
 
-    def _mix(self, grid: Tensor, routing: SeraRouting, image_index: Tensor | None = None) -> Tensor:
-        weights = routing.weights.to(grid.dtype)
+    def look(self, tokens: Tensor, grid_size: tuple[int, int]) -> SeraFusionView:
+        """What does not depend on the sentence, for one or more calls of [`mix`]; arguments as of [`forward`]."""
+        return SeraFusionView(tokens_to_grid(self.norm(self.project(tokens)), grid_size))
+
+    def mix(
+        self,
+        view: SeraFusionView,
+        sentence: Tensor | None = None,
+        image_index: Tensor | None = None,
+        num_images: int | None = None,
+    ) -> tuple[Tensor, SeraRouting | None]:
+        """The rest of [`forward`], whose arguments and result it has, from what [`look`] gave."""
+        if self.router is not None and self.router.sees_sentence:
+            routing = self.router(view.grid.mean(dim=(2, 3)), sentence, image_index, num_images)
+            return self._weigh(view, routing, image_index), routing
+        fused, routing = view.grid, None
+        if self.router is not None:
+            if view.fused is None:
+                routing = self.router(view.grid.mean(dim=(2, 3)), num_samples=num_images)
+                view.fused = self._weigh(view, routing), routing
+            fused, routing = view.fused
+        return (fused if image_index is None else fused[image_index]), routing
+
+    def _weigh(self, view: SeraFusionView, routing: SeraRouting, image_index: Tensor | None = None) -> Tensor:
+        weights = routing.weights.to(view.grid.dtype)
         # In training every expert runs, so that each has a gradient (zero where unchosen) in every process.
         skip_unchosen = not (self.training or torch.compiler.is_compiling()) and self.router.k < len(self.experts)
         chosen = routing.selected.any(dim=0).tolist() if skip_unchosen else [True] * len(self.experts)
         fused = 0
-        for i, expert in enumerate(self.experts.values()):
+        for i, (name, expert) in enumerate(self.experts.items()):
             if chosen[i]:
-                refined = expert(grid)
-                refined = refined if image_index is None else refined[image_index]
+                if name not in view.refined:
+                    view.refined[name] = expert(view.grid)
+                refined = view.refined[name] if image_index is None else view.refined[name][image_index]
                 fused = fused + weights[:, i, None, None, None] * refined
         return fused
 

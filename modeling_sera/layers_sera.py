@@ -1,10 +1,11 @@
-"""Layers that several parts of SERA use: attention, feed-forward, convolution units and coordinates of a grid."""
+"""Layers that several parts of SERA use: attention, feed-forward, convolution units, statistics over samples, coordinates."""
 
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from transformers import initialization as init
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_sera import SeraConfig
@@ -163,4 +164,133 @@ class SeraConvUnit(nn.Sequential):
             self[0], self[1] = fuse_conv_bn_eval(self[0], self[1]), nn.Identity()
 
 
-__all__ = ["SeraAttention", "SeraConvUnit", "SeraFeedForward", "SeraGridCache"]
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum of a tensor over all processes. Its gradient is the sum of the gradients of all processes."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor) -> Tensor:
+        total = tensor.clone()
+        distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        total = gradient.clone()
+        distributed.all_reduce(total)
+        return total
+
+
+@torch.compiler.disable
+def _sum_over_processes(tensor: Tensor) -> Tensor:
+    return _SumOverProcesses.apply(tensor)
+
+
+class SeraSampleStatistics(nn.Module):
+    """Running mean and variance of samples. They are in float32 in a model of any dtype, and common to all processes (ours).
+
+    The weight of a step follows its number of samples, so that steps of one sample measure as well as steps of many. The first
+    samples all count alike, so that the start, mean 0 and variance 1, is forgotten at once.
+    """
+
+    MOMENTUM = 0.1  # weight of a step of ENOUGH samples or more, as in batch norms
+    ENOUGH = 8  # with fewer samples, the statistics of a step are too rough to normalise by
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(dim, dtype=torch.float32))
+        self.register_buffer("running_var", torch.ones(dim, dtype=torch.float32))
+        self.register_buffer("num_samples", torch.zeros((), dtype=torch.long))
+        self.is_kept = False  # True while activation checkpointing computes a block a second time
+
+    def reset(self) -> None:
+        """Set the statistics to their start: mean 0, variance 1, no samples."""
+        init.zeros_(self.running_mean)
+        init.ones_(self.running_var)
+        init.zeros_(self.num_samples)
+
+    def observe(self, rows: Tensor, num_samples: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Move the running statistics by the samples of a training step. Every process must call this.
+
+        Args:
+            rows: (N, dim), the samples of this process.
+            num_samples: Number of independent samples among the rows, for example the number of images of N expressions; `None`
+                means N.
+
+        Returns:
+            The number of samples (a scalar), and the mean and the variance over the rows, both (dim,) in float32 and with
+            gradients; all three over all processes.
+        """
+        rows = rows.float()
+        before = self.running_mean.clone()  # differences from it are small, so that their squares lose few digits
+        shifted = rows - before
+        counts = torch.stack(
+            [torch.full((), float(n), device=rows.device) for n in (len(rows), num_samples or len(rows))]
+        )
+        sums = torch.cat([counts, shifted.sum(dim=0), shifted.square().sum(dim=0)])
+        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+            sums = _sum_over_processes(sums)
+        (total, count), first, second = sums[:2], *sums[2:].chunk(2)
+        shift = first / total
+        mean, var = before + shift, (second / total - shift.square()).clamp(min=0)
+        if not self.is_kept:
+            self._move(count, shift, var)
+        return count, mean, var
+
+    @torch.no_grad()
+    def _move(self, count: Tensor, shift: Tensor, var: Tensor) -> None:
+        self.num_samples += count.long()
+        share = torch.maximum(self.MOMENTUM * (count / self.ENOUGH).clamp(max=1), count / self.num_samples)
+        # the variance of the mixture of old and new: it is right even for a step of one sample, whose own variance is 0
+        self.running_var.copy_((1 - share) * (self.running_var + share * shift.square()) + share * var)
+        self.running_mean.add_(share * shift)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SeraSampleStatistics":
+        """Move or cast the buffers as in every module, but leave them in float32 in a cast to half precision."""
+        kept = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            if self._buffers[name].dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(self._buffers[name].device)
+        return self
+
+
+class SeraSampleNorm(SeraSampleStatistics):
+    """A batch norm without parameters: every channel to mean 0 and variance 1 over samples (ours).
+
+    Training normalises by the statistics of the step, over all processes. Inference, and a step of fewer than ENOUGH samples,
+    normalise by the running statistics.
+    """
+
+    EPSILON = 1e-5
+
+    def forward(self, rows: Tensor, num_samples: int | None = None) -> Tensor:
+        """(N, dim) to the same shape and dtype. `num_samples` is that of [`observe`]."""
+        mean, var = self.running_mean, self.running_var
+        if self.training:
+            count, own_mean, own_var = self.observe(rows, num_samples)
+            is_enough = count >= self.ENOUGH
+            # `where` makes copies: a later step moves the buffers, while the gradient of this step needs the old values
+            mean, var = torch.where(is_enough, own_mean, mean), torch.where(is_enough, own_var, var)
+        return ((rows.float() - mean) * (var + self.EPSILON).rsqrt()).to(rows.dtype)
+
+    @torch.no_grad()
+    def fold_into(self, linear: nn.Linear, bias: Tensor) -> None:
+        """Take this norm, as in inference, into the layer that follows it, for good.
+
+        Args:
+            linear: The layer; its weight is changed.
+            bias: Bias that is added to the layer's output, its own or another's; changed, too.
+        """
+        weight = linear.weight.float() * (self.running_var + self.EPSILON).rsqrt()
+        bias.sub_((weight @ self.running_mean).to(bias.dtype))
+        linear.weight.copy_(weight)
+
+
+__all__ = [
+    "SeraAttention",
+    "SeraConvUnit",
+    "SeraFeedForward",
+    "SeraGridCache",
+    "SeraSampleNorm",
+    "SeraSampleStatistics",
+]

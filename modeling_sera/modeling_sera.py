@@ -2,26 +2,32 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, interpolate, pad
 from transformers import AutoConfig, AutoModel, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.utils import ModelOutput, logging
+from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .adapter_sera import SeraAdapterBoundaryExpert, SeraUpProjection
+from .checks_sera import check_batch, check_finite, check_requested_outputs
 from .configuration_sera import TOWER_TYPES, SeraConfig
-from .decoder_sera import SeraMaskDecoder, SeraSentenceGate
-from .fusion_sera import SeraFixedFilters, SeraFusion, SeraSpatialExpert
-from .layers_sera import SeraConvUnit
-from .routing_sera import SeraRouterScore, SeraRouting, router_auxiliary_loss
+from .decoder_sera import SeraMaskDecoder, SeraMerge, SeraOpenGate, SeraSentenceGate
+from .fusion_sera import SeraFixedFilters, SeraFusion, SeraFusionView, SeraSpatialExpert
+from .layers_sera import SeraConvUnit, SeraSampleNorm, SeraSampleStatistics
+from .loss_sera import mask_segmentation_loss, presence_detection_loss
+from .routing_sera import SeraAdapterRouter, SeraRouterScore, SeraRouting, SeraTopKRouter, mean_router_loss
+from .statistics_sera import freeze_statistics
 from .vision_sera import SeraAdaptedBlock, SeraImages, SeraVisionEncoder
 
 logger = logging.get_logger(__name__)
+
+# classes of transformers that load a SERA; the last two are those of its task "image-segmentation"
+AUTO_CLASSES = ("AutoModel", "AutoModelForImageSegmentation", "AutoModelForUniversalSegmentation")
 
 
 @dataclass
@@ -32,9 +38,10 @@ class SeraModelOutput(ModelOutput):
     Attributes:
         fused_maps: One (N, fusion_dim, H/patch, W/patch) map per tap, refined by SERA-Fusion.
         text_states: (N, L, text hidden size) token features of the expressions.
-        text_mask: Attention mask that hides the padding, in the form the attention kernel takes; `None` without padding.
+        text_mask: Attention mask that hides the padding, in the form that the attention kernel takes. `None` without padding.
         sentence: (N, projection_dim) sentence features.
-        fusion_routings: One [`SeraRouting`] per tap; none where the taps have no experts.
+        fusion_routings: One [`SeraRouting`] per tap, of N rows; none where the taps have no experts.
+        decided_routings: The same, but with one row per image where the routing is the same for all expressions about it.
         adapter_router_weights: One (N, 2) per adapter with experts: weights of the spatial and of the boundary expert.
     """
 
@@ -43,6 +50,7 @@ class SeraModelOutput(ModelOutput):
     text_mask: Tensor | None = None
     sentence: Tensor | None = None
     fusion_routings: tuple[SeraRouting, ...] | None = None
+    decided_routings: tuple[SeraRouting, ...] | None = None
     adapter_router_weights: tuple[Tensor, ...] | None = None
 
 
@@ -52,14 +60,17 @@ class SeraReferringSegmentationOutput(ModelOutput):
     Output of [`SeraForReferringSegmentation`]. N is the number of expressions.
 
     Attributes:
-        loss: Scalar, `mask_loss` plus `presence_loss`, if any, plus, in training, `router_aux_loss`. With labels only.
+        loss: Scalar, the sum of the three losses below that are there. With labels only. With `num_items_in_batch`, this batch's
+            share of a step's loss.
         logits: (N, h, w) mask logits over the (letterboxed) input; h and w are four times the grid of patches.
-        presence_logits: (N,), positive where the thing meant is in the image. With `config.predict_presence` only.
+        presence_logits: (N,), positive where the image holds what the expression means. With `config.predict_presence` only.
         mask_loss: Scalar, weighted binary cross-entropy plus Dice. With labels only.
-        presence_loss: Scalar, binary cross-entropy of the presence. With labels and `config.predict_presence` only.
+        presence_loss: Scalar, binary cross-entropy of `presence_logits`. With labels and `config.predict_presence` only.
         router_aux_loss: Scalar, auxiliary losses of the fusion routers, averaged over the taps. In training only.
-        adapter_router_weights: One (N, 2) per adapter, shares of the spatial and boundary expert. On request.
-        fusion_router_weights: One (N, 4) per tap, shares of the spatial, context, boundary and shape expert. On request.
+        adapter_router_weights: One (N, 2) per adapter: weights of the spatial and the boundary expert. With
+            `output_router_weights` only.
+        fusion_router_weights: One (N, 4) per tap: weights of the spatial, context, boundary and shape expert. With
+            `output_router_weights` only.
     """
 
     loss: Tensor | None = None
@@ -80,28 +91,32 @@ class SeraPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    # over several devices: an adapted block calls parts of the tower's block, and shared maps are picked by a tensor of indices
+    # These stay on one device: an adapted block calls parts of the tower's block, and a tensor of indices picks shared maps.
     _no_split_modules = ["SeraModel", "SeraMaskDecoder"]
     _supports_sdpa = True
-    # no flash attention: transformers' unpads queries by the mask of the keys, which are other tokens here
+    # No flash attention: the one of transformers unpads queries by the mask of the keys, which are other tokens here.
     _supports_attention_backend = True
-    accepts_loss_kwargs = False  # or Trainer would leave it to the model to divide by the accumulated batches
+    accepts_loss_kwargs = True  # Trainer then tells the size of a step, in which every expression weighs the same
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialise what no checkpoint holds; also called for buffers that are constants. The towers initialise themselves."""
+        """Initialise what no checkpoint holds, constant buffers included. The towers initialise themselves."""
         super()._init_weights(module)
-        # Only modules with parameters or buffers of their own arrive here, so each rule hangs on such a module's class.
-        if isinstance(module, (SeraUpProjection, SeraRouterScore)):
+        # Only modules with parameters or buffers of their own arrive here, so each rule is about the class of such a module.
+        if isinstance(module, (SeraUpProjection, SeraRouterScore, SeraOpenGate)):
             init.zeros_(module.weight)
         elif isinstance(module, (nn.Linear, nn.Conv2d)):
-            init.lecun_normal_(module.weight)  # the base class's fixed 0.02 starves layers as narrow as the adapters'
-            if isinstance(module, SeraSentenceGate):
-                init.ones_(module.bias)
+            init.lecun_normal_(
+                module.weight
+            )  # the base class's fixed 0.02 is too small for layers as narrow as the adapters'
         elif isinstance(module, SeraSpatialExpert):
-            init.constant_(module.alpha, 0.1)
+            init.constant_(module.alpha, module.ALPHA)
         elif isinstance(module, SeraFixedFilters):
             module.reset_kernels()
+        elif isinstance(module, SeraSampleStatistics):
+            module.reset()
+        if isinstance(module, SeraSentenceGate):
+            init.ones_(module.bias)
 
     def _set_gradient_checkpointing(
         self,
@@ -109,17 +124,57 @@ class SeraPreTrainedModel(PreTrainedModel):
         gradient_checkpointing_func: Callable = torch.utils.checkpoint.checkpoint,
         **options,
     ) -> None:
-        """As of every model, but a block's second computation leaves batch norm's running statistics alone, which would otherwise
-        move twice a step. (With `use_reentrant`, which torch gives up, it does not.)"""
+        """Switch activation checkpointing on or off, as in every model; only in modes that leave the gradients as they are.
+
+        A block that is computed again does not move the running statistics of its batch norms a second time.
+
+        Raises:
+            ValueError: For a mode that changes gradients.
+        """
+        if enable:
+            settings = getattr(gradient_checkpointing_func, "keywords", {})
+            if settings.get("use_reentrant"):
+                raise ValueError(
+                    "use_reentrant is True, which loses gradients where a tower is frozen; leave it out or set it to False."
+                )
+            if not settings.get("preserve_rng_state", True):
+                raise ValueError(
+                    "preserve_rng_state is False, which changes the gradients under dropout; leave it out or set it to True."
+                )
+            gradient_checkpointing_func = partial(gradient_checkpointing_func, use_reentrant=False)
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **options)
-        if enable and not getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant", False):
+        if enable:
             for module in self.modules():
                 if isinstance(module, SeraAdaptedBlock):
                     module.keep_statistics_when_recomputed()
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
+        """Change the number of the text tower's token embeddings, as in every model, and `config.text_config.vocab_size`.
+
+        Raises:
+            ValueError: For new tokens in a tower that would take one for the end of the text.
+        """
+        text_config = self.config.text_config
+        if text_config.eos_token_id == 2 and (new_num_tokens or 0) > text_config.vocab_size:
+            raise ValueError(
+                "text_config.eos_token_id is 2; CLIP then takes the token of the highest id for the end of the text, which "
+                "would be a new one. Set it to the tokenizer's eos_token_id and load the model with this configuration."
+            )
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+
+    def train(self, mode: bool = True) -> "SeraPreTrainedModel":
+        """Set the training or the evaluation mode. A batch norm in a frozen layer always stays in evaluation mode.
+
+        Its running statistics are then as constant as the layer's weights. A LoRA does not save them, so it gives the same
+        masks after loading only if they are constant.
+        """
+        super().train(mode)
+        freeze_statistics(self)
+        return self
+
 
 class SeraModel(SeraPreTrainedModel):
-    """Images and expressions to fused, expression-conditioned feature maps: all of SERA but the mask decoder."""
+    """SERA without the mask decoder: images and expressions to fused feature maps that depend on the expression."""
 
     def __init__(self, config: SeraConfig):
         super().__init__(config)
@@ -127,20 +182,26 @@ class SeraModel(SeraPreTrainedModel):
         self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_dim, bias=False)
         self.vision = SeraVisionEncoder(config)
         self.fusions = nn.ModuleList(SeraFusion(config) for _ in config.tap_layers)
+        self.sentence_norm = SeraSampleNorm(config.projection_dim) if config.routers_see_sentence else None
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
         """The text tower's token embedding."""
         return self.text_tower.embeddings.token_embedding
 
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Give the text tower another token embedding."""
+        self.text_tower.embeddings.token_embedding = value
+
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(N, L) token ids to token features (N, L, text hidden size) and sentence features (N, projection_dim).
 
         The sentence feature is the projection of the end-of-text token's feature.
         """
-        encoded = self.text_tower(input_ids=input_ids, attention_mask=attention_mask)
+        encoded = self.text_tower(input_ids=input_ids, attention_mask=attention_mask, return_dict=True)
         return encoded.last_hidden_state, self.text_projection(encoded.pooler_output)
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values: Tensor,
@@ -156,46 +217,45 @@ class SeraModel(SeraPreTrainedModel):
                 patch.
             input_ids: (N, L) CLIP token ids.
             attention_mask: (N, L), 1 for tokens and 0 for padding, which is on the right. `None` means no padding.
-            image_index: (N,) row of `pixel_values` that each expression is about. `None` means N = B, one each.
-            image_states: (B, states, num_prefix + H·W, hidden_size) that `SeraVisionEncoder.encode_states` gave for the
-                images before. `pixel_values` then says their size alone. `None`: the images are encoded.
-            **kwargs: Ignored, so that everything the processor returns can be handed on.
+            image_index: (N,) row of `pixel_values` that each expression is about; each image needs an expression. `None`
+                means N = B: one expression for each image.
+            image_states: (B, states, num_prefix + H·W, hidden_size), cached features of `SeraVisionEncoder.encode_states`. Of
+                `pixel_values` only the size is then used. `None`: the images are encoded.
+            **kwargs: `return_dict=False` gives a tuple. Other names are ignored, so that `model(**inputs)` works with all that
+                the processor returns.
 
         Raises:
-            ValueError: Where sizes do not fit each other or the patch.
+            ValueError: Where inputs do not fit each other or the patch, and for outputs that SERA does not return.
         """
-        _check_batch(pixel_values, input_ids, image_index, image_states)
+        check_requested_outputs(self.config, kwargs)
+        check_batch(pixel_values, input_ids, attention_mask, image_index, image_states)
         images = self.encode_images(pixel_values, image_states)
         return self.condition(*images, input_ids, attention_mask, image_index)
 
     def encode_images(
         self, pixel_values: Tensor, image_states: Tensor | None = None
-    ) -> tuple[SeraImages, list[tuple[Tensor, SeraRouting | None]] | None]:
-        """All that does not depend on the text, of (B, 3, H, W) images: what their expressions share.
+    ) -> tuple[SeraImages, list[SeraFusionView]]:
+        """Compute all that does not depend on the text, of (B, 3, H, W) images: their expressions share it.
 
         Returns:
-            What the vision tower makes of them, and the fused map and the routing of every tap that no text has reached; `None`
-            for the latter where routers see the sentence.
+            The results of the vision tower, and those of SERA-Fusion for every tap before the first adapter.
         """
         images = self.vision.encode_images(pixel_values, image_states)
-        if self.config.expression_aware_routing:
-            return images, None
-        fused = [
-            fusion(tokens, grid_size=images.grid_size, sentence=None)
-            for fusion, tokens in zip(self.fusions, images.taps, strict=False)
+        views = [
+            fusion.look(tokens, images.grid_size) for fusion, tokens in zip(self.fusions, images.taps, strict=False)
         ]
-        return images, fused
+        return images, views
 
     def condition(
         self,
         images: SeraImages,
-        fused_images: list[tuple[Tensor, SeraRouting | None]] | None,
+        views: list[SeraFusionView],
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         image_index: Tensor | None = None,
     ) -> SeraModelOutput:
         """The rest of [`forward`], from what [`encode_images`] returned; for all of the expressions or for a part of them."""
-        grid_size = images.grid_size
+        grid_size, num_images = images.grid_size, images.hidden_states.shape[0]
         text_states, sentence = self.encode_text(input_ids, attention_mask)
         text_mask = create_bidirectional_mask(
             config=self.config,
@@ -203,35 +263,37 @@ class SeraModel(SeraPreTrainedModel):
             attention_mask=attention_mask,
             encoder_hidden_states=text_states,
         )
-        condition = {
-            "grid_size": grid_size,
-            "text_states": text_states,
-            "text_mask": text_mask,
-            "sentence": sentence,
+        routed = {
+            "sentence": sentence if self.sentence_norm is None else self.sentence_norm(sentence),
+            "num_images": num_images,
         }
+        condition = {"grid_size": grid_size, "text_states": text_states, "text_mask": text_mask, **routed}
         taps, adapter_weights = self.vision(images, image_index=image_index, condition=condition)
-        fused = []
-        for grid, routing in fused_images or ():
-            if image_index is not None:
-                grid, routing = grid[image_index], None if routing is None else routing.take(image_index)
-            fused.append((grid, routing))
-        for fusion, tap in list(zip(self.fusions, taps, strict=True))[len(fused) :]:
-            index = image_index if tap.shared else None
-            fused.append(fusion(tap.tokens, grid_size=grid_size, sentence=sentence, image_index=index))
+        fusions = list(self.fusions)
+        shared, others = fusions[: len(views)], fusions[len(views) :]
+        fused = [
+            fusion.mix(view, image_index=image_index, **routed) for fusion, view in zip(shared, views, strict=True)
+        ]
+        fused += [fusion(tap, grid_size=grid_size, **routed) for fusion, tap in zip(others, taps, strict=True)]
+        decided = [routing for _, routing in fused if routing is not None]
+        per_image = 0 if image_index is None or self.config.routers_see_sentence else len(views)
         return SeraModelOutput(
             fused_maps=tuple(grid for grid, _ in fused),
             text_states=text_states,
             text_mask=text_mask,
             sentence=sentence,
-            fusion_routings=tuple(routing for _, routing in fused if routing is not None),
+            fusion_routings=tuple(
+                routing.take(image_index) if i < per_image else routing for i, routing in enumerate(decided)
+            ),
+            decided_routings=tuple(decided),
             adapter_router_weights=adapter_weights,
         )
 
 
 class SeraForReferringSegmentation(SeraPreTrainedModel):
-    """SERA with its mask decoder: the mask of the one thing that an expression means."""
+    """SERA with its mask decoder: an image and an expression to the mask of the one thing that the expression means."""
 
-    is_fused = False  # by `fuse_for_inference`
+    is_fused = False  # True after `fuse_for_inference`
 
     def __init__(self, config: SeraConfig):
         super().__init__(config)
@@ -243,12 +305,27 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
         """The text tower's token embedding."""
         return self.model.get_input_embeddings()
 
-    def fuse_for_inference(self) -> "SeraForReferringSegmentation":
-        """Make this model, in place and for good, one that only predicts, a little faster: same results but for rounding.
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Give the text tower another token embedding."""
+        self.model.set_input_embeddings(value)
 
-        Batch norms are taken into their convolutions, and convolutions keep their weights channels-last, as feature maps lie
-        here. To be called before a cast to bfloat16, so that the folding is done in float32. What is left can neither be
-        trained nor saved.
+    @property
+    def modules_to_save_for_lora(self) -> list[str]:
+        """Names of the modules that SERA adds to its towers, for `peft.LoraConfig(modules_to_save=…)`.
+
+        PEFT then trains these modules whole, beside the LoRA, and saves them with the running statistics of their batch norms.
+        """
+        adapters = [f"model.vision.adapted_blocks.{i}.adapter" for i in self.config.adapter_layers]
+        fusions = [f"model.fusions.{i}" for i in range(len(self.config.tap_layers))]
+        norms = [] if self.model.sentence_norm is None else ["model.sentence_norm"]
+        return ["model.text_projection", *norms, *adapters, *fusions, "decoder"]
+
+    def fuse_for_inference(self) -> "SeraForReferringSegmentation":
+        """Change this model, in place and for good, so that it predicts a little faster; results differ by rounding only.
+
+        Batch norms and norms over samples are taken into the layers beside them, and convolutions keep their weights
+        channels-last, as feature maps lie here. Call it before a cast to bfloat16, so that the folding is done in float32.
+        Afterwards the model can neither be trained nor saved.
 
         Returns:
             The model itself.
@@ -259,23 +336,31 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
         if self.training:
             raise ValueError("The model is in training mode; call eval() before fuse_for_inference().")
         for module in self.modules():
-            if isinstance(module, (SeraConvUnit, SeraAdapterBoundaryExpert)):
+            if isinstance(module, (SeraConvUnit, SeraAdapterBoundaryExpert, SeraMerge)):
                 module.fold()
+            elif isinstance(module, (SeraAdapterRouter, SeraTopKRouter)):
+                module.fold(self.model.sentence_norm)
+        self.model.sentence_norm = None
         self.requires_grad_(False)
         self.is_fused = True
         return self.to(memory_format=torch.channels_last)
 
     def train(self, mode: bool = True) -> "SeraForReferringSegmentation":
-        """As of every module; `ValueError` for the training mode of a model that [`fuse_for_inference`] has changed."""
+        """As in the base class; `ValueError` for the training mode after [`fuse_for_inference`]."""
         if mode and self.is_fused:
             raise ValueError("fuse_for_inference() has folded this model's batch norms; load it again to train it.")
         return super().train(mode)
 
     def save_pretrained(self, *args, **kwargs) -> None:
-        """As of every model; `ValueError` for one that [`fuse_for_inference`] has changed: it would not load again."""
+        """Save as every model does; `ValueError` after [`fuse_for_inference`], since the folder could not be loaded."""
         if self.is_fused:
             raise ValueError(
                 "fuse_for_inference() has folded this model's batch norms; save it before, or load it again."
+            )
+        if self._auto_class is not None:  # by itself transformers writes one class, the last that was registered
+            reference = f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"
+            self.config.auto_map = (getattr(self.config, "auto_map", None) or {}) | dict.fromkeys(
+                AUTO_CLASSES, reference
             )
         super().save_pretrained(*args, **kwargs)
 
@@ -289,15 +374,15 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
         attn_implementation: str | None = None,
         **config_overrides,
     ) -> "SeraForReferringSegmentation":
-        """A SERA whose towers are pretrained and whose other parts are fresh, in evaluation mode as from `from_pretrained`.
+        """Build a SERA with pretrained towers and fresh other parts, in evaluation mode as `from_pretrained` gives it.
 
         Args:
-            vision_model: Folder or Hub id of a DINOv2, with or without register tokens, or of a SERA, whose tower is taken.
-                `None`: a fresh tower of the configuration given as `vision_config`.
-            text_model: Folder or Hub id of a CLIP text tower, of a whole CLIP, or of a SERA. Where the checkpoint has a
-                text projection, it is taken too; else the projection starts fresh. `None`: a fresh tower of the
-                configuration given as `text_config`.
-            dtype: Of all weights, also by name, such as "bfloat16".
+            vision_model: Folder or Hub id of a DINOv2, with or without register tokens, or of a SERA, of whose parts the vision
+                tower alone is taken. `None`: a fresh tower of the configuration `vision_config`.
+            text_model: Folder or Hub id of a CLIP text tower, of a whole CLIP, or of a SERA. The text projection of the
+                checkpoint is taken too; without one the projection starts fresh. `None`: a fresh tower of the configuration
+                `text_config`.
+            dtype: Type of all weights, or its name such as "bfloat16".
             attn_implementation: Attention kernel of all parts, such as "eager" or "sdpa".
             **config_overrides: Fields of [`SeraConfig`].
 
@@ -315,7 +400,7 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
                 continue
             if f"{name}_config" in fields:
                 raise ValueError(
-                    f"{name}_config is given beside the pretrained {name} tower {checkpoint}; leave one out."
+                    f"{name}_config and the pretrained {name} tower {checkpoint} are both given; leave one out."
                 )
             whole = AutoConfig.from_pretrained(checkpoint)
             config = getattr(whole, f"{name}_config", whole)  # a whole CLIP or SERA holds two
@@ -359,14 +444,14 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
             tower = pretrained.text_model
             projection = None if info["missing_keys"] else pretrained.text_projection.weight
             if set(info["missing_keys"]) - {"text_projection.weight"}:
-                # some releases of transformers find the names of a bare tower as a bare tower alone
+                # some releases of transformers find the weights of a tower without projection only in this class
                 tower, info = CLIPTextModel.from_pretrained(
                     checkpoint, config=self.config.text_config, dtype=self.dtype, output_loading_info=True
                 )
                 _refuse_missing(info["missing_keys"], checkpoint, "CLIP text tower")
         self.model.text_tower.load_state_dict(tower.state_dict())
         if projection is None:
-            logger.warning(f"{checkpoint} has no text projection; the sentence feature starts from a random one.")
+            logger.warning(f"{checkpoint} has no text projection; it starts from random weights.")
         elif projection.shape == self.model.text_projection.weight.shape:
             with torch.no_grad():
                 self.model.text_projection.weight.copy_(projection)
@@ -376,6 +461,7 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
                 f"{projection.shape[0]} features; leave projection_dim out to take it."
             )
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values: Tensor,
@@ -386,6 +472,7 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
         output_router_weights: bool = False,
         max_expressions: int | None = None,
         image_states: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         **kwargs,
     ) -> SeraReferringSegmentationOutput:
         """
@@ -393,25 +480,30 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
             pixel_values: (B, 3, H, W), as the processor makes them; H and W are multiples of the patch.
             input_ids: (N, L) CLIP token ids.
             attention_mask: (N, L), 1 for tokens and 0 for padding, which is on the right. `None` means no padding.
-            image_index: (N,) row of `pixel_values` that each expression is about. `None` means N = B, one each.
-            labels: (N, H, W) masks over the input in [0, 1], of any dtype; all zero where nothing in the image is meant. Where
-                they are negative, the mask's loss leaves the pixel out.
-            output_router_weights: Whether to return what the routers decided.
-            max_expressions: How many expressions are worked on at once, to bound the memory; the images' part still runs once.
-                `None` means all. In inference only. Memory beside the weights is about 90 MiB per expression at once
-                (SERA-B, 448×448, float32) and grows with the number of patches.
-            image_states: (B, states, num_prefix + H·W, hidden_size) that `SeraVisionEncoder.encode_states` gave for the
-                images before, so that training need not run frozen blocks again. `pixel_values` then says their size alone.
-            **kwargs: Ignored, so that everything the processor returns (such as `original_sizes`) can be handed on.
+            image_index: (N,) row of `pixel_values` that each expression is about; each image needs an expression. `None`
+                means N = B: one expression for each image.
+            labels: (N, H, W) masks over the input in [0, 1], of any dtype; all zero where the image does not hold what is
+                meant. Pixels with a negative label do not count in the mask's loss.
+            output_router_weights: Whether to return the experts' weights.
+            max_expressions: Expressions that are computed at once, to limit the memory; the images' part still runs once.
+                `None` means all. In inference only. Each takes about 90 MiB beside the model's weights (SERA-B, 448×448,
+                float32), and more with more patches.
+            image_states: (B, states, num_prefix + H·W, hidden_size), cached features of `SeraVisionEncoder.encode_states`, so
+                that training does not run frozen blocks again. Of `pixel_values` only the size is then used.
+            num_items_in_batch: Number of label values in all batches that make one step, as `Trainer` counts them. `loss` is then
+                this batch's share of the step's loss: the shares add up to the mean over all expressions of the step. `None`:
+                `loss` is the mean over this batch's expressions.
+            **kwargs: `return_dict=False` gives a tuple. Other names are ignored, so that `model(**inputs)` works with all that
+                the processor returns, such as `original_sizes`.
 
         Raises:
-            ValueError: Where sizes do not fit each other or the patch, and for `max_expressions` below 1 or in training.
+            ValueError: Where inputs do not fit each other or the patch, for outputs that SERA does not return, for
+                `max_expressions` below 1 or in training and, in inference on a CPU, for logits that are not finite.
         """
-        if labels is not None and labels.shape != (len(input_ids), *pixel_values.shape[-2:]):
-            raise ValueError(
-                f"labels have shape {tuple(labels.shape)}; expected {(len(input_ids), *pixel_values.shape[-2:])}, one mask per "
-                "expression over the input image."
-            )
+        check_requested_outputs(self.config, kwargs)
+        check_batch(pixel_values, input_ids, attention_mask, image_index, image_states, labels)
+        if self.training and not torch.compiler.is_compiling():
+            freeze_statistics(self)  # what is frozen may have changed since train() was called
         if max_expressions is not None:
             if max_expressions < 1:
                 raise ValueError(f"max_expressions is {max_expressions}; it must be 1 or more, or None for all.")
@@ -424,11 +516,17 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
             )
             router_aux_loss = None
         else:
-            encoded = self.model(pixel_values, input_ids, attention_mask, image_index, image_states)
+            encoded = self.model(
+                pixel_values, input_ids, attention_mask, image_index, image_states, return_dict=True, **kwargs
+            )
             logits, presence_logits = self._decode(encoded)
             adapter_weights = encoded.adapter_router_weights
             fusion_weights = tuple(routing.weights for routing in encoded.fusion_routings)
-            router_aux_loss = self._router_loss(encoded.fusion_routings, logits) if self.training else None
+            router_aux_loss = self._router_loss(encoded.decided_routings, logits) if self.training else None
+
+        if not (self.training or torch.compiler.is_compiling()) and logits.device.type == "cpu":
+            # elsewhere the check would have to wait for the device; in training the loss shows it
+            check_finite(logits, presence_logits, self, pixel_values, image_states)
 
         loss = mask_loss = presence_loss = None
         if labels is not None:
@@ -436,6 +534,8 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
             if presence_logits is not None:
                 presence_loss = presence_detection_loss(presence_logits, labels)
             loss = sum(part for part in (mask_loss, presence_loss, router_aux_loss) if part is not None)
+            if num_items_in_batch is not None:
+                loss = loss * (labels.numel() / num_items_in_batch)
         return SeraReferringSegmentationOutput(
             loss=loss,
             logits=logits,
@@ -459,8 +559,7 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
         image_states: Tensor | None,
         max_expressions: int,
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Logits, presence logits and the adapters' and the fusions' router weights, of so many expressions at once."""
-        _check_batch(pixel_values, input_ids, image_index)
+        """Logits, presence logits, and the routers' weights of adapters and fusions, `max_expressions` rows at a time."""
         shared = self.model.encode_images(pixel_values, image_states)
         if image_index is None:
             image_index = torch.arange(len(input_ids), device=input_ids.device)
@@ -483,69 +582,7 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
     def _router_loss(self, routings: Sequence[SeraRouting], like: Tensor) -> Tensor:
         if not routings:
             return like.new_zeros((), dtype=torch.float32)
-        losses = [
-            router_auxiliary_loss(
-                routing,
-                logit_weight=self.config.router_logit_loss_weight,
-                balance_weight=self.config.router_balance_loss_weight,
-                token_weight=self.config.router_token_loss_weight,
-            )
-            for routing in routings
-        ]
-        return torch.stack(losses).mean()
-
-
-def mask_segmentation_loss(logits: Tensor, labels: Tensor, config: SeraConfig) -> Tensor:
-    """Weighted binary cross-entropy plus Dice on area-averaged targets (ours).
-
-    Args:
-        logits: (N, h, w).
-        labels: (N, H, W) masks in [0, 1], negative where a pixel does not count; each logit's target is their mean over the area
-            that it covers or, with `mask_targets="nearest"`, their value at one of its pixels. A logit counts by its share of
-            pixels that do.
-        config: For the two weights and the kind of target.
-
-    Returns:
-        A scalar in float32.
-    """
-    logits, labels = logits.float(), labels.float()
-    parts = torch.stack([labels.clamp(min=0), (labels >= 0).float()], dim=1)
-    size = logits.shape[-2:]
-    shrunk = (
-        interpolate(parts, size=size, mode="nearest") if config.mask_targets == "nearest" else area_average(parts, size)
-    )
-    covered, counted = shrunk.unbind(1)
-    targets = (covered / counted.clamp(min=torch.finfo(torch.float32).tiny)).clamp(max=1)
-    bce = (binary_cross_entropy_with_logits(logits, targets, reduction="none") * counted).sum()
-    bce = bce / counted.sum().clamp(min=1)
-    probability = logits.sigmoid() * counted
-    overlap = (probability * targets).sum(dim=(1, 2))
-    total = probability.sum(dim=(1, 2)) + covered.sum(dim=(1, 2))
-    dice = 1 - (2 * overlap + 1) / (total + 1)
-    return config.bce_loss_weight * bce + config.dice_loss_weight * dice.mean()
-
-
-def area_average(masks: Tensor, size: tuple[int, int]) -> Tensor:
-    """Means of (..., H, W) float32 masks over the h × w equal rectangles that tile them, pixels counted by their share in each.
-
-    `interpolate(mode="area")` gives the same where the sides are multiples; elsewhere (448 to 128) its windows overlap.
-    """
-    for dim, length in ((-2, size[0]), (-1, size[1])):
-        masks = masks.transpose(dim, -1)
-        edges = torch.linspace(0, masks.shape[-1], length + 1, device=masks.device)
-        whole = edges.floor().clamp(max=masks.shape[-1] - 1).long()  # the last edge lies at the end of the last pixel
-        before = pad(masks.cumsum(-1), (1, 0))[..., whole] + (edges - whole) * masks[..., whole]
-        masks = (before.diff(dim=-1) * (length / masks.shape[-1])).transpose(dim, -1)
-    return masks
-
-
-def presence_detection_loss(presence_logits: Tensor, labels: Tensor) -> Tensor:
-    """Binary cross-entropy of presence logits (N,) against whether each of the masks (N, H, W) holds anything (ours).
-
-    The labels are taken as they come, before any shrinking, so that no object is too small to count.
-    """
-    present = (labels > 0).flatten(1).any(dim=1)
-    return binary_cross_entropy_with_logits(presence_logits.float(), present.float())
+        return mean_router_loss(routings, self.config)
 
 
 def _is_sera(checkpoint: str | PathLike) -> bool:
@@ -555,35 +592,6 @@ def _is_sera(checkpoint: str | PathLike) -> bool:
 def _refuse_missing(keys: set[str], checkpoint: str | PathLike, tower: str) -> None:
     if keys:
         raise ValueError(f"{checkpoint} lacks weights of the {tower}, the first being {sorted(keys)[0]!r}.")
-
-
-def _check_batch(
-    pixel_values: Tensor, input_ids: Tensor, image_index: Tensor | None, image_states: Tensor | None = None
-) -> None:
-    if pixel_values.ndim != 4:
-        raise ValueError(f"pixel_values have shape {tuple(pixel_values.shape)}; expected (images, 3, height, width).")
-    if input_ids.ndim != 2:
-        raise ValueError(f"input_ids have shape {tuple(input_ids.shape)}; expected (expressions, tokens).")
-    if not torch.compiler.is_compiling() and 0 in input_ids.shape:
-        raise ValueError(f"input_ids have shape {tuple(input_ids.shape)}; there must be an expression.")
-    if image_states is not None and image_states.shape[0] != pixel_values.shape[0]:
-        raise ValueError(f"image_states are of {len(image_states)} images, pixel_values of {len(pixel_values)}.")
-    if image_index is None:
-        if input_ids.shape[0] != pixel_values.shape[0]:  # len() would make a constant of it in a traced graph
-            raise ValueError(
-                f"{len(input_ids)} expressions for {len(pixel_values)} images need image_index, which says the image that "
-                "each expression is about."
-            )
-    elif image_index.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"image_index is of {image_index.dtype}; it must be of torch.int64 or torch.int32.")
-    elif image_index.shape != input_ids.shape[:1]:
-        raise ValueError(f"image_index has shape {tuple(image_index.shape)}; expected ({len(input_ids)},).")
-    elif (
-        not torch.compiler.is_compiling() and image_index.device.type == "cpu"
-    ):  # elsewhere reading it would stall the device
-        low, high = int(image_index.min()), int(image_index.max())
-        if low < 0 or high >= len(pixel_values):
-            raise ValueError(f"image_index holds {low if low < 0 else high}; there are {len(pixel_values)} images.")
 
 
 __all__ = ["SeraForReferringSegmentation", "SeraModel", "SeraPreTrainedModel"]

@@ -1,8 +1,8 @@
-"""The vision tower: a DINOv2 whose chosen blocks carry a SERA-Adapter, read out at several depths."""
+"""The vision tower: a DINOv2 with a SERA-Adapter in chosen blocks. Feature maps are taken (tapped) at several depths."""
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -14,28 +14,16 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .adapter_sera import SeraAdapter
 from .configuration_sera import SeraConfig
-from .layers_sera import grid_to_tokens, tokens_to_grid
-
-
-class SeraTap(NamedTuple):
-    """Patch tokens read out of the tower.
-
-    Attributes:
-        tokens: (B or N, H·W, hidden_size).
-        shared: Whether rows are images (B), because no text-conditioned block came before; else rows are expressions (N).
-    """
-
-    tokens: Tensor
-    shared: bool
+from .layers_sera import SeraSampleStatistics, grid_to_tokens, tokens_to_grid
 
 
 class SeraBlockView(NamedTuple):
-    """What an adapted block makes of images before it sees the text.
+    """Results of an adapted block for images, before it sees the text.
 
     Attributes:
         hidden_states: (B, num_prefix + H·W, hidden_size) after the block's attention.
         update: Of the same shape, the feed-forward part's output.
-        maps: What [`SeraAdapter.look`] gives.
+        maps: Results of [`SeraAdapter.look`].
     """
 
     hidden_states: Tensor
@@ -44,13 +32,14 @@ class SeraBlockView(NamedTuple):
 
 
 class SeraImages(NamedTuple):
-    """Images as far as the tower takes them without text; rows are images (B).
+    """Results of the tower for images, as far as no text is needed; rows are images (B).
 
     Attributes:
-        hidden_states: (B, num_prefix + H·W, hidden_size) before the first adapted block, or after the last that is run.
-        view: The first adapted block's; `None` where there is no adapter, and in training from pixels.
-        taps: Patch tokens (B, H·W, hidden_size) of the depths so far.
-        grid_size: (H, W).
+        hidden_states: (B, num_prefix + H·W, hidden_size) before the first adapted block. Without adapters: after the last block
+            that runs.
+        view: Results of the first adapted block; `None` without adapters, and in training from pixels.
+        taps: Patch tokens (B, H·W, hidden_size) of the tapped depths before the first adapted block.
+        grid_size: (H, W), in patches.
     """
 
     hidden_states: Tensor
@@ -62,7 +51,7 @@ class SeraImages(NamedTuple):
 class SeraAdaptedBlock(GradientCheckpointingLayer):
     """One transformer block with an adapter on its feed-forward path: `x + LS2(MLP(norm2 x) + s·Adapter(norm2 x, text))`.
 
-    The block itself stays a part of the tower, under the tower's own parameter names, and is handed in.
+    The block itself stays a part of the tower, with the tower's parameter names; it is an argument of every call.
     """
 
     def __init__(self, config: SeraConfig):
@@ -79,7 +68,7 @@ class SeraAdaptedBlock(GradientCheckpointingLayer):
             block: The DINOv2 block.
             num_prefix: Number of class and register tokens, which the adapter does not touch.
             image_index: (N,) row of `hidden_states` each expression is about, or `None` where rows are expressions already.
-            condition: `grid_size`, `text_states`, `text_mask` and `sentence` for the adapter.
+            condition: `grid_size`, `text_states`, `text_mask`, `sentence` and `num_images` for the adapter.
 
         Returns:
             (N, num_prefix + H·W, hidden_size) and the router weights (N, 2); `None` without experts.
@@ -95,29 +84,40 @@ class SeraAdaptedBlock(GradientCheckpointingLayer):
         return SeraBlockView(attended, update, self.adapter.look(normed[:, num_prefix:], grid_size))
 
     def keep_statistics_when_recomputed(self) -> None:
-        """Have the second computation, of activation checkpointing, leave the batch norms' running statistics alone."""
-        self._gradient_checkpointing_func = partial(
-            self._gradient_checkpointing_func, context_fn=lambda: (nullcontext(), self._running_statistics_kept())
-        )
+        """Have the second computation, of activation checkpointing, leave all running statistics alone."""
+        checkpoint = self._gradient_checkpointing_func
+        given = getattr(checkpoint, "keywords", {}).get("context_fn", lambda: (nullcontext(), nullcontext()))
+
+        def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+            first, second = given()
+            return first, self._running_statistics_kept(second)
+
+        self._gradient_checkpointing_func = partial(checkpoint, context_fn=contexts)
 
     @contextmanager
-    def _running_statistics_kept(self) -> Iterator[None]:
+    def _running_statistics_kept(self, context: AbstractContextManager) -> Iterator[None]:
         norms = [module for module in self.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        samples = [module for module in self.modules() if isinstance(module, SeraSampleStatistics)]
         before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
         for norm in norms:
             norm.momentum = 0.0
             norm.num_batches_tracked = torch.zeros_like(norm.num_batches_tracked)  # synchronised norms want one
+        for statistics in samples:
+            statistics.is_kept = True
         try:
-            yield
+            with context:
+                yield
         finally:
             for norm, (momentum, count) in zip(norms, before, strict=True):
                 norm.momentum, norm.num_batches_tracked = momentum, count
+            for statistics in samples:
+                statistics.is_kept = False
 
     @staticmethod
     def transform(hidden_states: Tensor, block: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-        """What the block itself does: hidden states after its attention, these normed, and the feed-forward part's output."""
+        """The block without adapter: hidden states after its attention, the same normed, and the feed-forward part's output."""
         attended = block.attention(block.norm1(hidden_states))
-        if isinstance(attended, tuple):  # from transformers 5.20 on the weights come along
+        if isinstance(attended, tuple):  # transformers 5.20 and later also return the attention weights
             attended, _ = attended
         hidden_states = block.drop_path(block.layer_scale1(attended)) + hidden_states
         normed = block.norm2(hidden_states)
@@ -137,14 +137,14 @@ class SeraAdaptedBlock(GradientCheckpointingLayer):
 
 
 class SeraVisionEncoder(nn.Module):
-    """DINOv2 with SERA-Adapters. What comes before the text runs once per image, the rest once per expression."""
+    """DINOv2 with SERA-Adapters. The part before the first adapter runs once per image, the rest once per expression."""
 
     def __init__(self, config: SeraConfig):
         super().__init__()
         self.tower = AutoModel.from_config(config.vision_config)
         self.adapted_blocks = nn.ModuleDict({str(i): SeraAdaptedBlock(config) for i in config.adapter_layers})
         self.tap_layers = tuple(config.tap_layers)
-        self.depth = self.tap_layers[-1]  # blocks after it would compute what nothing reads
+        self.depth = self.tap_layers[-1]  # nothing uses the blocks after it, so they do not run
         self.first_adapted = min(config.adapter_layers, default=self.depth)
         self.patch_size = config.patch_size
         self.has_registers = config.vision_config.model_type == "dinov2_with_registers"
@@ -160,11 +160,11 @@ class SeraVisionEncoder(nn.Module):
         return height // self.patch_size, width // self.patch_size
 
     def encode_states(self, pixel_values: Tensor) -> Tensor:
-        """All that the tower makes of (B, 3, H, W) images before the first adapter; where it is frozen, a constant of them.
+        """Compute all that comes before the first adapter, for (B, 3, H, W) images. A frozen tower always gives the same.
 
         Returns:
-            (B, states, num_prefix + H·W, hidden_size), the states being those tapped up to the first adapted block and, of this
-            block, what [`SeraBlockView`] holds but for the adapter's maps.
+            (B, states, num_prefix + H·W, hidden_size). The states are the tapped ones before the first adapted block, then the
+            `hidden_states` and the `update` of [`SeraBlockView`] of this block.
         """
         hidden_states, kept = self._run_shared(pixel_values)
         if self.adapted_blocks:
@@ -175,9 +175,11 @@ class SeraVisionEncoder(nn.Module):
         return torch.stack(kept, dim=1)
 
     def encode_images(self, pixel_values: Tensor, states: Tensor | None = None) -> SeraImages:
-        """All that does not depend on the text, of (B, 3, H, W) images, normalised; sides are multiples of the patch.
+        """Compute all that does not depend on the text.
 
-        With `states`, which [`encode_states`] gave before, of the images nothing but the size is looked at.
+        Args:
+            pixel_values: (B, 3, H, W) images, normalised; sides are multiples of the patch.
+            states: Cached results of [`encode_states`]. Of the images only the size is then used.
         """
         grid_size = self.grid_size(pixel_values)
         if states is not None:
@@ -199,7 +201,7 @@ class SeraVisionEncoder(nn.Module):
 
     def forward(
         self, images: SeraImages, *, image_index: Tensor | None, condition: dict
-    ) -> tuple[list[SeraTap], tuple[Tensor, ...]]:
+    ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
         """
         Args:
             images: From [`encode_images`].
@@ -207,9 +209,10 @@ class SeraVisionEncoder(nn.Module):
             condition: What conditions the adapters; see [`SeraAdaptedBlock`].
 
         Returns:
-            One tap per configured depth, and per adapter with experts its router weights (N, 2).
+            Patch tokens (N, H·W, hidden_size) of the depths that `images.taps` does not hold, and per adapter with experts its
+            router weights (N, 2).
         """
-        hidden_states, router_weights, tokens = images.hidden_states, [], []
+        hidden_states, router_weights, taps = images.hidden_states, [], []
         for i in range(self.first_adapted, self.depth):
             block = self.tower.encoder.layer[i]
             if str(i) not in self.adapted_blocks:
@@ -223,13 +226,11 @@ class SeraVisionEncoder(nn.Module):
                     hidden_states, weights = adapted(hidden_states, *context)
                 if weights is not None:
                     router_weights.append(weights)
-            self._tap(hidden_states, i + 1, tokens)
-        shared = image_index is not None  # rows are images until a block has seen the text
-        taps = [SeraTap(tap, shared) for tap in images.taps] + [SeraTap(tap, False) for tap in tokens]
+            self._tap(hidden_states, i + 1, taps)
         return taps, tuple(router_weights)
 
     def _run_shared(self, pixel_values: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Hidden states (B, num_prefix + H·W, hidden_size) before the first adapted block, and those tapped so far."""
+        """Hidden states (B, num_prefix + H·W, hidden_size) before the first adapted block, and the tapped ones before it."""
         hidden_states, kept = self._embed(pixel_values), []
         for i in range(self.first_adapted):
             hidden_states = self.tower.encoder.layer[i](hidden_states)
@@ -245,7 +246,7 @@ class SeraVisionEncoder(nn.Module):
         return taps
 
     def _tap(self, hidden_states: Tensor, depth: int, taps: list[Tensor]) -> None:
-        """Add the patch tokens after `depth` blocks to `taps`, if they are among the configured depths."""
+        """Add the patch tokens after `depth` blocks to `taps`, if `depth` is among the configured depths."""
         if depth in self.tap_layers:
             is_last = depth == len(self.tower.encoder.layer)
             tapped = self.tower.layernorm(hidden_states) if is_last else hidden_states
@@ -256,7 +257,7 @@ class SeraVisionEncoder(nn.Module):
         embeddings = self.tower.embeddings
         if not torch.compiler.is_compiling():
             return embeddings(pixel_values)
-        # The same again without `int()` of the grid's size, which makes it a constant of a traced graph.
+        # The same without `int()` of the grid's size, which would make the size a constant of a traced graph.
         positions = embeddings.position_embeddings
         side = math.isqrt(positions.shape[1] - 1)
         resized = interpolate(

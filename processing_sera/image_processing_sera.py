@@ -1,33 +1,26 @@
 """Images to letterboxed, normalised pixel values, and masks into the same frame.
 
-Everything here is Pillow, numpy and torch: torchvision is not needed. One function, `letterbox_box`, says where an image
-lies in its frame; the forward direction, the training labels and the post-processing all ask it.
+One function, `letterbox_box`, says where an image lies in its frame. Images, training labels and post-processing all use it.
+Everything here is Pillow, numpy and torch: torchvision is not needed.
 """
 
-import base64
-import io
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.nn.functional import interpolate
 from transformers.image_processing_base import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.image_utils import load_image
 from transformers.processing_utils import ImagesKwargs
 
-ImageLike = str | os.PathLike | Image.Image | np.ndarray | torch.Tensor
+from .image_decoding_sera import ImageLike, as_image_list, to_numpy, to_rgb_image
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-ORIENTATION_TAG = 0x0112
-ROUNDING = 1e-3  # share of white that computed values may lie outside of the range
 TORCH_FILTERS = {int(Image.Resampling.BILINEAR): "bilinear", int(Image.Resampling.BICUBIC): "bicubic"}
-ACCEPTED = "a PIL image, a path or URL, or an array or tensor of shape (H,W), (H,W,1|3|4) or (1|3|4,H,W)"
 
 
 class LetterboxBox(NamedTuple):
@@ -42,9 +35,9 @@ class LetterboxBox(NamedTuple):
 def letterbox_box(original_size: tuple[int, int], size: tuple[int, int]) -> LetterboxBox:
     """Place an image in a frame: scaled until it just fits, its aspect kept, and centred.
 
-    Centred, so that mirroring the image mirrors the frame (up to one pixel where the padding is odd).
-    Rounding to whole pixels may scale the axes by slightly different factors: the box counts, for images
-    and masks alike.
+    It is centred, so a horizontal flip of the image is a horizontal flip of the frame (up to one pixel where the padding is
+    odd). Rounding to whole pixels may scale the axes by slightly different factors. Images and masks both use the box, so they
+    stay aligned.
 
     Args:
         original_size: (height, width) of the image, pixels.
@@ -64,28 +57,21 @@ def letterbox_box(original_size: tuple[int, int], size: tuple[int, int]) -> Lett
 def letterbox_masks(masks: Sequence[Any], size: tuple[int, int]) -> np.ndarray:
     """Put masks into the letterboxed frame as area averages: the share of each pixel that the object covers.
 
-    The averages are exact, fractional edges included, so the covered area is kept and nothing shifts;
-    Pillow's box filter takes whole source pixels only. (Ours: the loss is defined on area-averaged targets.)
+    The averages are exact, also at pixels that a cell covers in part, so the covered area is kept and nothing shifts. (Pillow's
+    box filter takes whole source pixels only.) (Ours: the loss is defined on area-averaged targets.)
 
     Args:
-        masks: N boolean or integer arrays (H0, W0), each of its own image's size; positive is the object, negative are
-            pixels that the loss is to leave out.
+        masks: N masks (H0, W0), each of its own image's size, see `read_masks`.
         size: (height, width) of the frame, pixels.
 
     Returns:
         float32 (N, height, width) in [0, 1], -1 where more than half of a pixel is to be left out; the padding is 0.
 
     Raises:
-        ValueError: a mask that is empty, not two-dimensional, or not boolean or integer.
+        ValueError: what `read_masks` raises.
     """
     labels = np.zeros((len(masks), *size), np.float32)
-    for i, mask in enumerate(masks):
-        array = to_numpy(mask)
-        if array.ndim != 2 or array.size == 0 or array.dtype.kind not in "bui":
-            raise ValueError(
-                f"masks[{i}] must be a boolean or integer array of shape (height, width), "
-                f"got {array.dtype} of shape {array.shape}."
-            )
+    for i, array in enumerate(read_masks(masks)):
         top, left, height, width = letterbox_box(array.shape, size)
         label = _shares(array > 0, height, width)
         if (left_out := array < 0).any():
@@ -94,8 +80,76 @@ def letterbox_masks(masks: Sequence[Any], size: tuple[int, int]) -> np.ndarray:
     return labels
 
 
+def read_masks(masks: Sequence[Any]) -> list[np.ndarray]:
+    """Masks of every accepted type as boolean arrays, or as int8 arrays where they leave pixels out.
+
+    In a mask of numbers 0 is the background, 1 or 255 the object, and negative pixels are those that the loss leaves out.
+    Other whole numbers come from JPEG files or resized masks: they are cut at half of white, which is 255 (65535 where values are
+    above 255), with one warning. A mask with one positive value has nothing to cut: that value is the object. Several positive
+    values that all lie below half of white are numbers of several objects, and are refused. (Ours.)
+
+    Args:
+        masks: N boolean arrays or arrays of whole numbers, also as floats, (H0, W0), (H0, W0, 1) or (1, H0, W0).
+
+    Returns:
+        N arrays (H0, W0): bool, or int8 of -1, 0 and 1.
+
+    Raises:
+        ValueError: a mask that is empty, of another shape or type, with fractions, or with the numbers of several objects.
+    """
+    read, grey = [], {}
+    for i, mask in enumerate(masks):
+        array = to_numpy(mask)
+        if array.ndim == 3 and 1 in (array.shape[0], array.shape[-1]):
+            array = array[..., 0] if array.shape[-1] == 1 else array[0]
+        if array.ndim != 2 or array.size == 0 or array.dtype.kind not in "buif":
+            raise ValueError(
+                f"masks[{i}] must be a boolean or integer array of shape (height, width), "
+                f"got {array.dtype} of shape {array.shape}."
+            )
+        cut, is_grey = _cut_of(array, f"masks[{i}]")
+        if is_grey:
+            grey[i] = cut
+        above = array > cut if array.dtype != bool else array
+        read.append(above if array.dtype.kind in "bu" or array.min() >= 0 else above.astype(np.int8) - (array < 0))
+    if grey:
+        first, cut = next(iter(grey.items()))
+        others = f" (and {len(grey) - 1} more masks)" if len(grey) > 1 else ""
+        message = (
+            f"masks[{first}]{others} has other values than 0 and 1 or 0 and 255: pixels above {cut:g} are the object."
+        )
+        warnings.warn(message, stacklevel=3)
+    return read
+
+
+def _cut_of(array: np.ndarray, name: str) -> tuple[float, bool]:
+    """The value above which a pixel is the object, and whether the values are others than 0 and 1, or 0 and 255."""
+    if array.dtype == bool:
+        return 0, False
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise ValueError(f"{name} must be a boolean or integer array; it has NaN or infinite values.")
+    if array.dtype.kind == "f" and (fractions := array != np.rint(array)).any():
+        found = array[fractions][0]
+        raise ValueError(
+            f"{name} must be a boolean or integer array, or floats of 0 and 1; it has the value {found:g}."
+        )
+    highest = int(array.max())
+    if highest <= 1 or (highest == 255 and not ((array > 0) & (array < 255)).any()):
+        return 0, False
+    positive = np.unique(array[array > 0])
+    if len(positive) == 1:
+        return highest / 2, True
+    white = 255 if highest <= 255 else 65535
+    if not white / 2 < highest <= white:
+        raise ValueError(
+            f"{name} has {len(positive)} values above 0, up to {highest}: these are no grey values of one mask. "
+            "Give one mask for each object, with 0 and 1."
+        )
+    return white / 2, True
+
+
 def _shares(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The share of each of `height` x `width` equal cells that the boolean (H0, W0) pixels cover, float32 in [0, 1]."""
+    """How much of each of `height` x `width` equal cells the boolean (H0, W0) pixels cover, float32 in [0, 1]."""
     rows = _area_average(pixels.astype(np.float32), height)
     return _area_average(np.ascontiguousarray(rows.T), width).T.clip(0, 1)  # rounding errors
 
@@ -113,118 +167,6 @@ def _area_average(values: np.ndarray, length: int) -> np.ndarray:
     return averages
 
 
-class _ImageError(ValueError):
-    """A message that already names the image."""
-
-
-@contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """Turn whatever Pillow raises on a broken image into one ValueError that names the image."""
-    try:
-        yield
-    except (_ImageError, MemoryError):
-        raise
-    except Exception as error:  # its decoders raise OSError, SyntaxError, struct.error and others
-        raise ValueError(f"{name} is not a readable image: {error}") from error
-
-
-def to_rgb_image(image: ImageLike, name: str = "image") -> Image.Image:
-    """Bring whatever stands for an image to an upright 8-bit RGB image.
-
-    EXIF rotation is applied. Transparency is composited on white, as viewers show it (a URL's is dropped by
-    transformers' `load_image`). 16-bit values are scaled to 8 bits. 32-bit integers are read as 8-bit where
-    none exceeds 255, else as 16-bit; PIL's "F" as [0, 1] where none exceeds 1, else as [0, 255]. Float arrays
-    must be in [0, 1]. An array whose layout is ambiguous is read channels-last, a tensor channels-first.
-
-    Args:
-        image: PIL image of any mode, path or URL (`data:` too) of one, array or tensor (H,W), (H,W,1|3|4) or (1|3|4,H,W).
-        name: what error messages call it where it is not a file.
-
-    Raises:
-        FileNotFoundError: no file at the path.
-        TypeError: not an image at all.
-        ValueError: a corrupt file, an empty image, a wrong shape, NaN or values out of range.
-    """
-    if isinstance(image, str) and image.startswith("data:"):
-        name = "the data URL"
-        with _naming(name), Image.open(io.BytesIO(base64.b64decode(image.partition(",")[2]))) as opened:
-            return _pil_to_rgb(opened, name)
-    if isinstance(image, str) and image.startswith(("http://", "https://")):
-        with _naming(image):
-            image = load_image(image)
-    if isinstance(image, (str, os.PathLike)):
-        if not os.path.isfile(image):
-            raise FileNotFoundError(f"No image at {os.fspath(image)[:1000]!r}.")
-        with _naming(os.fspath(image)), Image.open(image) as opened:
-            return _pil_to_rgb(opened, os.fspath(image))
-    if isinstance(image, Image.Image):
-        name = getattr(image, "filename", "") or name
-        with _naming(name):
-            return _pil_to_rgb(image, name)
-    if isinstance(image, (np.ndarray, torch.Tensor)):
-        return _array_to_rgb(to_numpy(image), channels_first=isinstance(image, torch.Tensor), name=name)
-    raise TypeError(f"{name} must be {ACCEPTED}, got {type(image).__name__}.")
-
-
-def _pil_to_rgb(image: Image.Image, name: str) -> Image.Image:
-    image.load()
-    if 0 in image.size:
-        raise _ImageError(f"{name} is empty: its size is {image.size}.")
-    if image.getexif().get(ORIENTATION_TAG, 1) != 1:
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):
-        values = np.asarray(image)
-        white = 255 if image.mode == "F" and values.max() > 1 + ROUNDING else None
-        return Image.fromarray(_to_8_bit(values, name, white)).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        background = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(background, image).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _array_to_rgb(array: np.ndarray, channels_first: bool, name: str) -> Image.Image:
-    if array.size == 0:
-        raise ValueError(f"{name} is empty: its shape is {array.shape}.")
-    if array.ndim == 3:
-        axes = (0, 2) if channels_first else (2, 0)
-        candidates = [axis for axis in axes if array.shape[axis] in (1, 3, 4)]
-        if not candidates:
-            raise ValueError(f"{name} must have 1, 3 or 4 channels, its shape is {array.shape}.")
-        array = np.moveaxis(array, candidates[0], -1)
-        array = array[..., 0] if array.shape[-1] == 1 else array
-    elif array.ndim != 2:
-        raise ValueError(f"{name} must be {ACCEPTED}, its shape is {array.shape}.")
-    return _pil_to_rgb(Image.fromarray(np.ascontiguousarray(_to_8_bit(array, name))), name)
-
-
-def _to_8_bit(values: np.ndarray, name: str, white: int | None = None) -> np.ndarray:
-    """Scale pixel values of any type to uint8; `white` is the highest where the type does not say."""
-    kind = values.dtype.kind
-    if values.dtype == np.uint8:
-        return values
-    if kind not in "buif":
-        raise ValueError(f"{name} must hold numbers, its type is {values.dtype}.")
-    lowest, highest = values.min(), values.max()
-    if white is None:
-        is_16_bit = (kind, values.dtype.itemsize) == ("u", 2) or highest > 255  # of either byte order
-        white = 1 if kind in "bf" else 65535 if is_16_bit else 255
-    slack = ROUNDING * white if kind == "f" else 0
-    if not (lowest >= -slack and highest <= white + slack):  # NaN fails too
-        wanted = f"[0, {white}]" + (" (or be uint8)" if kind == "f" else "")
-        found = f"from {lowest} to {highest}"
-        raise _ImageError(f"{name} has {values.dtype} values {found}; they must lie in {wanted}.")
-    return np.rint(values * (255 / white)).clip(0, 255).astype(np.uint8)
-
-
-def to_numpy(value: Any) -> np.ndarray:
-    """An array of whatever holds numbers, tensors of any device and type too."""
-    if isinstance(value, torch.Tensor):
-        value = value.detach().cpu()
-        value = value.float() if value.is_floating_point() else value  # numpy has no bfloat16
-    return np.asarray(value)
-
-
 class SeraImageProcessor(BaseImageProcessor):
     """Letterbox images to one size and normalise them with the vision tower's mean and deviation.
 
@@ -232,13 +174,13 @@ class SeraImageProcessor(BaseImageProcessor):
     colour, so it is 0 after normalisation. Downscaling is anti-aliased.
 
     Args:
-        size: {"height", "width"} of the frame in pixels, or one integer for a square. Positive; that they are
-            multiples of the patch is the model's concern.
+        size: {"height", "width"} of the frame in pixels, or one integer for a square. Positive; the model checks that they
+            are multiples of its patch.
         resample: Pillow's resampling filter for images.
         image_mean, image_std: per channel, of values in [0, 1]; ImageNet's, which DINOv2 was trained with.
 
     Raises:
-        ValueError: a size, mean, deviation or filter that cannot be meant.
+        ValueError: an impossible size, mean, deviation or filter.
         TypeError: an option of other image processors that this one does not have.
     """
 
@@ -276,8 +218,8 @@ class SeraImageProcessor(BaseImageProcessor):
         """Letterbox and normalise images.
 
         Args:
-            images: one image or a list of B (see `to_rgb_image`); a 4-dimensional array or tensor is a
-                list.
+            images: one image or B of them in a list, Column or Series (see `to_rgb_image`); a 4-dimensional array or
+                tensor holds B images.
             return_tensors: "pt" for tensors, otherwise numpy arrays.
 
         Returns:
@@ -304,19 +246,19 @@ class SeraImageProcessor(BaseImageProcessor):
         return BatchFeature(data, tensor_type=return_tensors)
 
     def preprocess_masks(self, masks: Sequence[Any], original_sizes: Sequence[Any] | None = None) -> np.ndarray:
-        """Training labels, aligned with `preprocess`'s images: see `letterbox_masks`.
+        """Training labels, aligned with the images of `preprocess`: see `letterbox_masks`.
 
         Args:
-            masks: N boolean or integer arrays (H0, W0); negative pixels are those that the loss is to leave out.
+            masks: N masks (H0, W0), see `read_masks`.
             original_sizes: the (height, width) that each must have, pixels.
 
         Returns:
             float32 (N, H, W) in [0, 1], and -1 where pixels are to be left out.
 
         Raises:
-            ValueError: a mask that is not of its image's size, and what `letterbox_masks` raises.
+            ValueError: a mask that is not of its image's size, and what `read_masks` raises.
         """
-        masks = [to_numpy(mask) for mask in masks]
+        masks = read_masks(masks)
         for i, size in enumerate(() if original_sizes is None else original_sizes):
             if masks[i].shape != tuple(size):
                 expected = f"{tuple(size)} (height, width, upright)"
@@ -327,10 +269,9 @@ class SeraImageProcessor(BaseImageProcessor):
 def _resized(image: Image.Image, height: int, width: int, resample: int) -> np.ndarray:
     """An RGB image at another size: uint8 (3, height, width). Downscaling is anti-aliased.
 
-    torch has Pillow's bilinear and bicubic filters in code that is four times as fast. From rounding, few values
-    differ by a level, in enlarged images by two at most. Pillow does the other filters, and reductions to a
-    sixth or less, where it may average blocks first (a gap of 3): that halves their time, and the result cannot
-    be told from the full one.
+    torch has Pillow's bilinear and bicubic filters in code that is four times as fast. A few values differ by one level from
+    rounding, in enlarged images by two at most. Pillow does the other filters. It also does reductions to a sixth or less,
+    because it may average blocks first there (a gap of 3): that halves the time, and the difference cannot be seen.
     """
     mode = TORCH_FILTERS.get(resample)
     if image.size == (width, height):
@@ -343,15 +284,6 @@ def _resized(image: Image.Image, height: int, width: int, resample: int) -> np.n
     return planes.transpose(2, 0, 1)
 
 
-def as_image_list(images: Any) -> list[Any]:
-    """One image, a list of them, or a batched array, as a list; ValueError where there is none."""
-    is_batch = isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4
-    images = list(images) if is_batch or isinstance(images, (list, tuple)) else [images]
-    if not images:
-        raise ValueError("images is empty: give at least one image.")
-    return images
-
-
 def _checked_size(size: Any) -> dict[str, int]:
     if isinstance(size, int):
         size = {"height": size, "width": size}
@@ -361,4 +293,4 @@ def _checked_size(size: Any) -> dict[str, int]:
     return {"height": sides[0], "width": sides[1]}
 
 
-__all__ = ["LetterboxBox", "SeraImageProcessor", "letterbox_box", "letterbox_masks", "to_rgb_image"]
+__all__ = ["LetterboxBox", "SeraImageProcessor", "letterbox_box", "letterbox_masks", "read_masks", "to_rgb_image"]

@@ -1,8 +1,9 @@
 """The one-call form: image and expressions in, masks out."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
+from types import GeneratorType
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,15 @@ import torch
 from PIL import Image
 from transformers import Pipeline
 
+from .collation_sera import join_rows
+from .image_decoding_sera import as_image_list, as_list, is_undecoded
+
 
 class ReferringImageSegmentationPipeline(Pipeline):
-    """Segment what expressions refer to.
+    """Segment what expressions refer to in images.
 
     `pipe(image, "left zebra")`, `pipe(image, ["left zebra", "zebra drinking"])`, `pipe({"image": image, "text": ...})`, or
-    a list, generator or dataset of such dictionaries. A list of images with one `text` asks the same of each.
+    a list, generator or dataset of such dictionaries. With a list of images, one `text` goes to each of them.
 
     Args:
         model: a `SeraForReferringSegmentation`.
@@ -27,7 +31,7 @@ class ReferringImageSegmentationPipeline(Pipeline):
 
     Raises:
         ValueError: no processor, a threshold outside (0, 1), `max_expressions` below 1.
-        TypeError: an argument that there is not.
+        TypeError: an unknown argument.
     """
 
     _load_processor = True
@@ -39,38 +43,36 @@ class ReferringImageSegmentationPipeline(Pipeline):
         super().__init__(*args, **kwargs)
         if self.processor is None:
             raise ValueError("The argument processor is missing: give the model's SeraProcessor.")
-        self.model.eval()  # one that comes from training would ask for no `max_expressions`
+        self.model.eval()  # in training mode the model refuses `max_expressions`
 
     def __call__(self, inputs: Any, text: str | Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Masks for the expressions about one image or many.
 
         Args:
-            inputs: an image (PIL image, path, URL, array or tensor), a dictionary {"image": image, "text": expressions},
-                or a list, generator or dataset of either.
-            text: one expression or a list of them, about every image that comes without its own.
+            inputs: an image (see `to_rgb_image`), a dictionary {"image": image, "text": expressions}, or several of either: a
+                list, tuple, array of paths, pandas Series, generator, dataset or Column of a dataset.
+            text: one expression or several in a list, tuple, array, Column or Series, about every image that comes without
+                its own.
             kwargs: `threshold` and `max_expressions` as at construction; `batch_size`, how many images are processed at
-                once, all their expressions with them; `num_workers`, as in every pipeline.
+                once with all their expressions; `num_workers`, as in every pipeline.
 
         Returns:
             For one image a list with one dictionary per expression: "label", the expression as given; "score" in [0, 1],
             see `SeraProcessor.post_process_referring_segmentation`; "mask", a PIL image of mode "L" and the image's own
             size, 255 on the object. From a model that predicts presence also "no_target", the probability that nothing
-            in the image is meant; where that is likely the mask is empty. For a list of inputs a list of those, for a
-            generator or dataset an iterator.
+            in the image is meant. Where that is likely, the mask is empty. For a list, tuple, array or Series of inputs a list
+            of those, for a generator, dataset or Column an iterator.
 
         Raises:
-            ValueError: no or an empty expression, no image, one that cannot be read.
-            TypeError: an expression that is no string, an image that is none.
+            ValueError: no expression or an empty one, no image or one that cannot be read.
+            TypeError: an expression that is not a string, an image of a type that is not accepted.
             FileNotFoundError: no file at a path.
         """
-        if isinstance(inputs, (list, tuple)) and not inputs:
-            return []
         if text is not None:
             kwargs["text"] = text
-        known = (Image.Image, np.ndarray, torch.Tensor, Mapping, Sequence, Iterator, torch.utils.data.Dataset)
-        if hasattr(inputs, "__getitem__") and not isinstance(inputs, known):
-            rows = inputs  # a data set of `datasets`, say; the base class knows torch's alone
-            inputs = (rows[i] for i in range(len(rows)))
+        inputs = _several(inputs)
+        if isinstance(inputs, list) and not inputs:
+            return []
         return super().__call__(inputs, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
@@ -95,22 +97,22 @@ class ReferringImageSegmentationPipeline(Pipeline):
 
     def preprocess(self, inputs: Any, text: str | Sequence[str] | None = None) -> dict[str, Any]:
         image = inputs
-        if isinstance(inputs, dict):
+        if isinstance(inputs, Mapping) and not is_undecoded(inputs):
             image, text = inputs.get("image"), text if inputs.get("text") is None else inputs["text"]
         missing = "image" if image is None else "text" if text is None else None
         if missing:
             usage = 'pipe(image, text="left zebra") or pipe({"image": image, "text": ["left zebra", "zebra drinking"]})'
-            purpose = " (what to look for in the image)" if missing == "text" else ""
+            purpose = " (the phrases for what to find in the image)" if missing == "text" else ""
             raise ValueError(f"The argument {missing} is missing{purpose}: call {usage}.")
-        if not isinstance(text, (str, list, tuple)):
+        expressions = [text] if isinstance(text, str) else as_list(text)
+        if expressions is None:
             raise TypeError(f"text must be a string or a list of strings, got {type(text).__name__}.")
-        expressions = [text] if isinstance(text, str) else list(text)
         features = self.processor(images=[image], text=[expressions], return_tensors="pt")
         return {"features": dict(features), "text": expressions}
 
     def _forward(self, model_inputs: dict[str, Any], max_expressions: int = 32) -> dict[str, Any]:
-        # the base class collates a batch into lists and takes them apart again, but reshapes tensors it finds in them:
-        # what the model returns travels among the features
+        # The base class collates a batch into lists and takes them apart again, but reshapes the tensors in them. So the
+        # model's outputs are kept among the features.
         is_batch = isinstance(model_inputs["features"], list)
         items = model_inputs["features"] if is_batch else [model_inputs["features"]]
         outputs = self._run_model(self._join(items), max_expressions)
@@ -120,20 +122,9 @@ class ReferringImageSegmentationPipeline(Pipeline):
         return {"text": model_inputs["text"], "features": items if is_batch else items[0]}
 
     def _join(self, items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """The processor's outputs for single images, as it would have given them for all at once."""
-        longest = max(item["input_ids"].shape[1] for item in items)
-
-        def pad(rows: torch.Tensor, value: int) -> torch.Tensor:
-            return torch.nn.functional.pad(rows, (0, longest - rows.shape[1]), value=value)
-
-        pad_token_id = self.processor.tokenizer.pad_token_id
-        return {
-            "pixel_values": torch.cat([item["pixel_values"] for item in items]).to(self.model.dtype),
-            "original_sizes": torch.cat([item["original_sizes"] for item in items]),
-            "input_ids": torch.cat([pad(item["input_ids"], pad_token_id) for item in items]),
-            "attention_mask": torch.cat([pad(item["attention_mask"], 0) for item in items]),
-            "image_index": torch.cat([item["image_index"] + i for i, item in enumerate(items)]),
-        }
+        """The processor's outputs for single images, as one batch."""
+        batch = join_rows(items, self.processor.tokenizer.pad_token_id)
+        return {**batch, "pixel_values": batch["pixel_values"].to(self.model.dtype)}
 
     def _run_model(self, features: dict[str, torch.Tensor], max_expressions: int) -> dict[str, torch.Tensor]:
         """`logits` (N, h, w) and, where the model gives them, `presence_logits` (N,)."""
@@ -148,6 +139,33 @@ class ReferringImageSegmentationPipeline(Pipeline):
             mask = Image.fromarray(result.pop("mask").numpy().astype(np.uint8) * 255)
             results.append({"label": label, "mask": mask, **result})  # the rest: score and, if predicted, no_target
         return results
+
+
+def _several(inputs: Any) -> Any:
+    """What the base class takes: several inputs as a list, those of a dataset as a generator, and one input as it is."""
+    if isinstance(inputs, (np.ndarray, torch.Tensor)):
+        images = as_image_list(inputs)
+        return inputs if images[0] is inputs else images
+    whole = (
+        str,
+        bytes,
+        bytearray,
+        memoryview,
+        os.PathLike,
+        Mapping,
+        Image.Image,
+        list,
+        GeneratorType,
+        torch.utils.data.Dataset,
+    )
+    if isinstance(inputs, whole) or hasattr(inputs, "read"):
+        return inputs
+    if isinstance(inputs, tuple) or hasattr(inputs, "__array__"):  # a Series, say: it is in memory already
+        return inputs if (items := as_list(inputs)) is None else items
+    if hasattr(inputs, "__iter__"):
+        return (item for item in inputs)
+    is_indexed = hasattr(inputs, "__getitem__") and hasattr(inputs, "__len__")
+    return (inputs[i] for i in range(len(inputs))) if is_indexed else inputs
 
 
 __all__ = ["ReferringImageSegmentationPipeline"]

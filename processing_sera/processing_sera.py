@@ -1,79 +1,46 @@
-"""Images and expressions to what the model reads; its logits to masks of the images' own sizes."""
+"""Images and expressions to model inputs; the model's logits to masks of the images' own sizes."""
 
-import html
-import re
-import unicodedata
 import warnings
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.processing_utils import ProcessorMixin
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, TextKwargs, Unpack
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase, TruncationStrategy
+from transformers.utils import PaddingStrategy
 
-from .image_processing_sera import ImageLike, as_image_list, letterbox_box
-from .pipeline_sera import ReferringImageSegmentationPipeline  # so that the file is saved with the processor
+from .expressions_sera import CLIP_MAX_TOKENS, clean_expression, grouped_expressions, shortened
+from .image_decoding_sera import ImageLike, as_image_list, as_list
+from .image_processing_sera import letterbox_box
+from .pipeline_sera import ReferringImageSegmentationPipeline  # so that its file is saved with the processor
 
-CLIP_MAX_TOKENS = 77
 NO_TARGET_THRESHOLD = 0.5  # probability of absence above which a mask is left empty
-UNSET_LENGTH = 10**6  # a tokenizer's model_max_length is astronomical where nobody set it
+UNSET_LENGTH = 10**6  # a tokenizer's model_max_length is far above this where nobody set it
 LOADING_OPTIONS = ("dtype", "is_local", "local_files_only")  # transformers keeps these among the tokenizer's settings
-
-HTML_ENTITY = re.compile(r"&#?\w+;")
-PLAIN_CHARACTERS = str.maketrans(
-    {
-        **dict.fromkeys("‘’‚‛′", "'"),
-        **dict.fromkeys("“”„‟″", '"'),
-        **dict.fromkeys("‐‑‒–—―−", "-"),
-        "…": "...",
-    }
-)
-# The byte behind each character when UTF-8 is read as Windows-1252. Five bytes have no character there: they,
-# like all of 0x80-0x9f in Latin-1, come out as the control character of the same number.
-BYTE_OF_CHARACTER = {chr(byte): byte for byte in range(0x80, 0x100)} | {
-    character: byte for byte in range(0x80, 0xA0) if (character := bytes([byte]).decode("cp1252", errors="ignore"))
+TEXT_OPTIONS = ("padding", "truncation", "max_length", "return_attention_mask")
+OPTION_GROUPS = {
+    "text_kwargs": (*TEXT_OPTIONS, "return_tensors"),
+    "images_kwargs": ("return_tensors",),
+    "common_kwargs": ("return_tensors",),
 }
-_CONTINUATION = "[" + "".join(re.escape(c) for c, byte in BYTE_OF_CHARACTER.items() if byte < 0xC0) + "]"
-# Leading bytes of accented Latin letters, punctuation and emoji only: with all of them, real text such as an
-# upper-case accented letter before a closing quote would be "repaired" too.
-MOJIBAKE = re.compile(f"[\xc2\xc3]{_CONTINUATION}|[\xe2\xef]{_CONTINUATION}{{2}}|\xf0{_CONTINUATION}{{3}}")
 
 
-def clean_expression(text: str) -> str:
-    """Repair what web text suffers from, without changing what it says; idempotent.
+class SeraProcessorKwargs(ProcessingKwargs, total=False):
+    """The options of a call of `SeraProcessor`, with their defaults."""
 
-    HTML entities are resolved (escaped twice too), UTF-8 that was read as Windows-1252 or Latin-1 is read
-    again, characters are composed (NFC), curly quotes and dashes made plain, control and zero-width
-    characters removed, white space collapsed. Case is left to the tokenizer. (Ours, for what CLIP's first
-    tokenizer left to ftfy.)
-    """
-    while (cleaned := _clean_once(text)) != text:
-        text = cleaned
-    return text
+    text_kwargs: TextKwargs
+    _defaults = {"text_kwargs": {"padding": True, "truncation": True, "return_attention_mask": True}}
 
 
 def token_limit(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Tokens that an expression may have, start and end among them: the tokenizer's own limit, or CLIP's where nobody set one."""
+    """Tokens that an expression may have, with start and end: the tokenizer's own limit, or CLIP's where nobody set one."""
     limit = tokenizer.model_max_length
     return limit if limit < UNSET_LENGTH else CLIP_MAX_TOKENS
-
-
-def _clean_once(text: str) -> str:
-    text = HTML_ENTITY.sub(lambda entity: html.unescape(entity[0]), text)
-    text = MOJIBAKE.sub(_read_again, text)
-    text = unicodedata.normalize("NFC", text).translate(PLAIN_CHARACTERS)
-    text = "".join(c for c in text if c.isspace() or unicodedata.category(c) not in ("Cc", "Cf", "Cs"))
-    return " ".join(text.split())
-
-
-def _read_again(match: re.Match) -> str:
-    try:
-        return bytes(BYTE_OF_CHARACTER[c] for c in match[0]).decode("utf-8")
-    except UnicodeDecodeError:
-        return match[0]
 
 
 class SeraProcessor(ProcessorMixin):
@@ -89,13 +56,15 @@ class SeraProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer)
         if tokenizer.pad_token_id is None:
             raise ValueError(
-                "The tokenizer has no padding token, which its tokenizer_config.json should name; CLIP's is '<|endoftext|>'."
+                "The tokenizer has no padding token; its tokenizer_config.json should name one. CLIP's is '<|endoftext|>'."
             )
         self.mask_threshold = _checked_threshold(mask_threshold)
 
+    valid_processor_kwargs = SeraProcessorKwargs
+
     @property
     def model_input_names(self) -> list[str]:
-        """The names of all that `model(**inputs)` may be given from here, labels aside."""
+        """The names of all inputs of the model that this processor gives, apart from labels."""
         return [*self.image_processor.model_input_names, "input_ids", "attention_mask", "image_index"]
 
     def __call__(
@@ -103,65 +72,105 @@ class SeraProcessor(ProcessorMixin):
         images: ImageLike | Sequence[ImageLike] | None = None,
         text: str | Sequence[str] | Sequence[Sequence[str]] | None = None,
         masks: Any = None,
-        return_tensors: str | None = None,
+        **kwargs: Unpack[SeraProcessorKwargs],
     ) -> BatchFeature:
         """Prepare B images and N expressions about them; either may be left out.
+
+        Lists may also be tuples, numpy arrays, Columns of `datasets` or pandas Series.
 
         Args:
             images: one image or a list of them (see `to_rgb_image`).
             text: a string for one image; a list as long as `images`, one each; a nested list, several each.
                 One image with several takes a nested list too: `text=[["left zebra", "zebra drinking"]]`.
             masks: for training: one boolean (H0, W0) array per expression, in its image's own upright
-                pixels, nested like `text`. Integers say more: negative pixels are left out of the loss.
-            return_tensors: "pt" for tensors, otherwise numpy arrays.
+                pixels, nested like `text`. In whole numbers negative pixels are left out of the loss, see `read_masks`.
+            kwargs: `return_tensors`: "pt" for tensors, otherwise numpy arrays.
+                `padding`: True or "longest" (default), "max_length", or False for lists of unequal length.
+                `truncation`: True (default) to cut to `max_length` with a warning, False to keep all tokens.
+                `max_length`: tokens, by default and at most `max_tokens`.
+                `return_attention_mask`: False to leave it out.
+                Also as `text_kwargs={…}`, as in every processor.
 
         Returns:
             Where images are given, `pixel_values` float32 (B, 3, H, W) and `original_sizes` int64 (B, 2).
-            Where text is, `input_ids` and `attention_mask` int64 (N, L), padded on the right to the longest;
-            and, with images or with several expressions in one list, `image_index` int64 (N,), the row of
-            `pixel_values` that each expression is about. Where masks are, `labels` float32 (N, H, W) in
-            [0, 1] and -1 where pixels are left out, see `letterbox_masks`.
+            Where text is, `input_ids` and `attention_mask` int64 (N, L), padded on the right. Unless every image has exactly
+            one expression, `image_index` int64 (N,), the row of `pixel_values` that each expression is about. Where masks are,
+            `labels` float32 (N, H, W) in [0, 1] and -1 where pixels are left out, see `letterbox_masks`.
+
+            Without `image_index` rows can be stored, shuffled and batched again. `SeraDataCollator` does this for rows with it.
 
         Raises:
-            ValueError: an empty expression, more or fewer texts than images, masks that do not match, a
-                image that cannot be read.
-            TypeError: an expression that is not a string, an image that is none.
+            ValueError: an empty expression, more or fewer texts than images, masks that do not match, an
+                image that cannot be read, an impossible value of an option.
+            TypeError: an expression that is not a string, an image that is none, an unknown option.
             FileNotFoundError: no file at a path.
         """
         if images is None and text is None:
             raise ValueError("Nothing to process: give images, text or both.")
         if masks is not None and (images is None or text is None):
             raise ValueError("masks need the images and the text that they belong to.")
+        options, return_tensors = self._checked_options(kwargs)
         images = None if images is None else as_image_list(images)
         data: dict[str, Any] = {}
+        index = np.zeros(0, np.int64)
         if text is not None:
-            groups = _grouped_expressions(text, None if images is None else len(images))
-            expressions = [expression for group in groups for expression in group]
-            masks = None if masks is None else _flattened_masks(masks, text, len(expressions))
-            data["input_ids"], data["attention_mask"] = self._tokenize(expressions)
-            if images is not None or len(expressions) != len(groups):
-                data["image_index"] = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
+            groups, is_nested = grouped_expressions(text, self.max_tokens)
+            if images is not None:
+                _check_number(len(groups), len(images), is_nested)
+            if masks is not None:
+                masks = _flattened_masks(masks, groups, is_single=isinstance(text, str), is_nested=is_nested)
+            data |= self._tokenize([expression for group in groups for expression in group], **options)
+            index = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
+            if any(len(group) != 1 for group in groups):
+                data["image_index"] = index
         if images is not None:
             data = {**self.image_processor(images), **data}
         if masks is not None:
-            sizes = data["original_sizes"][data["image_index"]].tolist()
-            data["labels"] = self.image_processor.preprocess_masks(masks, sizes)
+            data["labels"] = self.image_processor.preprocess_masks(masks, data["original_sizes"][index].tolist())
         return BatchFeature(data, tensor_type=return_tensors)
 
     @property
     def max_tokens(self) -> int:
-        """How many tokens of an expression the model reads; what is longer is cut."""
+        """How many tokens of an expression the model reads; a longer one is cut."""
         return token_limit(self.tokenizer)
 
     def count_tokens(self, expression: str) -> int:
-        """How many tokens an expression has, start and end among them, before it is cut to `max_tokens`.
+        """How many tokens an expression has, with start and end, before it is cut to `max_tokens`.
+
+        A very long text is cut by cleaning. Then these are the tokens of the rest, which are more than `max_tokens`.
 
         Raises:
             ValueError: an empty expression.
             TypeError: an expression that is not a string.
         """
-        ((cleaned,),) = _grouped_expressions(expression, None)
+        ((cleaned,),), _ = grouped_expressions(expression, self.max_tokens)
         return len(self._token_ids([cleaned])[0])
+
+    def _checked_options(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+        """The options of `_tokenize`, checked, and `return_tensors`."""
+        known = (*OPTION_GROUPS["text_kwargs"], *OPTION_GROUPS)
+        unknown = [name for name in kwargs if name not in known]
+        unknown += [n for group, names in OPTION_GROUPS.items() for n in kwargs.get(group) or () if n not in names]
+        if unknown:
+            raise TypeError(f"SeraProcessor has no option {unknown[0]!r}; it has {', '.join(known)}.")
+        merged = self._merge_kwargs(SeraProcessorKwargs, **{k: v for k, v in kwargs.items() if v is not None})
+        text_options, limit = merged["text_kwargs"], self.max_tokens
+        return_tensors = text_options.get("return_tensors") or merged["images_kwargs"].get("return_tensors")
+        max_length = text_options.get("max_length", limit)
+        if not isinstance(max_length, Integral) or not 2 <= max_length <= limit:
+            raise ValueError(f"max_length must be an integer from 2 to {limit}, got {max_length!r}.")
+        padding, truncation = text_options["padding"], text_options["truncation"]
+        padding = {True: "longest", False: "do_not_pad"}.get(padding, padding)
+        truncation = {True: "longest_first", False: "do_not_truncate"}.get(truncation, truncation)
+        if truncation == TruncationStrategy.ONLY_SECOND:
+            raise ValueError("truncation='only_second' needs pairs of texts; give True or False.")
+        options = {
+            "padding": PaddingStrategy(padding),
+            "is_cut": TruncationStrategy(truncation) != TruncationStrategy.DO_NOT_TRUNCATE,
+            "max_length": int(max_length),
+            "with_mask": bool(text_options["return_attention_mask"]),
+        }
+        return options, return_tensors
 
     def _token_ids(self, expressions: list[str]) -> list[list[int]]:
         return self.tokenizer(
@@ -173,30 +182,48 @@ class SeraProcessor(ProcessorMixin):
             verbose=False,
         )["input_ids"]
 
-    def _tokenize(self, expressions: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids and attention mask, int64 (N, L).
+    def _tokenize(
+        self, expressions: list[str], padding: PaddingStrategy, is_cut: bool, max_length: int, with_mask: bool
+    ) -> dict[str, Any]:
+        """`input_ids` and `attention_mask`, int64 (N, L), or lists of unequal length where they are not padded.
 
         The padding token is the end-of-text token, so the mask is made from the lengths. Padding and
         truncation are done here because the tokenizer would keep them as settings and save them.
         """
-        ids, limit = self._token_ids(expressions), self.max_tokens
+        ids = self._token_ids(expressions)
         for i, row in enumerate(ids):
-            if len(row) > limit:
-                message = f"The expression {expressions[i]!r} has {len(row)} tokens and is cut to {limit}."
-                warnings.warn(message, stacklevel=3)
-                ids[i] = [*row[: limit - 1], row[-1]]
-        lengths = np.array([len(row) for row in ids])
-        attention_mask = (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)
-        input_ids = np.full(attention_mask.shape, self.tokenizer.pad_token_id, np.int64)
-        input_ids[attention_mask == 1] = np.concatenate(ids)
-        return input_ids, attention_mask
+            if is_cut and len(row) > max_length:
+                shown = shortened(expressions[i])
+                warnings.warn(
+                    f"The expression {shown!r} has {len(row)} tokens and is cut to {max_length}.", stacklevel=3
+                )
+                ids[i] = [*row[: max_length - 1], row[-1]]
+        lengths = [len(row) for row in ids]
+        fill = {PaddingStrategy.LONGEST: max(lengths), PaddingStrategy.MAX_LENGTH: max_length}.get(padding, 0)
+        masks = [[1] * length + [0] * (fill - length) for length in lengths]
+        pad = [self.tokenizer.pad_token_id]
+        ids = [row + pad * (fill - len(row)) for row in ids]
+        found = {"input_ids": ids, "attention_mask": masks} if with_mask else {"input_ids": ids}
+        if len({len(row) for row in ids}) == 1:
+            return {name: np.array(rows, np.int64) for name, rows in found.items()}
+        return found
+
+    @classmethod
+    def _load_tokenizer_from_pretrained(
+        cls, sub_processor_type: str, pretrained_model_name_or_path: Any, subfolder: str = "", **kwargs: Any
+    ) -> PreTrainedTokenizerBase:
+        # The tokenizer's own file names its class. Without a configuration transformers would load the model's, and ask
+        # whether to run its code where `modeling_sera` is not imported.
+        kwargs.setdefault("config", PreTrainedConfig())
+        return super()._load_tokenizer_from_pretrained(
+            sub_processor_type, pretrained_model_name_or_path, subfolder=subfolder, **kwargs
+        )
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
         """Save image processor, tokenizer and threshold.
 
-        Padding and truncation that the tokenizer was last called with are cleared: after loading they would
-        outrank what its caller asks for. So is what its loading left there, so that a loaded processor is saved
-        as it was.
+        The tokenizer's last padding and truncation are cleared first, because after loading they would outrank what a caller
+        asks for. What loading left among its settings is cleared too, so that a loaded processor is saved as it was.
         """
         self.tokenizer.backend_tokenizer.no_padding()
         self.tokenizer.backend_tokenizer.no_truncation()
@@ -215,8 +242,8 @@ class SeraProcessor(ProcessorMixin):
         """Masks of the images' own sizes from logits that cover the letterboxed frame.
 
         Logits are interpolated once, bilinearly, straight to the image's pixels, one expression at a time.
-        Pixels at the image's border take the nearest logit that lies wholly inside it: the next is partly
-        about padding.
+        Pixels at the image's border take the nearest logit that lies completely inside the image. The next logit covers
+        padding too.
 
         Args:
             outputs: what the model returned, with `logits` (N, h, w); h x w need not be H x W; and, from a model
@@ -226,13 +253,13 @@ class SeraProcessor(ProcessorMixin):
             threshold: probability above which a pixel is in the mask; None for the processor's
                 `mask_threshold`.
             return_probabilities: also return the probabilities, as "probabilities": float32 (H0, W0).
-            no_target_threshold: probability of absence, within (0, 1), above which the mask is left empty. It
-                matters to a model that predicts presence only.
+            no_target_threshold: probability of absence, within (0, 1), above which the mask is left empty. It has an effect
+                only where the model predicts presence.
 
         Returns:
             Per expression {"mask": bool (H0, W0), "score": float}. The score is the mean probability inside
             the mask; for an empty mask the highest anywhere. With `presence_logits` also {"no_target": float},
-            the probability in [0, 1] that nothing in the image is meant.
+            the probability in [0, 1] that the expression refers to nothing in the image.
 
         Raises:
             ValueError: no `original_sizes`, or logits, index and sizes that do not fit each other; a threshold
@@ -282,7 +309,7 @@ def _resample(values: Tensor, original_size: tuple[int, int], frame_size: tuple[
 
 
 def _resample_axis(values: Tensor, axis: int, length: int, start: float, extent: float) -> Tensor:
-    """Interpolate one axis linearly to `length` pixels over a stretch of it, given as shares of the axis."""
+    """Interpolate one axis linearly to `length` pixels, over the part of it from `start` on, `extent` long (both shares of it)."""
     n = values.shape[axis]
     # an image smaller than its share of the logits takes averages of several samples per pixel
     samples = max(1, round(n * extent / length))
@@ -300,46 +327,29 @@ def _resample_axis(values: Tensor, axis: int, length: int, start: float, extent:
     return resampled.unflatten(axis, (length, samples)).mean(axis + 1) if samples > 1 else resampled
 
 
-def _grouped_expressions(text: Any, image_count: int | None) -> list[list[str]]:
-    """Check the expressions and clean them: one list per image."""
-    if not isinstance(text, (str, list, tuple)):
-        raise TypeError(f"text must be a string, a list of strings or of such lists, got {type(text).__name__}.")
-    if not text and not isinstance(text, str):
-        raise ValueError("text is empty: give at least one expression.")
-    is_nested = not isinstance(text, str) and all(isinstance(item, (list, tuple)) for item in text)
-    nested = [[text]] if isinstance(text, str) else text if is_nested else [[item] for item in text]
-    groups: list[list[str]] = []
-    for i, group in enumerate(nested):
-        if not group:
-            raise ValueError(f"text[{i}] is empty: every image needs at least one expression.")
-        groups.append([])
-        for j, expression in enumerate(group):
-            place = "text" if isinstance(text, str) else f"text[{i}][{j}]" if is_nested else f"text[{i}]"
-            if not isinstance(expression, str):
-                raise TypeError(f"{place} must be a string, got {type(expression).__name__}.")
-            groups[-1].append(clean_expression(expression))
-            if not groups[-1][-1]:
-                raise ValueError(f"{place} is an empty expression: {expression!r}.")
-    if image_count is not None and len(groups) != image_count:
-        relation = "more texts than images" if len(groups) > image_count else "fewer texts than images"
+def _check_number(texts: int, images: int, is_nested: bool) -> None:
+    """Raise where there are not as many texts as images."""
+    if texts != images:
+        relation = "more texts than images" if texts > images else "fewer texts than images"
         hint = "" if is_nested else '; nest them to give an image several: text=[["left zebra", "zebra drinking"]]'
-        raise ValueError(f"{relation}: {len(groups)} for {image_count} image(s){hint}.")
-    return groups
+        raise ValueError(f"{relation}: {texts} for {images} image(s){hint}.")
 
 
-def _flattened_masks(masks: Any, text: Any, count: int) -> list[Any]:
+def _flattened_masks(masks: Any, groups: list[list[str]], is_single: bool, is_nested: bool) -> list[Any]:
     """One mask per expression, in the expressions' order."""
-    if isinstance(text, str):
+    if is_single:
         return [masks]
-    if isinstance(text[0], str):
-        flat = list(masks)
-    else:
-        if [len(group) for group in masks] != [len(group) for group in text]:
+    found = list(masks) if isinstance(masks, Tensor) else as_list(masks)
+    if found is None:
+        raise TypeError(f"masks must be a list like text, got {type(masks).__name__}.")
+    if is_nested:
+        nested = [list(group) if isinstance(group, Tensor) else as_list(group) for group in found]
+        if [None if group is None else len(group) for group in nested] != [len(group) for group in groups]:
             raise ValueError("masks must be nested like text: one list per image, one mask per expression.")
-        flat = [mask for group in masks for mask in group]
-    if len(flat) != count:
-        raise ValueError(f"{len(flat)} masks for {count} expressions: give one per expression.")
-    return flat
+        return [mask for group in nested for mask in group]
+    if len(found) != len(groups):
+        raise ValueError(f"{len(found)} masks for {len(groups)} expressions: give one per expression.")
+    return found
 
 
 def _checked_threshold(threshold: float, name: str = "mask") -> float:

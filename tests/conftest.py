@@ -10,6 +10,8 @@ from builders import special_ids, tiny_tokenizer
 from PIL import Image
 
 from modeling_sera import SeraConfig, SeraForReferringSegmentation
+from modeling_sera.layers_sera import SeraSampleStatistics
+from modeling_sera.routing_sera import SeraRouterScore
 from processing_sera import SeraImageProcessor, SeraProcessor
 from training.support.files import save_model
 
@@ -19,7 +21,17 @@ REFER_MINI = REPOSITORY.parent / "shared" / "data" / "refer-mini"
 # Files of few, long tests. They begin, or one process would end with them while the other has nothing left to do.
 LONG_FILES = [
     f"test_{name}.py"
-    for name in ("readme", "clean_environment", "ablation_run", "restart", "benchmarks", "processes", "space", "export")
+    for name in (
+        "readme",
+        "clean_environment",
+        "ablation_run",
+        "segment",
+        "restart",
+        "benchmarks",
+        "processes",
+        "space",
+        "export",
+    )
 ]
 
 
@@ -35,7 +47,7 @@ needs_refer_mini = pytest.mark.skipif(
 
 
 def make_model(seed: int = 0, **overrides) -> SeraForReferringSegmentation:
-    """A tiny model in eval mode whose adapters do something: up-projections and batch norms are moved off their start."""
+    """A tiny model in eval mode whose parts do something: up-projections, routers' scores and statistics are off their start."""
     torch.manual_seed(seed)
     model = SeraForReferringSegmentation(SeraConfig.tiny(**overrides)).eval()
     with torch.no_grad():
@@ -43,7 +55,9 @@ def make_model(seed: int = 0, **overrides) -> SeraForReferringSegmentation:
             if "up_proj" in name and "mlp" not in name:
                 parameter.normal_(std=0.3)
         for module in model.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
+            if isinstance(module, SeraRouterScore):
+                module.weight.normal_(std=0.3)
+            if isinstance(module, (torch.nn.BatchNorm2d, SeraSampleStatistics)):
                 module.running_mean.normal_(std=0.2)
                 module.running_var.uniform_(0.5, 2.0)
     return model

@@ -1,14 +1,13 @@
 """Train and score every variant of an ablation: `python training/ablation.py GRID.yaml [--jobs N] [--minutes M] [--only NAME …]`.
 
-Each run is `training/train.py`, then `training/evaluation.py`, in processes of their own. A finished run is one line of
-`runs.jsonl`; the same command goes on with the others, from their last checkpoints, whatever ended it before. Tables and figures
-are made of what is finished. (Ours.)
+Each run is `training/train.py` and then `training/evaluation.py`, each in its own process. A finished run is one line of
+`runs.jsonl`. After an interruption, the same command continues the other runs from their last checkpoints. Tables and figures show
+the finished runs. (Ours.)
 """
 
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import logging
 import os
@@ -19,8 +18,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,11 +33,12 @@ from training.scoring.reports import SELECTION_FIELDS
 from training.support.commands import run_command
 from training.support.environment import describe_hardware, library_versions, without_folders, without_paths
 from training.support.files import write_text
+from training.support.locks import locked_folder
 
 logger = logging.getLogger(__name__)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-# before the time is up, in which a run is stopped as soon as it has saved a checkpoint, and none is begun
+# in the last seconds, a run is stopped once it has saved a checkpoint, and no run is started
 LAST_SECONDS = 30.0
 HEARTBEAT = 5.0  # seconds between notes of the time that a run has taken
 LOSSES_KEPT = 100  # points of the loss curve in a record
@@ -47,17 +46,17 @@ SCRIPTS = {"training": REPOSITORY / "training" / "train.py", "evaluation": REPOS
 PHASES = tuple(SCRIPTS)
 OK, FAILED, UNFINISHED = 0, 1, 3  # exit codes
 
-# As `make demo` has it: memory that a step has freed is kept for the next, a sixth of the time of small models.
+# As in `make demo`: memory that a step frees is kept for the next step. It saves a sixth of the time of small models.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line. Exit codes: 0 all is done, 1 a run failed, 3 the time is up and the same command goes on."""
+    """The command line. Exit codes: 0 all runs are done, 1 a run failed, 3 the time is over and runs are left."""
     options, extra = _parser().parse_known_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if options.minutes and 60 * options.minutes <= LAST_SECONDS:
         raise ValueError(
-            f"--minutes {options.minutes:g} is too short: nothing is begun in the last {LAST_SECONDS:g} seconds."
+            f"--minutes {options.minutes:g} is too short: no run is started in the last {LAST_SECONDS:g} seconds."
         )
     grid = read_grid(Path(options.grid), extra)
     if options.against:
@@ -71,8 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
         if run.settings.data not in checked:
             check_split(run.settings.data, grid.split)
             checked.append(run.settings.data)
-    output.mkdir(parents=True, exist_ok=True)
-    with _alone(output) as lock:
+    with locked_folder(output, "name another folder with --output") as lock:
         work = Work(grid, output, Machine(options.jobs, lock))
         deadline = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
         try:
@@ -89,13 +87,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 @dataclass
 class Machine:
-    """What runs share: so many at once, each with its part of the cores, spread over the GPUs where there are some.
+    """The machine that runs share. Each run has its part of the cores and, if there are GPUs, one of them.
 
     Attributes:
-        jobs: Runs at once.
-        lock: File descriptor of the output's lock, which every process of a run holds.
-        threads: Of each run; OMP_NUM_THREADS where it is set.
-        gpus: By name; a run sees one of them.
+        jobs: Number of runs at the same time.
+        lock: File descriptor of the output's lock. Every process of a run holds it.
+        threads: Number of threads of each run: OMP_NUM_THREADS if it is set.
+        gpus: Names of the GPUs. A run sees one of them.
     """
 
     jobs: int
@@ -112,7 +110,7 @@ class Machine:
             self.gpus = [str(i) for i in range(torch.cuda.device_count())]
 
     def start(self, command: list[str], slot: int, log: Path) -> subprocess.Popen:
-        """A script of `training/`, its output added to a file."""
+        """Start a script of `training/`. Its output is added to a file."""
         environment = ALLOCATOR | os.environ | {"OMP_NUM_THREADS": str(self.threads), "TOKENIZERS_PARALLELISM": "false"}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
         if self.gpus:
@@ -131,20 +129,20 @@ class Machine:
 
 @dataclass
 class Job:
-    """A process at work on one phase of a run."""
+    """A process that computes one phase of a run."""
 
     run: Run
     folder: Path
     slot: int
     process: subprocess.Popen
     phase: str
-    state: dict[str, Any]  # kept in the folder: the seconds of each phase, which of them are done
+    state: dict[str, Any]  # stored in the folder: the seconds of each phase, and the phases that are done
     noted: float
-    checkpoint: int  # when its last checkpoint was written, as of the last look
+    checkpoint: int  # time of its last checkpoint, when it was last checked
 
 
 class Work:
-    """Runs on their way to being finished."""
+    """The runs that are being computed."""
 
     def __init__(self, grid: Grid, output: Path, machine: Machine):
         self.grid, self.output, self.machine = grid, output, machine
@@ -152,7 +150,7 @@ class Work:
         self.jobs: list[Job] = []
 
     def do(self, runs: list[Run], deadline: float) -> list[str]:
-        """Finish what is not, until the deadline (of `time.monotonic`); the keys of the runs that failed."""
+        """Compute the unfinished runs until the deadline (of `time.monotonic`). Returns the keys of the runs that failed."""
         finished = self.grid.finished(self.records.read())
         waiting = deque(run for run in runs if run.key not in finished)
         failed = []
@@ -213,7 +211,7 @@ class Work:
         self.jobs.append(job)
 
     def _go_on(self, job: Job, left: float) -> None:
-        """After a phase came to its end: the next one, or the run's line, which alone says that the last one is done."""
+        """After a phase: start the next one, or write the run's line. Only that line says that the last phase is done."""
         if job.phase != PHASES[-1]:
             job.state["done"].append(job.phase)
             self._write_state(job)
@@ -222,12 +220,12 @@ class Work:
             return
         record = self._record(job)
         self.records.add(record)
-        shutil.rmtree(job.folder / "checkpoint", ignore_errors=True)  # nothing will go on from it
+        shutil.rmtree(job.folder / "checkpoint", ignore_errors=True)  # no run will continue from it
         score = record["summary"]["as written"]["all"]["mIoU"]
         logger.info(f"{job.run.key}: mIoU {100 * score:.1f}, {sum(record['seconds'].values()):.0f} s")
 
     def _record(self, job: Job) -> dict[str, Any]:
-        """All that a run found and how, as plain values."""
+        """The results of a run and its settings, as plain values."""
         run, folder, evaluation = job.run, job.folder, self._evaluation(job.run)
         scored = json.loads(evaluation.read_text(encoding="utf-8"))
         lines = (folder / "losses.jsonl").read_text(encoding="utf-8").splitlines()
@@ -275,30 +273,10 @@ class Work:
 
 
 def command_of(grid: Grid) -> str:
-    """The command that does all of a grid, without a path of the machine."""
+    """The command that computes a whole grid, without a path of this machine."""
     path = grid.path.resolve()
     path = path.relative_to(REPOSITORY) if path.is_relative_to(REPOSITORY) else path.name
     return shlex.join(["python", "training/ablation.py", str(path), *map(without_folders, grid.extra)])
-
-
-@contextmanager
-def _alone(output: Path) -> Iterator[int]:
-    """The descriptor of the output's lock, which is free once every process of another command at work there has ended."""
-    descriptor = os.open(output / ".lock", os.O_RDWR | os.O_CREAT)
-    try:
-        for attempt in range(50):
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if attempt == 49:
-                    raise OSError(
-                        f"{output}: another command is at work there; name another folder with --output."
-                    ) from error
-                time.sleep(0.1)  # processes of a killed command need a moment to end
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 def _written(path: Path) -> int:
@@ -310,13 +288,16 @@ def _written(path: Path) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Train and score every variant of an ablation with every seed; the same command goes on after an interruption.",
-        epilog="Other options are handed to train.py, for every variant: --data.root refer, --optimization.epochs 8, …",
+        description="Train and score every variant of an ablation with every seed. After an interruption, the same command "
+        "continues.",
+        epilog="Other options are passed to train.py, for every variant: --data.root refer, --optimization.epochs 8, …",
         allow_abbrev=False,
     )
     parser.add_argument("grid", help="YAML file of the ablation, such as training/configs/ablations/scenes.yaml")
-    parser.add_argument("--jobs", type=_positive(int), default=1, help="runs at once (default: %(default)s)")
-    parser.add_argument("--minutes", type=_positive(float), help="stop in time; runs under way keep their checkpoints")
+    parser.add_argument("--jobs", type=_positive(int), default=1, help="runs at the same time (default: %(default)s)")
+    parser.add_argument(
+        "--minutes", type=_positive(float), help="stop after this time; unfinished runs keep their checkpoints"
+    )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="variants to run (default: all)")
     parser.add_argument(
         "--against", metavar="NAME", help="variant that the tables compare with (default: the grid's baseline)"

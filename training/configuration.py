@@ -1,13 +1,16 @@
-"""Everything a training run can be told, in one place: a YAML file under `configs/`, overridden on the command line."""
+"""All settings of a training run. They stand in a YAML file, such as those in `configs/`; the command line overrides them."""
 
 import json
-from dataclasses import asdict, dataclass, field
+import math
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
 import yaml
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from training.support.hub_ids import folder_or_id
 
 Settings = TypeVar("Settings")
 Tuning = Literal["frozen", "norm_bias", "full"]
@@ -16,21 +19,24 @@ Orientation = Literal["by_source", "upright", "stored"]
 
 @dataclass
 class ModelSettings:
-    """What is trained.
+    """The model that is trained.
 
     Args:
-        pretrained: Folder or Hub id of a whole SERA to go on from; the towers below are then not needed.
-        vision_model: Folder or Hub id of a DINOv2, or of a SERA, whose tower is taken. None: a fresh tower as `config` has it.
-        text_model: Folder or Hub id of a CLIP, of its text tower, or of a SERA, whose tower is taken. None: a fresh tower as
-            `config` has it.
-        tokenizer: Folder or Hub id of a CLIP tokenizer. None: the one beside `text_model`, or, for scenes, one trained on them.
-        config: Fields of SeraConfig that differ from its defaults or, going on from a whole SERA, from what that was saved with.
-            It may gain decoder layers, adapters, sentences for its routers and a presence head, which begin without effect; it
-            loses nothing.
-        vision_tuning: What of the vision tower is trained.
-        text_tuning: What of the text tower is trained.
-        whitened_start: Begin with projections of the vision tower's features that give their principal directions, all equally
-            strong; a small set then takes fewer steps. With `data.cached_versions`, whose states it reads.
+        pretrained: Folder or Hub id of a whole SERA that training starts from. It brings its towers and its tokenizer.
+        vision_model: Folder or Hub id of the vision tower: a DINOv2, or a SERA whose vision tower is taken. None: a new tower with
+            random weights, as `config` describes it.
+        text_model: Folder or Hub id of the text tower: a CLIP, a CLIP text tower, or a SERA whose text tower is taken. None: a new
+            tower with random weights, as `config` describes it.
+        tokenizer: Folder or Hub id of a CLIP tokenizer. None: the tokenizer in `text_model` or, for scenes, one that is trained on
+            their sentences.
+        config: Fields of SeraConfig that differ from its defaults. With `pretrained`, fields that differ from the saved model's:
+            it may gain decoder layers, adapters, routers that see the sentence, and a presence head. These begin without effect.
+            No weight of the saved model may be dropped.
+        vision_tuning: Which weights of the vision tower are trained: none ("frozen"), LayerNorm weights and all biases
+            ("norm_bias"), or all ("full").
+        text_tuning: The same for the text tower.
+        whitened_start: Set the layers that read the vision tower to the principal directions of its features, all with equal
+            strength. Training on a small set then takes fewer steps. It needs `data.cached_versions`.
     """
 
     pretrained: str | None = None
@@ -130,14 +136,15 @@ class DataSettings:
 
 @dataclass
 class AugmentationSettings:
-    """How training images and sentences are varied. Zeros leave them as they are.
+    """How training images and sentences are varied. With 0, nothing is.
 
     Args:
-        flip: Probability of flipping an image horizontally, with "left" and "right" swapped in its sentences.
-        min_crop: Smallest share of each side that a random crop around the objects keeps; 0 crops nothing.
+        flip: Probability that an image is flipped horizontally. "left" and "right" are then swapped in its sentences.
+        min_crop: Smallest share of each side that a random crop around the objects keeps. 0: no crop.
         color_jitter: Largest relative change of brightness, contrast and saturation.
-        word_dropout: Probability of dropping each word of a sentence (at least one stays).
-        feature_dropout: Probability, below 1, of silencing each channel of an image's cached states; with `data.cached_versions`.
+        word_dropout: Probability that a word of a sentence is dropped. At least one word stays.
+        feature_dropout: Probability, below 1, that a channel of an image's cached features is set to zero. It needs
+            `data.cached_versions`.
     """
 
     flip: ClosedUnitInterval = 0.0
@@ -149,25 +156,29 @@ class AugmentationSettings:
 
 @dataclass
 class OptimizationSettings:
-    """How it is trained. The defaults are the paper's recipe where it states one.
+    """The optimization. The defaults are the paper's recipe, where the paper states one.
 
     Args:
         epochs: Passes over the training objects.
         batch_size: Images in a batch of one process.
-        optimizer: "adamw", or "muon": Muon on the matrices, AdamW on the rest. It takes fewer steps for small models from nothing.
-        learning_rate: The learning rate after warm-up.
-        schedule: "multistep" multiplies the rate by 0.1 at each milestone, "cosine" lowers it to zero.
-        milestones: Shares of training at which "multistep" acts.
-        warmup: Share of training in which the rate rises linearly.
-        weight_decay: Decoupled weight decay on matrices and kernels.
-        max_grad_norm: Norm that gradients are clipped to; 0 clips nothing.
-        gradient_accumulation_steps: Batches whose gradients are averaged before a step.
+        optimizer: "adamw", or "muon": Muon for the matrices and AdamW for the rest. Small models that start from random weights
+            need fewer steps with Muon.
+        learning_rate: Learning rate after the warm-up.
+        router_rate: Factor on the learning rate of the routers, which AdamW trains with either optimizer.
+        schedule: "multistep" multiplies the learning rate by 0.1 at each milestone, "cosine" lowers it to zero.
+        milestones: Shares of training, from 0 to 1, at which "multistep" lowers the learning rate.
+        warmup: Share of training, from 0 to 1, in which the learning rate rises linearly.
+        weight_decay: Decoupled weight decay of matrices and convolution kernels.
+        max_grad_norm: Largest norm of the gradients; larger ones are scaled down to it. 0: no limit.
+        gradient_accumulation_steps: Batches of one process that make one step. Every expression of a step weighs the same, and the
+            inputs of all its batches are in memory together.
     """
 
     epochs: PositiveInt = 50
     batch_size: PositiveInt = 16
     optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: PositiveFloat = 1e-4
+    router_rate: PositiveFloat = 1.0
     schedule: Literal["multistep", "cosine"] = "multistep"
     milestones: list[float] = field(default_factory=lambda: [0.7])
     warmup: ClosedUnitInterval = 0.0
@@ -181,24 +192,27 @@ class TrainingSettings:
     """Train SERA. Run with `accelerate launch training/train.py --config FILE [--option value ...]`.
 
     Args:
-        output_dir: Folder for everything the run writes; a run that was interrupted goes on from what it finds there.
-        model: What is trained.
-        data: What it is trained and scored on.
-        augmentation: How training examples are varied.
-        optimization: How it is trained.
-        seed: Seed of everything random.
-        mixed_precision: Arithmetic of the forward pass; "fp16" scales the loss and needs a GPU.
-        activation_checkpointing: Keep few activations of the towers' blocks and compute the others again in the backward pass:
-            less memory, more time.
-        compile: Compile the model with torch.compile; evaluation stays uncompiled, since its sizes change with every batch.
-        num_workers: Processes per process that prepare batches.
-        evaluate_every: Epochs between evaluations on the validation split.
-        checkpoint_every: Steps of the optimiser between checkpoints; 0 for none but the one at each epoch's end.
-        checkpoint_contents: "trained" keeps what training changes, with a reference to the towers and a checksum of what is
-            frozen; "all" keeps every weight.
-        log_every: Steps between writes to `losses.jsonl`, which holds every step's loss; a write waits for the device.
-        cache_dir: Folder of the feature cache, about 0.7 MB for a version of 224×224 pixels with a ViT-S; runs share it.
-        tracker: Where losses, scores and routing are sent beside the run's own files; its package must be installed.
+        output_dir: Folder of the run. A run that was interrupted goes on from the checkpoint in it. One run at a time may use it.
+        model: The model that is trained.
+        data: The data for training and validation.
+        augmentation: How training images and sentences are varied.
+        optimization: The optimization.
+        seed: Seed of all random numbers.
+        mixed_precision: Precision of the forward pass. "fp16" scales the loss and needs a GPU.
+        activation_checkpointing: Keep few activations of the towers' blocks, and compute the others again in the backward pass.
+            This takes less memory and more time. The gradients are the same.
+        compile: Compile the model with torch.compile for training. Validation runs uncompiled, since its sizes change with every
+            batch.
+        num_workers: Processes that prepare batches, for each process that trains.
+        evaluate_every: Epochs between two evaluations on the validation split.
+        checkpoint_every: Steps between two checkpoints. 0: one checkpoint at the end of each epoch only.
+        checkpoint_contents: "trained" keeps the weights that training changes, with the names of the towers and a checksum of the
+            frozen weights. "all" keeps every weight.
+        log_every: Steps between two writes to `losses.jsonl`. The file holds the loss of every step. Each write waits for the
+            device, and looks for numbers that are not finite.
+        cache_dir: Folder of the feature cache. Runs share it. One version of an image of 224×224 pixels takes about 0.7 MB with a
+            ViT-S.
+        tracker: Where losses, scores and routing are also sent. The tracker's package must be installed.
     """
 
     output_dir: str = "outputs/run"
@@ -219,16 +233,73 @@ class TrainingSettings:
     tracker: Literal["none", "tensorboard", "wandb", "mlflow"] = "none"
 
 
+def check_settings(settings: TrainingSettings) -> TrainingSettings:
+    """Refuse settings that make no sense, or not together, before any work.
+
+    Returns:
+        The settings, with "~" in the folders of `model` replaced by the home folder.
+
+    Raises:
+        ValueError: Names the settings.
+        OSError: Where a folder that is named is not there.
+    """
+    model, data, optimization = settings.model, settings.data, settings.optimization
+    if Path(settings.output_dir).is_file():
+        raise ValueError(f"output_dir is {settings.output_dir}, a file; name a folder.")
+    for name in ("learning_rate", "weight_decay", "max_grad_norm"):
+        if not math.isfinite(getattr(optimization, name)):
+            raise ValueError(f"optimization.{name} is {getattr(optimization, name)}; it must be a finite number.")
+    if not all(0 <= milestone <= 1 for milestone in optimization.milestones):
+        raise ValueError(
+            f"optimization.milestones are {optimization.milestones}; they are shares of training, from 0 to 1."
+        )
+    if data.image_size is not None and min(data.image_size) < 1:
+        raise ValueError(f"data.image_size is {list(data.image_size)}; both sides must be 1 or more.")
+    if settings.augmentation.feature_dropout >= 1:
+        raise ValueError("augmentation.feature_dropout is 1; nothing of the images would be left.")
+    if settings.compile and settings.activation_checkpointing:
+        raise ValueError("compile and activation_checkpointing cannot be combined; choose one.")
+    wanting = {
+        "data.copy_paste": data.copy_paste,
+        "model.whitened_start": model.whitened_start,
+        "augmentation.feature_dropout": settings.augmentation.feature_dropout,
+    }
+    for name, value in wanting.items():
+        if value and not data.cached_versions:
+            raise ValueError(f"{name} needs the feature cache; set data.cached_versions to 1 or more.")
+    if data.cached_versions and model.vision_tuning != "frozen":
+        raise ValueError(
+            f"data.cached_versions needs a frozen vision tower, but model.vision_tuning is {model.vision_tuning!r}."
+        )
+    if data.cached_versions and data.streaming:
+        raise ValueError(
+            "data.cached_versions and data.streaming exclude each other: the feature cache needs all rows."
+        )
+    if model.pretrained:
+        for name in ("vision_model", "text_model", "tokenizer", "whitened_start"):
+            if getattr(model, name):
+                raise ValueError(
+                    f"model.{name} is for a fresh model; model.pretrained brings all of one. Leave one of them out."
+                )
+    names = ("pretrained", "vision_model", "text_model", "tokenizer")
+    given = {name: getattr(model, name) for name in names if getattr(model, name)}
+    found = {name: folder_or_id(source, f"model.{name}") for name, source in given.items()}
+    return replace(settings, model=replace(model, **found))
+
+
 def settings_parser(kind: type = TrainingSettings) -> ArgumentParser:
-    """The command line of a program whose settings are the fields of a dataclass (of `train.py`'s), and `--config FILE`."""
+    """A parser whose options are the fields of a dataclass (default: the settings of `train.py`), and `--config FILE`."""
     parser = ArgumentParser(description=kind.__doc__.splitlines()[0])
-    parser.add_argument("--config", action="config", help="YAML file of settings; options after it override it")
+    parser.add_argument("--config", action="config", help="YAML file of settings; options after it override them")
     parser.add_class_arguments(kind)
     return parser
 
 
 def read_settings_of(kind: type[Settings], arguments: list[str] | None = None) -> Settings:
-    """A dataclass from command-line arguments (`None`: the process's own). Exits with a message where one is not accepted."""
+    """Settings from command-line arguments (`None`: those of this process).
+
+    A message ends the process where an argument is not accepted.
+    """
     parser = settings_parser(kind)
     parsed = parser.instantiate(parser.parse_args(arguments))
     return kind(**{name: parsed[name] for name in kind.__dataclass_fields__})
@@ -237,18 +308,18 @@ def read_settings_of(kind: type[Settings], arguments: list[str] | None = None) -
 def read_settings(arguments: list[str] | None = None) -> TrainingSettings:
     """[`read_settings_of`] a training run."""
     settings = read_settings_of(TrainingSettings, arguments)
-    fields = settings.model.config  # a free dict: what the command line gave for one of its fields is still text
+    fields = settings.model.config  # a dict without types: values from the command line are still text
     fields.update({name: yaml.safe_load(value) for name, value in fields.items() if isinstance(value, str)})
     return settings
 
 
 def load_settings(path: Path) -> TrainingSettings:
-    """Settings from a YAML file alone."""
+    """Settings from a YAML file."""
     return read_settings(["--config", str(path)])
 
 
 def default_data(parser: ArgumentParser, path: Path) -> None:
-    """Make the data of a YAML file of settings the defaults of a parser's options `--data.…`."""
+    """Take the defaults of a parser's options `--data.…` from a YAML file of settings."""
     parser.set_defaults({f"data.{name}": value for name, value in asdict(load_settings(path).data).items()})
 
 

@@ -1,12 +1,12 @@
-"""Make a small CLIP text tower of a sentence encoder: `python training/distil_text.py --teacher FOLDER --tokenizer FOLDER
+"""Distil a sentence encoder into a small CLIP text tower: `python training/distil_text.py --teacher FOLDER --tokenizer FOLDER
 --data.root REFER --output FOLDER`.
 
-A text tower that starts fresh knows the words of its training sentences alone. Here one learns from text what a trained encoder
-(any BERT-like model of transformers with mean pooling, as sentence-transformers publishes them) makes of words and phrases: its
-token embeddings are the teacher's features of the tokens, which stay, and its layers learn to give, at the end of a text, the
-teacher's sentence feature through the text projection and, at each token, the teacher's feature of that piece of text. The phrases
-are the training split's sentences with some words exchanged for others of the vocabulary. The folder is an ordinary CLIP text tower
-with its tokenizer, for `--model.text_model`. (Ours.)
+A text tower with random weights learns only the words of its training sentences. Here a text tower learns from a teacher: a
+trained sentence encoder, which is a BERT-like model of transformers with mean pooling, such as those of sentence-transformers.
+The token embeddings are the teacher's features of the tokens, and are not trained. The layers learn two things. At the end of a
+text, the text projection gives the teacher's sentence feature. At each token, the tower gives the teacher's feature of this
+piece of text. The texts are the sentences of the training split, in which some words are replaced by other words of the
+vocabulary. The output folder is an ordinary CLIP text tower with its tokenizer, for `--model.text_model`. (Ours.)
 """
 
 import logging
@@ -37,32 +37,33 @@ from training.examples.splits import load_training_splits
 from training.learning.optimizers import cosine_schedule
 from training.support.commands import run_command
 from training.support.files import save_model
+from training.support.hub_ids import folder_or_id
 
 logger = logging.getLogger(__name__)
 
-EXCHANGED = (0.0, 0.2, 0.2, 0.5)  # shares of a phrase's words that are exchanged, one drawn for each phrase
-MADE_UP = 0.1  # share of phrases of random words alone
-WORDS = 12_000  # of the vocabulary, the most frequent ones, from which words are drawn
+EXCHANGED = (0.0, 0.2, 0.2, 0.5)  # shares of words that are replaced; one of them is drawn for each phrase
+MADE_UP = 0.1  # share of phrases that consist of random words
+WORDS = 12_000  # words are drawn from this many, the most frequent ones of the vocabulary
 WORD_BATCH = 256
 LOG_EVERY = 50  # steps
 
 
 @dataclass
 class DistillationSettings:
-    """Make a small CLIP text tower of a sentence encoder.
+    """Distil a sentence encoder into a small CLIP text tower.
 
     Args:
         teacher: Folder or Hub id of the sentence encoder.
         tokenizer: Folder or Hub id of the CLIP tokenizer.
         output: Folder for the text tower.
-        data: The training split gives the sentences; nothing else is read.
-        layers: Layers of the tower; its width is the teacher's.
-        heads: Attention heads.
-        intermediate_size: Hidden width of its feed-forward parts.
-        steps: Steps of the optimiser.
+        data: The data. Only the sentences of the training split are used.
+        layers: Layers of the tower. Its width is the teacher's.
+        heads: Attention heads; they divide the teacher's width.
+        intermediate_size: Hidden width of its feed-forward layers.
+        steps: Steps of the optimizer.
         batch_size: Phrases in a step.
-        learning_rate: After warm-up; it falls to zero as a cosine.
-        seed: Seed of everything random.
+        learning_rate: Learning rate after the warm-up; it then falls to zero as a cosine.
+        seed: Seed of all random numbers.
     """
 
     teacher: str
@@ -79,16 +80,20 @@ class DistillationSettings:
 
 
 class Teacher:
-    """A sentence encoder: features of pieces of text and of whole texts, both of about unit size in each channel."""
+    """A sentence encoder. It gives features of pieces of text and of whole texts, with a deviation of about 1 in each channel."""
 
     def __init__(self, source: str):
+        """
+        Args:
+            source: Folder or Hub id.
+        """
         self.model = AutoModel.from_pretrained(source).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(source)
         self.width = self.model.config.hidden_size
         self.token_scale = 1.0
 
     def measure(self, texts: Sequence[str]) -> None:
-        """Take the size of token features from some texts."""
+        """Measure the deviation of token features on some texts; token features are divided by it from then on."""
         features, _, mask, _ = self(texts)
         self.token_scale = 1 / features[mask.bool()].std().item()
 
@@ -106,9 +111,15 @@ class Teacher:
 
 
 class Phrases:
-    """Draws phrases: sentences with words exchanged."""
+    """Draws phrases: sentences in which some words are replaced."""
 
     def __init__(self, sentences: Sequence[str], tokenizer: CLIPTokenizer, seed: int):
+        """
+        Args:
+            sentences: The sentences.
+            tokenizer: Its vocabulary gives the words that replace others.
+            seed: Seed of all random numbers.
+        """
         self.sentences = [sentence.lower().split() for sentence in sentences]
         self.words = frequent_words(tokenizer)
         self.rng = np.random.default_rng(seed)
@@ -116,7 +127,7 @@ class Phrases:
         self.cumulative = np.cumsum(weights / weights.sum())
 
     def draw(self, number: int) -> list[str]:
-        """So many phrases of about one length, which leaves little padding."""
+        """A number of phrases of similar lengths, so that there is little padding."""
         drawn = sorted((self._phrase() for _ in range(4 * number)), key=len)
         start = number * int(self.rng.integers(4))
         return drawn[start : start + number]
@@ -134,14 +145,14 @@ class Phrases:
 
 
 def frequent_words(tokenizer: CLIPTokenizer) -> list[str]:
-    """Whole words of the vocabulary, most frequent first: byte-pair merges are learned in that order."""
+    """Whole words of the vocabulary, the most frequent first, since byte-pair merges are learned in that order."""
     entries = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
     words = [token.removesuffix("</w>") for token, _ in entries if token.endswith("</w>")]
     return [word for word in words if len(word) > 2 and word.isascii() and word.isalpha()][:WORDS]
 
 
 def token_embeddings(teacher: Teacher, tokenizer: CLIPTokenizer) -> Tensor:
-    """The teacher's sentence features of the text of every token, centred: (vocabulary, width)."""
+    """(vocabulary, width): the teacher's sentence features of the texts of all tokens, less their mean."""
     names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     texts = [tokenizer.decode([number]).strip() or name for number, name in enumerate(names)]
     order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
@@ -153,7 +164,7 @@ def token_embeddings(teacher: Teacher, tokenizer: CLIPTokenizer) -> Tensor:
 
 
 def build_student(teacher: Teacher, tokenizer: CLIPTokenizer, settings: DistillationSettings) -> PreTrainedModel:
-    """A CLIP text tower as wide as the teacher, its token embeddings the teacher's, and frozen."""
+    """A CLIP text tower of the teacher's width. Its token embeddings come from the teacher and are frozen."""
     config = CLIPTextConfig(
         hidden_size=teacher.width,
         projection_dim=teacher.width,
@@ -171,16 +182,16 @@ def build_student(teacher: Teacher, tokenizer: CLIPTokenizer, settings: Distilla
 
 
 def aligned(features: Tensor, spans: Tensor, mask: Tensor, onto: Tensor) -> tuple[Tensor, Tensor]:
-    """Features of other pieces of the same texts, averaged by how many characters they share.
+    """Features of pieces of texts, averaged onto other pieces of the same texts by the number of characters that they share.
 
     Args:
-        features: (N, L, width).
-        spans: (N, L, 2) their first character and the one after their last.
+        features: (N, L, width) features of the pieces.
+        spans: (N, L, 2) first character of each piece, and the character after its last.
         mask: (N, L), 0 for padding.
         onto: (N, M, 2) spans of the other pieces.
 
     Returns:
-        (N, M, width), and (N, M) whether a piece shares any character; special tokens do not.
+        (N, M, width) features of the other pieces, and (N, M) whether each shares any character. Special tokens share none.
     """
     shared = torch.minimum(onto[:, :, None, 1], spans[:, None, :, 1])
     shared = (shared - torch.maximum(onto[:, :, None, 0], spans[:, None, :, 0])).clamp(min=0) * mask[:, None]
@@ -191,7 +202,7 @@ def aligned(features: Tensor, spans: Tensor, mask: Tensor, onto: Tensor) -> tupl
 def distillation_loss(
     student: nn.Module, tokenizer: CLIPTokenizer, teacher: Teacher, texts: Sequence[str]
 ) -> tuple[Tensor, Tensor]:
-    """Mean squared errors of token and of sentence features, summed; and the mean cosine of sentence features, for the log."""
+    """The mean squared errors of token features and of sentence features, added; and the mean cosine of sentence features."""
     inputs = tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt", return_offsets_mapping=True)
     onto = inputs.pop("offset_mapping")
     features, spans, mask, sentences = teacher(texts)
@@ -203,9 +214,18 @@ def distillation_loss(
 
 
 def distil(settings: DistillationSettings) -> None:
-    """Train the tower and save it with its tokenizer."""
+    """Train the tower and save it with its tokenizer.
+
+    Raises:
+        ValueError, OSError: Where the settings name something that is not there or does not fit.
+        FloatingPointError: Where the loss is no longer finite.
+    """
+    output = Path(settings.output)
+    if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / "config.json").is_file())):
+        raise ValueError(f"output {output} holds something else than a text tower; name a new folder.")
     set_seed(settings.seed)
-    teacher, tokenizer = Teacher(settings.teacher), CLIPTokenizer.from_pretrained(settings.tokenizer)
+    teacher = Teacher(folder_or_id(settings.teacher, "teacher"))
+    tokenizer = CLIPTokenizer.from_pretrained(folder_or_id(settings.tokenizer, "tokenizer"))
     rows, _ = load_training_splits(replace(settings.data, streaming=False))
     phrases = Phrases([sentence for group in rows["sentences"] for sentence in group], tokenizer, settings.seed)
     teacher.measure(phrases.draw(settings.batch_size))
@@ -222,9 +242,14 @@ def distil(settings: DistillationSettings) -> None:
         optimizer.zero_grad()
         schedule.step()
         if (step + 1) % LOG_EVERY == 0 or step + 1 == settings.steps:
+            if not math.isfinite(loss.item()):
+                raise FloatingPointError(
+                    f"the loss is {loss.item()} at step {step + 1}, and nothing is saved. Lower learning_rate (it is "
+                    f"{float(settings.learning_rate):g})."
+                )
             seconds = time.monotonic() - began
             logger.info(f"step {step + 1}: loss {loss.item():.3f}, cosine {cosine.item():.3f}, {seconds:.0f} s")
-    save_model(student, tokenizer, Path(settings.output))
+    save_model(student, tokenizer, output)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -234,4 +259,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, also=(FloatingPointError,))

@@ -1,7 +1,7 @@
 """Score a model on every sentence of a split, at every image's own size.
 
-As a command: `python training/evaluation.py RUN/model --split test`; prints a table and writes `evaluation-SPLIT.json`, the same
-as Markdown, as a PNG of curves and of the worst and best cases, and as the `model-index` of a model card (YAML).
+As a command: `python training/evaluation.py RUN --split test`. It prints a table and writes `evaluation-SPLIT.json`. Beside it lie
+the same figures as Markdown, a PNG with curves and the worst and best cases, and the `model-index` of a model card (YAML).
 """
 
 import json
@@ -37,11 +37,12 @@ from training.scoring.reports import Threshold, evaluation_record, format_report
 from training.support.commands import run_command
 from training.support.environment import command_line
 from training.support.files import write_text
+from training.support.model_location import locate_model
 from training.support.workers import end_with_parent
 
 logger = logging.getLogger(__name__)
 
-# (row, sentence) in the split, the true mask, and what post-processing makes of the model's answer
+# (row, sentence) in the split, the true mask, and the model's answer after post-processing
 Answer = tuple[tuple[int, int], np.ndarray, dict]
 CALIBRATION_SPLITS = ("val", "validation")
 CALIBRATION_THRESHOLDS = tuple(i / 20 for i in range(1, 20))
@@ -59,17 +60,17 @@ def score_sentences(
     shuffle: bool = False,
     num_workers: int = 0,
 ) -> list[SentenceScore]:
-    """Ask the model for the mask of every sentence of every row; each once, whatever the number of processes.
+    """Score the model's mask for every sentence of every row. Each sentence is scored once, for any number of processes.
 
     Args:
         model: The model, on the accelerator's device.
         processor: Its processor.
         rows: A split (one referred object per row).
-        accelerator: Says which images are this process's.
+        accelerator: Gives each process its share of the images.
         selection: How masks are selected.
         batch_size: Images per batch.
-        max_expressions: Expressions worked on at once, to bound the memory.
-        shuffle: Ask each object another image's sentences: what a model reaches that ignores the text.
+        max_expressions: Number of expressions that are computed at once. It bounds the memory.
+        shuffle: Give each object the sentences of another image. A model that ignores the text keeps its score.
         num_workers: Processes that prepare batches.
 
     Returns:
@@ -104,9 +105,9 @@ def threshold_curve(
     selection: MaskSelection = FIXED_THRESHOLD,
     **options: int,
 ) -> dict[float, float]:
-    """mIoU of a split at every threshold of CALIBRATION_THRESHOLDS, from one pass over it; arguments as of `score_sentences`.
+    """mIoU of a split at every threshold of CALIBRATION_THRESHOLDS, from one pass over it. Arguments as in `score_sentences`.
 
-    The selection's own threshold plays no part. A mask that the presence head leaves empty is empty at all of them.
+    The selection's own threshold is not used. A mask that the presence head leaves empty is empty at every threshold.
     """
     found = []
     answered = _answers(model, processor, rows, accelerator, selection, return_probabilities=True, **options)
@@ -126,7 +127,7 @@ def threshold_curve(
 
 
 def best_threshold(curve: dict[float, float]) -> float:
-    """The threshold of the highest mIoU; among equals the one nearest to 0.5."""
+    """The threshold with the highest mIoU. Of equal ones, the one nearest to 0.5."""
     return min(curve, key=lambda threshold: (-curve[threshold], abs(threshold - 0.5)))
 
 
@@ -158,7 +159,7 @@ def _answers(
 
 def _averaged(found: Iterable[Answer]) -> Iterator[Answer]:
     """The mean of the two answers to each sentence."""
-    about_images = {}  # of one image's sentences at a time; those about the flipped image follow
+    about_images = {}  # the answers for one image; the answers for its flipped image follow them
     for source, truth, result in found:
         if source in about_images:
             yield source, truth, average_answers(about_images.pop(source), result)
@@ -178,7 +179,7 @@ def _ask(
     max_expressions: int,
     num_workers: int = 0,
 ) -> Iterator[Answer]:
-    """The model's own answers. With flips, all answers about a flipped image follow those about its image."""
+    """The model's own answers. With flips, the answers for a flipped image follow all answers for its image."""
     collator = (FlipCollator if selection.flip else Collator)(processor, with_labels=False)
     images = max(batch_size // 2, 1) if selection.flip else batch_size  # each comes with its flipped image
     loader = DataLoader(examples, images, collate_fn=collator, num_workers=num_workers, worker_init_fn=end_with_parent)
@@ -186,10 +187,12 @@ def _ask(
         sources = (source for example in batch for source in example.sources)
         truths = (mask for example in batch for mask in example.masks)
         inputs = inputs.to(accelerator.device)
+        one_each = torch.arange(len(inputs["input_ids"]), device=accelerator.device)  # what the processor leaves out
+        inputs.setdefault("image_index", one_each)
         with torch.inference_mode(), accelerator.autocast():
             outputs = model(**inputs, max_expressions=max_expressions)
         answers = {name: outputs[name] for name in ("logits", "presence_logits") if outputs.get(name) is not None}
-        # masks are of the images' own sizes, far larger than logits, so they are made a part at a time, too
+        # masks have the size of the image and are far larger than logits, so they are made in parts too
         for part in torch.arange(len(outputs.logits)).split(max_expressions):
             asked_now = {**inputs, "image_index": inputs["image_index"][part]}
             answers_now = {name: values[part] for name, values in answers.items()}
@@ -207,31 +210,30 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if options.calibrate is not None and options.calibrate not in CALIBRATION_SPLITS:
         parser.error(
-            f"--calibrate {options.calibrate}: a threshold is chosen on a validation split alone, "
+            f"--calibrate {options.calibrate}: choose a threshold on a validation split only, "
             f"{' or '.join(CALIBRATION_SPLITS)}."
         )
     if options.calibrate is not None and options.threshold is not None:
-        parser.error("--threshold and --calibrate exclude each other: a threshold is either given or chosen.")
+        parser.error("--threshold and --calibrate exclude each other; give one of them.")
     if options.expected_iou and (options.calibrate or options.threshold is not None):
         parser.error("--expected_iou gives each answer its own threshold; leave out --threshold and --calibrate.")
-    model_folder = Path(options.model)
-    if not model_folder.is_dir() and (model_folder.is_absolute() or len(model_folder.parts) != 2):
-        parser.error(f"{model_folder} is not a folder, and no id on the Hub (user/name) either.")
-    settings_file = Path(options.settings) if options.settings else model_folder.parent / "settings.yaml"
-    if settings_file.is_file():
+    location = locate_model(options.model)
+    settings_file = Path(options.settings) if options.settings else location.settings
+    if settings_file is not None and settings_file.is_file():
         default_data(parser, settings_file)
         options = parser.parse_args(arguments)
     elif options.settings or options.data == parser.get_defaults().data:
-        parser.error(f"{settings_file} is not there; name the run's settings with --settings, or the data with --data.")
+        missing = f"{settings_file} is not there" if settings_file else "A model on the Hub brings no settings.yaml"
+        parser.error(f"{missing}; name the run's settings with --settings, or the data with --data.")
     data: DataSettings = parser.instantiate(options).data
 
     accelerator = Accelerator(mixed_precision=options.mixed_precision)
-    model, processor = load_whole(options.model)
+    model, processor = load_whole(location.source)
     model.to(accelerator.device)
     rows, *calibration_rows = load_splits(data, [options.split, *([options.calibrate] if options.calibrate else [])])
-    output = Path(options.output) if options.output else model_folder.parent / f"evaluation-{options.split}.json"
+    output = Path(options.output) if options.output else location.home / f"evaluation-{options.split}.json"
     if accelerator.is_main_process:
-        output.parent.mkdir(parents=True, exist_ok=True)  # rather fails now than after the work
+        output.parent.mkdir(parents=True, exist_ok=True)  # if this fails, it must fail before the work
 
     ask = {"batch_size": options.batch_size, "max_expressions": options.max_expressions}
     ask |= {"num_workers": options.num_workers}
@@ -254,7 +256,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
 
     record = evaluation_record(
-        model=model_name(options.model),
+        model=location.name,
         data=data,
         split=options.split,
         rows=rows,
@@ -278,40 +280,34 @@ def main(arguments: list[str] | None = None) -> None:
     logger.info(f"{output} and, beside it, .md, .png and .yaml (model-index)")
 
 
-def model_name(model: str) -> str:
-    """A Hub id as it is; of a folder its own name or, where training calls it "model", its run's."""
-    folder = Path(model).absolute()
-    if not folder.is_dir():
-        return model
-    return folder.parent.name if folder.name == "model" else folder.name
-
-
 def evaluation_parser() -> ArgumentParser:
     """The options of the command."""
     parser = ArgumentParser(description="Score a saved SERA on every sentence of a split.")
-    parser.add_argument("model", type=str, help="folder or Hub id of a SERA")
+    parser.add_argument("model", type=str, help="a run's folder, the model's own, or an id on the Hub")
     parser.add_argument("--split", type=str, default="test", help="split to score")
     parser.add_argument(
         "--settings",
         type=str | None,
         default=None,
-        help="settings of a run, for its data (default: those beside the model); options --data.… override them",
+        help="settings of a run, which name its data (default: the model's settings.yaml); options --data.… override them",
     )
     parser.add_class_arguments(DataSettings, "data")
     parser.add_argument("--batch_size", type=PositiveInt, default=8, help="images per batch")
-    parser.add_argument("--max_expressions", type=PositiveInt, default=64, help="expressions worked on at once")
+    parser.add_argument(
+        "--max_expressions", type=PositiveInt, default=64, help="expressions computed at once; bounds the memory"
+    )
     parser.add_argument("--num_workers", type=NonNegativeInt, default=0, help="processes that prepare batches")
     parser.add_argument(
         "--mixed_precision",
         type=Literal["no", "bf16", "fp16"] | None,
         default=None,
-        help="arithmetic of the forward pass; default: the launcher's, or that of the weights",
+        help="precision of the forward pass (default: the launcher's, else the precision of the weights)",
     )
     parser.add_argument(
         "--threshold",
         type=OpenUnitInterval | None,
         default=None,
-        help="probability at the mask's edge; default: the processor's",
+        help="probability above which a pixel is in the mask (default: the processor's)",
     )
     parser.add_argument(
         "--calibrate",
@@ -340,9 +336,9 @@ def evaluation_parser() -> ArgumentParser:
         "--output",
         type=str | None,
         default=None,
-        help="JSON file, the others get its name; default: evaluation-SPLIT.json by the model",
+        help="JSON file; the other files get its name (default: evaluation-SPLIT.json in the folder of the run)",
     )
-    parser.add_argument("--sheet", type=str | None, default=None, help="also draw examples to this PNG file")
+    parser.add_argument("--sheet", type=str | None, default=None, help="also draw a sheet of examples to this PNG file")
     return parser
 
 

@@ -1,8 +1,8 @@
-"""A saved SERA as an ONNX graph, checked in ONNX Runtime against the model that it came from.
+"""Export a saved SERA as an ONNX graph, and compare the graph in ONNX Runtime with the model.
 
-`python training/export.py MODEL --output DIR` writes `model.onnx`, its weights beside it and the processor's files. Images,
-expressions, their length and the images' sides may be of any number and size. `--int8` also writes `model_int8.onnx`, with
-most weights in eight bits; `--evaluate test` scores the model and the graphs on a split of the run's data: what that costs.
+`python training/export.py RUN --output DIR` writes `model.onnx`, a file with its weights, and the processor's files. The graph
+takes any number and size of images, and any number and length of expressions. `--int8` also writes `model_int8.onnx`, with most
+weights in eight bits. `--evaluate test` scores the model and the graphs on a split of the run's data.
 """
 
 import importlib.metadata
@@ -32,22 +32,27 @@ from modeling_sera import SeraConfig, SeraForReferringSegmentation
 from modeling_sera.modeling_sera import SeraReferringSegmentationOutput
 from processing_sera import SeraProcessor
 from training.configuration import load_settings
-from training.evaluation import model_name, score_sentences
+from training.evaluation import score_sentences
 from training.examples.splits import load_splits
 from training.learning.building import load_whole
 from training.scoring.metric import format_value, summarize
 from training.support.commands import run_command
 from training.support.environment import command_line, describe_hardware, library_versions
 from training.support.files import partial_folder, replace_folder, write_text, writing
+from training.support.model_location import locate_model
 
 if TYPE_CHECKING:
     import onnx_ir
 
 logger = logging.getLogger(__name__)
 
-REQUIRED = ("onnx", "onnxruntime", "onnxscript")  # the export extra; imported where they are used, since optional
+REQUIRED = (
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+)  # the extra "export"; optional, so they are imported where they are used
 TOLERANCE = 1e-4  # largest difference of any logit from the model's own, as a share of the largest logit
-CHECKED = (  # rows of images that expressions are about, patches down and across, tokens: none as traced
+CHECKED = (  # image of each expression, patches down and across, tokens; all differ from the traced sizes
     ([0], (3, 3), 77),
     ([0, 0, 0], (2, 5), 4),
     ([1, 0, 2, 2], (6, 1), 9),
@@ -55,7 +60,7 @@ CHECKED = (  # rows of images that expressions are about, patches down and acros
 
 
 class OnnxSegmentation(nn.Module):
-    """A graph in ONNX Runtime, called as [`SeraForReferringSegmentation`] is; on the CPU, in inference alone."""
+    """A graph in ONNX Runtime, called like [`SeraForReferringSegmentation`]. For inference on the CPU only."""
 
     def __init__(self, path: str | Path):
         import onnxruntime
@@ -66,7 +71,8 @@ class OnnxSegmentation(nn.Module):
         self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
     def forward(self, **inputs: Tensor) -> SeraReferringSegmentationOutput:
-        """What the processor returns (`image_index` included) to `logits` and, where the model has them, `presence_logits`."""
+        """Map the processor's outputs to `logits` and, if the model has them, `presence_logits`."""
+        inputs.setdefault("image_index", torch.arange(len(inputs["input_ids"])))  # the graph always needs it
         feed = {node.name: inputs[node.name].numpy() for node in self.session.get_inputs()}
         names = [node.name for node in self.session.get_outputs()]
         found = zip(names, self.session.run(names, feed), strict=True)
@@ -93,7 +99,7 @@ def sample_inputs(config: SeraConfig, image_index: list[int], grid: tuple[int, i
 
 
 def dynamic_shapes(config: SeraConfig) -> dict[str, dict[int, Any]]:
-    """The axes of the inputs that are free, for `torch.export` and ONNX; axes of one name have one size."""
+    """The axes of the inputs that may have any size, for `torch.export` and ONNX. Axes of the same name have the same size."""
     expressions, rows, columns = Dim("expressions"), Dim("rows"), Dim("columns")
     text = {0: expressions, 1: Dim("tokens", max=config.text_config.max_position_embeddings)}
     return {
@@ -107,34 +113,34 @@ def dynamic_shapes(config: SeraConfig) -> dict[str, dict[int, Any]]:
 def export_onnx(model: SeraForReferringSegmentation) -> "onnx_ir.Model":
     """The ONNX graph of a model in eval mode and float32, with the free axes of [`dynamic_shapes`]."""
     config = OnnxConfig(dynamic_shapes=dynamic_shapes(model.config))
-    # No two sizes are equal: equal ones would be taken for one axis.
+    # No two sizes are equal: torch would treat equal sizes as one axis.
     exported = OnnxExporter().export(model, sample_inputs(model.config, [0, 0, 1, 2, 2], (4, 6), 7), config)
     # transformers 5.20, the last for Python 3.10, returns PyTorch's own ONNXProgram
     graph = exported.program if hasattr(exported, "program") else exported.model
     for part in (graph, graph.graph, *graph.graph.all_nodes()):
-        part.metadata_props.clear()  # traces of the code, with this machine's folders: several times the graph's own size
+        part.metadata_props.clear()  # traces of the code: they name this machine's folders and are larger than the graph
     return graph
 
 
 def quantize(graph: "onnx_ir.Model") -> "onnx_ir.Model":
-    """The graph with the weights of linear layers and embeddings in eight bits, a scale per output channel.
+    """The graph with the weights of linear layers and embeddings in eight bits, with one scale per output channel.
 
-    Activations are rounded to eight bits as they come (dynamic quantisation), so no data is needed. Convolutions, which hold few
-    of the weights, and products of two activations stay as they are.
+    Activations are rounded to eight bits when they are computed (dynamic quantisation), so no data is needed. Convolutions hold few
+    weights and stay as they are, and so do products of two activations.
     """
     config = OnnxRuntimeDynamicConfig(op_types_to_quantize=["MatMul", "Gemm", "Gather"], per_channel=True)
     return OnnxRuntimeQuantizer(config).quantize(graph, {}, ExportFormat.ONNX)
 
 
 def save_graph(graph: "onnx_ir.Model", path: Path) -> None:
-    """Write a graph and, beside it as `path`.data, its weights (one file of both could not exceed 2 GB)."""
+    """Write a graph to `path` and its weights to `path`.data. One file for both could not exceed 2 GB."""
     import onnx_ir
 
     onnx_ir.save(graph, path, external_data=f"{path.name}.data")
 
 
 def largest_difference(model: SeraForReferringSegmentation, other: nn.Module) -> float:
-    """Largest difference of any logit, as a share of the largest logit, over inputs of other sizes than those traced."""
+    """Largest difference of any logit, as a share of the largest logit, over inputs of sizes that were not traced."""
     differences = []
     for image_index, grid, length in CHECKED:
         tokens = min(length, model.config.text_config.max_position_embeddings)
@@ -146,7 +152,7 @@ def largest_difference(model: SeraForReferringSegmentation, other: nn.Module) ->
 
 
 class Timed(nn.Module):
-    """A model that counts the seconds of its calls."""
+    """A model that adds up the seconds of its calls."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -163,7 +169,7 @@ class Timed(nn.Module):
 def measure(
     candidates: Mapping[str, nn.Module], processor: SeraProcessor, rows: datasets.Dataset, accelerator: Accelerator
 ) -> dict[str, dict[str, float]]:
-    """Of each candidate, its scores over all sentences of a split and the `seconds` that it computed for them."""
+    """The scores of each candidate over all sentences of a split, and the `seconds` that it computed."""
     measured = {}
     for name, candidate in candidates.items():
         timed = Timed(candidate).eval()
@@ -174,9 +180,11 @@ def measure(
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = ArgumentParser(description="Write a saved SERA as an ONNX graph and check it in ONNX Runtime.")
-    parser.add_argument("model", type=str, help="folder or Hub id of a SERA")
-    parser.add_argument("--output", type=str, required=True, help="folder to write, new or of an earlier export")
+    parser = ArgumentParser(description="Export a saved SERA as an ONNX graph and check it in ONNX Runtime.")
+    parser.add_argument("model", type=str, help="a run's folder, the model's own, or an id on the Hub")
+    parser.add_argument(
+        "--output", type=str, required=True, help="folder for the files: a new one, or an earlier export's"
+    )
     parser.add_argument(
         "--int8", action="store_true", help="also write model_int8.onnx, with most weights in eight bits"
     )
@@ -185,22 +193,27 @@ def main(arguments: list[str] | None = None) -> None:
         type=str | None,
         default=None,
         metavar="SPLIT",
-        help="score the model and the graphs on this split of the data in the settings.yaml beside the model",
+        help="score the model and the graphs on this split of the data in the model's settings.yaml",
     )
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    output, settings_file = Path(options.output), Path(options.model).parent / "settings.yaml"
+    output = Path(options.output)
     missing = [name for name in REQUIRED if importlib.util.find_spec(name) is None]
     if missing:
         parser.error(f"{', '.join(missing)} not found; the command needs pip install '.[export]'.")
     if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / "model.onnx").is_file())):
-        parser.error(f"--output {output} holds something else than an export; name a new folder.")
-    if options.evaluate and not settings_file.is_file():
-        parser.error(f"--evaluate {options.evaluate}: {settings_file}, which would name the data, is not there.")
+        parser.error(f"--output {output} holds other files than an export's; name a new folder.")
+    try:
+        location = locate_model(options.model)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    if options.evaluate and (location.settings is None or not location.settings.is_file()):
+        missing = location.settings or f"the settings.yaml of {location.name}"
+        parser.error(f"--evaluate {options.evaluate}: {missing} is not there; it names the data.")
     accelerator = Accelerator(cpu=True)  # before the data ask for one, which would choose a GPU for the whole process
     try:
-        rows = load_splits(load_settings(settings_file).data, [options.evaluate])[0] if options.evaluate else None
-        model, processor = load_whole(options.model, torch.float32)
+        rows = load_splits(load_settings(location.settings).data, [options.evaluate])[0] if options.evaluate else None
+        model, processor = load_whole(location.source, torch.float32)
     except (ValueError, OSError) as error:
         parser.error(str(error))
 
@@ -216,8 +229,8 @@ def main(arguments: list[str] | None = None) -> None:
     difference = largest_difference(model, candidates["model.onnx"])
     if not difference < TOLERANCE:
         raise ValueError(
-            f"the graph differs from the model by {difference:.1e} of its largest logit, more than {TOLERANCE:g}; it is left in "
-            f"{folder} to look at."
+            f"The graph differs from the model by {difference:.1e} of the largest logit, more than {TOLERANCE:g}. It stays in "
+            f"{folder}."
         )
     sizes = {"model": sum(parameter.nbytes for parameter in model.parameters())} | {
         name: sum(file.stat().st_size for file in folder.glob(f"{name}*")) for name in candidates if name != "model"
@@ -225,7 +238,7 @@ def main(arguments: list[str] | None = None) -> None:
     if rows is not None:
         measured = measure(candidates, processor, rows, accelerator)
         record = {
-            "model": model_name(options.model),
+            "model": location.name,
             "split": options.evaluate,
             "scores": {name: figures | {"bytes": sizes[name]} for name, figures in measured.items()},
             "command": command_line("training/export.py", arguments),
@@ -234,9 +247,11 @@ def main(arguments: list[str] | None = None) -> None:
         }
         write_text(folder / f"evaluation-{options.evaluate}.json", json.dumps(record, indent=1))
         for name, figures in measured.items():
-            logger.info(f"{name}: mIoU {format_value(figures['mIoU'])}, {figures['seconds']:.1f} s of computing")
+            logger.info(f"{name}: mIoU {format_value(figures['mIoU'])}, {figures['seconds']:.1f} s of computation")
     replace_folder(output)
-    logger.info(f"{output}: model.onnx within {difference:.1e} of the model's largest logit at sizes not traced")
+    logger.info(
+        f"{output}: at sizes that were not traced, model.onnx differs by at most {difference:.1e} of the largest logit"
+    )
     logger.info(", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sizes.items()))
 
 

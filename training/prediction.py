@@ -1,9 +1,9 @@
-"""Masks for the expressions about one photograph, as files: the command `sera-segment`.
+"""The command `sera-segment`: it writes the masks for phrases about one image to files. (Ours.)
 
-`sera-segment photo.jpg "left zebra" "zebra drinking" --model MODEL --out DIR` writes one PNG mask per expression, an overlay of all
-of them, and `prediction.json` with scores and COCO run lengths. (Ours.)
+`sera-segment photo.jpg "left zebra" "zebra drinking" --model MODEL --out DIR` writes one PNG mask per phrase, an overlay of all
+masks, and `prediction.json` with scores and COCO run lengths.
 
-Torch and what is built on it take seconds to import, so that happens in the functions: `--help` and a slip in the arguments answer
+Torch and the libraries on top of it take seconds to import. The functions import them, so `--help` and wrong arguments are answered
 at once.
 """
 
@@ -24,6 +24,7 @@ from PIL import Image
 from training.scoring.overlay import overlay
 from training.support.commands import in_one_line
 from training.support.files import write_binary, write_text
+from training.support.model_location import locate_model
 
 if TYPE_CHECKING:
     from processing_sera import ReferringImageSegmentationPipeline
@@ -35,20 +36,20 @@ EXPRESSIONS_AT_ONCE = 32  # masks of this many are in memory together
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong with the arguments in one line; exit code 2."""
+    """Reports wrong arguments in one line and exits with code 2."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command line. Exit codes: 0 done, 2 what was asked for or given cannot be used, 1 anything else."""
+    """The command line. Exit codes: 0 for success, 2 for input that cannot be used, 1 for any other failure."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if importlib.util.find_spec("pycocotools") is None:
         parser.exit(
             1,
-            f"{parser.prog}: error: pycocotools is not installed; the extra 'demo' brings it: pip install '.[demo]'\n",
+            f"{parser.prog}: error: pycocotools is not installed; install it with: pip install '.[demo]'\n",
         )
     output = Path(options.out)
     _refuse_to_overwrite(parser, options.photo, output)
@@ -59,13 +60,13 @@ def main(arguments: list[str] | None = None) -> None:
         image = to_rgb_image(options.photo)
         pipe = load_pipeline(options.model, device=options.device, dtype=options.dtype)
         if options.experts and not pipe.model.config.fusion_experts:
-            raise ValueError(f"{options.model} has no fusion experts, so --experts has nothing to show.")
+            raise ValueError(f"{options.model} has no fusion experts, which --experts would draw.")
         records = write_prediction(image, predict(pipe, image, options.expressions, options.threshold), output)
         if options.experts:
             write_experts(pipe, image, options.expressions, options.threshold, output)
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {in_one_line(error)}\n")
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack an expression's characters
+    sys.stdout.reconfigure(errors="backslashreplace")  # the terminal's encoding may lack characters of an expression
     for record in records:
         absence = f", no target {record['no_target']:.3f}" if "no_target" in record else ""
         print(f"{output / record['mask']}: score {record['score']:.3f}{absence}, {record['expression']}")
@@ -76,16 +77,16 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def load_pipeline(model: str, device: str | None = None, dtype: str = "auto") -> ReferringImageSegmentationPipeline:
-    """The pipeline over a saved SERA, by the code installed here: nothing in the folder is run.
+    """The pipeline for a saved SERA. It uses the installed code and runs no code from the folder.
 
     Args:
-        model: Folder or Hub id.
-        device: Such as "cpu" or "cuda:1". `None`: the first accelerator there is, else the CPU.
-        dtype: Name of a floating type of torch. "auto": the weights' own.
+        model: A run's folder, the model's own, or an id on the Hub.
+        device: For example "cpu" or "cuda:1". `None`: the first accelerator, or else the CPU.
+        dtype: Name of a floating-point type of torch. "auto": the type of the weights.
 
     Raises:
-        ValueError: Where the device cannot be used, or the weights are damaged, incomplete or of another model.
-        OSError: Where the model is not found, or a file of it.
+        ValueError: The device cannot be used, or the weights are damaged, incomplete or of another model.
+        OSError: The model, or one of its files, was not found.
     """
     import torch
     from transformers import CLIPTokenizer
@@ -97,11 +98,14 @@ def load_pipeline(model: str, device: str | None = None, dtype: str = "auto") ->
         torch.zeros(1, device=device).tolist()
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"The device {device!r} cannot be used: {in_one_line(error)}") from error
-    _check_folder(model)
+    model = locate_model(model).source
+    _check_files(model)
     try:
         kind = SeraConfig.get_config_dict(model)[0].get("model_type")
     except OSError as error:
-        raise OSError(f"{model} is no folder here and cannot be had from the Hub: {in_one_line(error)}") from error
+        raise OSError(
+            f"{model} is no folder here and could not be loaded from the Hub: {in_one_line(error)}"
+        ) from error
     if kind != SeraConfig.model_type:
         raise ValueError(f"{model} holds a model of the type {kind!r}, not {SeraConfig.model_type!r}.")
     try:
@@ -110,7 +114,7 @@ def load_pipeline(model: str, device: str | None = None, dtype: str = "auto") ->
             loaded, info = SeraForReferringSegmentation.from_pretrained(
                 model, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
             )
-    except Exception as error:  # damaged files make the libraries raise almost anything
+    except Exception as error:  # damaged files raise many kinds of errors in the libraries
         raise ValueError(f"{model} cannot be loaded: {in_one_line(error)}") from error
     if not isinstance(processor.tokenizer, CLIPTokenizer):
         raise ValueError(f"{model} cannot be loaded: its tokenizer_config.json describes no CLIPTokenizer.")
@@ -125,7 +129,7 @@ def load_pipeline(model: str, device: str | None = None, dtype: str = "auto") ->
 def predict(
     pipe: ReferringImageSegmentationPipeline, image: Image.Image, expressions: list[str], threshold: float | None = None
 ) -> Iterator[dict[str, Any]]:
-    """The pipeline's results for the expressions, in their order, as they are computed."""
+    """Yield the pipeline's results for the expressions, in their order."""
     groups = [expressions[i : i + EXPRESSIONS_AT_ONCE] for i in range(0, len(expressions), EXPRESSIONS_AT_ONCE)]
     for results in pipe(({"image": image, "text": group} for group in groups), threshold=threshold):
         yield from results
@@ -135,13 +139,13 @@ def write_prediction(image: Image.Image, results: Iterable[dict[str, Any]], outp
     """Write `mask-1.png` … (0 and 255), `overlay.png` and, last, `prediction.json` into a folder.
 
     Args:
-        image: The photograph.
-        results: What the pipeline gives for its expressions; one at a time is kept.
-        output: The folder, made where absent.
+        image: The image.
+        results: The pipeline's results for its expressions. Only one of them is held in memory.
+        output: The folder. It is made if it is absent.
 
     Returns:
-        What `prediction.json` holds, per expression: "expression", "score" in [0, 1], where predicted "no_target" in [0, 1],
-        "mask" (the file's name) and "rle", COCO's compressed run lengths {"size": [height, width], "counts"}.
+        The content of `prediction.json`, per expression: "expression", "score" in [0, 1], "no_target" in [0, 1] if the model
+        predicts it, "mask" (the file's name) and "rle", COCO's compressed run lengths {"size": [height, width], "counts"}.
     """
     from pycocotools import mask as coco_mask
 
@@ -171,7 +175,7 @@ def write_experts(
     threshold: float | None,
     output: Path,
 ) -> None:
-    """Write `experts.png` into a folder: what each fusion expert does to the answer for each expression."""
+    """Write `experts.png` into a folder. It shows how each fusion expert changes the answer for each expression."""
     from training.scoring.expert_maps import draw_expert_maps, expert_maps
 
     sheet = draw_expert_maps(image, list(expert_maps(pipe.model, pipe.processor, image, expressions, threshold)))
@@ -181,62 +185,72 @@ def write_experts(
 def _parser() -> OneLineParser:
     parser = OneLineParser(
         prog="sera-segment",
-        description="Segment what expressions mean in one photograph: a mask per expression (PNG), an overlay of them all (PNG), "
-        "and scores with COCO run lengths (JSON).",
-        epilog='example: sera-segment photo.jpg "left zebra" "zebra drinking" --model outputs/demo/model --out prediction',
+        description="Find what phrases describe in one image. Writes a mask per phrase (PNG), an overlay of all masks (PNG), and "
+        "scores with COCO run lengths (JSON).",
+        epilog='example: sera-segment photo.jpg "left zebra" "zebra drinking" --model outputs/demo --out prediction',
     )
-    parser.add_argument("photo", help="file or URL of the photograph")
-    parser.add_argument("expressions", nargs="+", type=_expression, metavar="expression", help="what to segment")
-    parser.add_argument("--model", required=True, metavar="MODEL", help="folder or Hub id of a SERA")
+    parser.add_argument("photo", help="file or URL of the image")
+    parser.add_argument(
+        "expressions",
+        nargs="+",
+        type=expression_argument,
+        metavar="expression",
+        help="a phrase that describes what to segment",
+    )
+    parser.add_argument(
+        "--model", required=True, metavar="MODEL", help="a run's folder, the model's own, or an id on the Hub"
+    )
     parser.add_argument(
         "--out", default="prediction", metavar="DIR", help="folder for the files (default: %(default)s)"
     )
     parser.add_argument(
         "--threshold",
-        type=_probability,
+        type=probability_argument,
         metavar="P",
         help="probability, between 0 and 1, above which a pixel is in the mask (default: the model's own)",
     )
     parser.add_argument(
         "--experts",
         action="store_true",
-        help="also draw what each fusion expert does: where the probability changes without it (five more passes per expression)",
+        help="also draw how the probabilities change without each fusion expert (five more passes per phrase)",
     )
     parser.add_argument(
-        "--device", metavar="DEVICE", help="such as cpu, cuda or cuda:1 (default: an accelerator if there is one)"
+        "--device", metavar="DEVICE", help="for example cpu, cuda or cuda:1 (default: an accelerator if there is one)"
     )
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
-        help="precision of the computation (default: %(default)s, that of the weights)",
+        help="precision of the computation (default: %(default)s, the precision of the weights)",
     )
     return parser
 
 
-def _expression(text: str) -> str:
+def expression_argument(text: str) -> str:
+    """An expression of a command line; `ArgumentTypeError` where it says nothing."""
     try:
         text.encode()
-    except UnicodeEncodeError:  # the system's bytes that are no UTF-8 arrive as lone surrogates
+    except UnicodeEncodeError:  # bytes that are not UTF-8 arrive as lone surrogates
         raise argparse.ArgumentTypeError(f"{text!a} is not valid UTF-8") from None
     if not text.strip():
         raise argparse.ArgumentTypeError(f"{text!r} is an empty expression")
     return text
 
 
-def _probability(text: str) -> float:
+def probability_argument(text: str) -> float:
+    """A probability of a command line, between 0 and 1; `ArgumentTypeError` for anything else."""
     try:
         value = float(text)
     except ValueError:
         value = -1.0
     if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number between 0 and 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1")
     return value
 
 
 @contextmanager
 def _quiet_libraries() -> Iterator[None]:
-    """No progress bars for what takes a moment, and no reports on weights: their faults are said in a sentence."""
+    """Hide the libraries' progress bars and reports on weights. The command reports faults itself, in one sentence."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -260,19 +274,17 @@ def _refuse_to_overwrite(parser: OneLineParser, photo: str, output: Path) -> Non
         parser.error(f"{photo} would be overwritten; name another folder with --out")
 
 
-def _check_folder(model: str) -> None:
-    """That a folder holds every file that is needed, whole as far as can be told; transformers names them in part only."""
+def _check_files(model: str) -> None:
+    """Check that a model's folder holds every file that is needed. transformers does not name all of those that are missing."""
     folder = Path(model)
-    if not folder.is_dir():
-        if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:  # no Hub id
-            raise FileNotFoundError(f"There is no folder {model}.")
+    if not folder.is_dir():  # a model on the Hub
         return
     missing = [name for name in MODEL_FILES if not (folder / name).is_file()]
     if not any((folder / name).is_file() for name in WEIGHTS):
         missing.append(WEIGHTS[0])
     if missing:
         raise FileNotFoundError(
-            f"The folder {model} has no {missing[0]}; give one that holds a saved model and its processor."
+            f"The folder {model} has no {missing[0]}; name a folder with a saved model and its processor."
         )
     for name in MODEL_FILES:
         try:
@@ -280,4 +292,4 @@ def _check_folder(model: str) -> None:
         except ValueError:
             whole = False
         if not whole:
-            raise ValueError(f"{folder / name} is damaged: it holds no JSON object.")
+            raise ValueError(f"{folder / name} is damaged: it does not hold a JSON object.")

@@ -1,9 +1,9 @@
-"""Publish a trained model on the Hub, whole: `python training/push.py RUN user/name --evaluation RUN/evaluation-test.json`.
+"""Publish a trained model on the Hub: `python training/push.py RUN user/name --evaluation RUN/evaluation-test.json`. (Ours.)
 
-What goes up is staged in a temporary folder first: weights and processor saved anew by the libraries (so that nothing else that
-lies in the model's folder can come along), the endpoint's handler, and the card. The staged folder must answer a request with
-nothing of ours installed before anything is sent, and is sent as one commit. `--space user/name` puts up a Space that shows the
-model, too. `--dry-run` stops before the network. (Ours.)
+The command first stages the files in a temporary folder: weights and processor, the endpoint's handler, and the card. It saves
+weights and processor anew, so other files in the model's folder are left out. The staged folder must answer a request without
+our packages before anything is sent. Then it is sent as one commit. `--space user/name` also publishes a Space with the
+model. `--dry-run` stops before the network.
 """
 
 import hashlib
@@ -28,7 +28,6 @@ from PIL import Image
 import modeling_sera
 import processing_sera
 from processing_sera.image_processing_sera import to_rgb_image
-from training.evaluation import model_name
 from training.learning.building import load_whole
 from training.learning.checkpoints import checksum
 from training.publishing.card import TrainingRun, check_card, model_card, read_evaluation, read_run
@@ -37,6 +36,7 @@ from training.sources.images import open_image
 from training.sources.scenes.dataset import generate_scenes
 from training.support.commands import in_one_line, run_command
 from training.support.files import partial_folder, replace_folder, sha256_of, write_binary, write_text, writing
+from training.support.model_location import locate_model
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ CODE = {
     for package in (modeling_sera, processing_sera)
     for file in Path(package.__file__).parent.glob("*_sera.py")
 }
-# everything that may go up; what else a library writes is refused, not skipped
+# all files that may be sent; any other file is refused, not skipped
 FILES = CODE | {"config.json", "model.safetensors", "model.safetensors.index.json", "processor_config.json"}
 FILES |= {"preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
 FILES |= {
@@ -65,9 +65,9 @@ OTHER_HOME = re.compile(r"(?<![\w.~-])/(home|Users)/\w|\b[A-Z]:\\+Users\\")
 NUM_SCENE_EXAMPLES = 3
 SPACE = REPOSITORY / "hub" / "space"
 SPACE_FILES = ("README.md", "app.py", "requirements.txt")
-SPACE_MODEL = "user/sera-demo"  # what stands for the model in the Space's README.md
+SPACE_MODEL = "user/sera-demo"  # placeholder for the model in the Space's README.md
 
-# what an endpoint does with the folder, in a process that does not find our packages by PYTHONPATH or its working folder
+# use the folder as an endpoint does, in a process that does not find our packages by PYTHONPATH or its working folder
 ASK_THE_HANDLER = """
 import base64, importlib.util, io, sys
 from PIL import Image
@@ -83,7 +83,7 @@ assert set(answer) == {"label", "score", "mask"}
 
 
 class PushedFile(NamedTuple):
-    """One file that goes up: its path in the repository, its size in bytes and its SHA-256 in hexadecimal."""
+    """One file to send: its path in the repository, its size in bytes and its SHA-256 in hexadecimal."""
 
     path: str
     size: int
@@ -94,25 +94,23 @@ class PushedFile(NamedTuple):
 
 
 def find_model(folder: Path) -> Path:
-    """The model's folder: the one given, or `model/` in it.
+    """The folder of the model itself: the one given, or `model/` in it.
 
     Raises:
-        FileNotFoundError: Where there is no folder.
-        ValueError: Where it holds no SERA.
+        FileNotFoundError: There is no such folder.
+        ValueError: The folder holds no SERA.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}.")
-    for candidate in (folder, folder / "model"):
-        config = candidate / "config.json"
-        if config.is_file():
-            try:
-                kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-            except (ValueError, AttributeError) as error:
-                raise ValueError(f"{config} is not a model's configuration: {error}.") from error
-            if kind != "sera":
-                raise ValueError(f"{candidate} holds a model of type {kind!r}, not a SERA.")
-            return candidate
-    raise ValueError(f"{folder} holds no model: there is neither config.json nor model/config.json in it.")
+    found = Path(locate_model(folder).source)
+    config = found / "config.json"
+    try:
+        kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{config} is not a model's configuration: {error}.") from error
+    if kind != "sera":
+        raise ValueError(f"{found} holds a model of type {kind!r}, not a SERA.")
+    return found
 
 
 def stage(
@@ -123,30 +121,30 @@ def stage(
     evaluations: list[Path],
     examples: list[tuple[str, str]],
 ) -> list[PushedFile]:
-    """Put together, in a new folder `target`, what goes up, and check it.
+    """Write the files to send into a new folder `target`, and check them.
 
     Args:
         model_folder: Folder that `save_pretrained` wrote.
         repo_id: "user/name".
         target: Folder to make.
         evaluations: Files for the card.
-        examples: (image's path, expression) for the card's gallery; without any, held-out scenes for a model of scenes.
+        examples: (image's path, expression) for the card's gallery. If empty, a model of scenes shows held-out scenes.
 
     Returns:
         The files, by path.
 
     Raises:
-        ValueError, OSError: Where the model is not whole, or anything does not belong on the Hub.
+        ValueError, OSError: The model is not whole, or a file must not be published.
     """
     run = read_run(model_folder)
     name = repo_id.partition("/")[2]
-    records = [read_evaluation(path, {model_name(str(model_folder)), repo_id, name}) for path in evaluations]
+    records = [read_evaluation(path, {locate_model(model_folder).name, repo_id, name}) for path in evaluations]
     images = [(to_rgb_image(open_image({"path": path, "bytes": None})), text) for path, text in examples]
     model, processor = load_whole(model_folder)
     weights = checksum(model.state_dict())
     for path, record in zip(evaluations, records, strict=True):
-        if record.get("weights") not in (None, weights):  # older records do not say
-            raise ValueError(f"{path} is an evaluation of other weights than {model_folder} now holds; evaluate again.")
+        if record.get("weights") not in (None, weights):  # older records lack it
+            raise ValueError(f"{path} is an evaluation of other weights than those in {model_folder}; evaluate again.")
 
     model.save_pretrained(target)
     processor.save_pretrained(target)
@@ -157,11 +155,13 @@ def stage(
         inputs = processor(images=[image], text=[text], return_tensors="pt")
         with torch.inference_mode():
             (result,) = processor.post_process_referring_segmentation(model(**inputs), inputs)
-        shown = overlay(image, [result["mask"].numpy()])  # of its pixels: a photograph's place and date stay here
+        shown = overlay(
+            image, [result["mask"].numpy()]
+        )  # of the pixels alone: a photograph's place and date are not published
         path = f"examples/{i}.png"
         write_binary(target / path, lambda partial, shown=shown: shown.save(partial, format="png"))
         gallery.append((text, path))
-        name = f"{i}-image.png"  # what the Space offers to try
+        name = f"{i}-image.png"  # the Space offers it as an example
         write_binary(target / "examples" / name, lambda partial, bare=image: bare.save(partial, format="png"))
         asked.append({"image": name, "text": [text]})
     if asked:
@@ -184,7 +184,7 @@ def stage(
 
 
 def scene_examples(run: TrainingRun | None) -> list[tuple[Image.Image, str]]:
-    """The first held-out scenes, each with the first expression about its first object; none for a model of other data."""
+    """The first held-out scenes, each with the first expression about its first object. Empty for a model of other data."""
     if run is None or run.settings.data.source != "scenes":
         return []
     data, chosen = run.settings.data, {}
@@ -196,13 +196,13 @@ def scene_examples(run: TrainingRun | None) -> list[tuple[Image.Image, str]]:
 
 
 def list_files(folder: Path) -> list[PushedFile]:
-    """Every file below a folder, by path."""
+    """Every file in a folder and its subfolders, sorted by path."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     return [PushedFile(path.relative_to(folder).as_posix(), path.stat().st_size, sha256_of(path)) for path in paths]
 
 
 def check_contents(folder: Path, files: list[PushedFile], model_folder: Path) -> None:
-    """`ValueError` that names the file where one is not of [`FILES`], or holds a token or a path of this machine."""
+    """Raise a `ValueError` with the file's name if a file is not in [`FILES`], or holds a token or a path of this machine."""
     places = {
         Path.home(),
         Path.cwd(),
@@ -216,12 +216,12 @@ def check_contents(folder: Path, files: list[PushedFile], model_folder: Path) ->
     token = get_token()
     for file in files:
         if file.path not in FILES and not NUMBERED.fullmatch(file.path):
-            raise ValueError(f"{file.path} is not a file that goes up.")
+            raise ValueError(f"{file.path} is not one of the files that may be sent.")
         if Path(file.path).suffix in BINARY:
             continue
         text = (folder / file.path).read_text(encoding="utf-8").replace("\\\\", "\\")  # as JSON writes backslashes
         if TOKEN.search(text) or (token and token in text):
-            raise ValueError(f"{file.path} holds what looks like a token; remove it from the model's folder.")
+            raise ValueError(f"{file.path} holds text that looks like a token; remove it from the model's folder.")
         if found := here.search(text) or OTHER_HOME.search(text):
             raise ValueError(
                 f"{file.path} holds a path of this machine, {found[0]!r}; remove it from the model's folder."
@@ -229,7 +229,7 @@ def check_contents(folder: Path, files: list[PushedFile], model_folder: Path) ->
 
 
 def check_answer(folder: Path) -> None:
-    """`ValueError` where the staged folder does not answer a request by itself, as an endpoint would ask it."""
+    """Raise a `ValueError` if the staged folder does not answer an endpoint's request by itself."""
     with tempfile.TemporaryDirectory() as modules:
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": modules}
         command = [sys.executable, "-I", "-B", "-c", ASK_THE_HANDLER, str(folder)]
@@ -241,23 +241,23 @@ def check_answer(folder: Path) -> None:
 
 
 def upload(repo_id: str, folder: Path, files: list[PushedFile], *, private: bool, tag: str | None) -> str:
-    """Send a staged folder as one commit, and tag that.
+    """Send a staged folder as one commit, and tag the commit.
 
-    `HfApi.upload_folder` may send several commits, between which the repository holds half a model.
+    `HfApi.upload_folder` may send several commits. Between two of them the repository would hold half a model.
 
     Args:
-        repo_id: "user/name"; made where absent.
+        repo_id: "user/name". The repository is made if it is absent.
         folder: The staged folder.
-        files: What of it goes up.
+        files: The files in it that are sent.
         private: Whether the repository must be private.
-        tag: Name of the new tag; `None` for none.
+        tag: Name of the new tag. `None`: no tag.
 
     Returns:
         The commit's URL.
 
     Raises:
-        ValueError: Where the repository is public and should not be, has the tag already, or the Hub refuses the card.
-        HfHubHTTPError, HTTPError, RuntimeError: Where the Hub refuses or cannot be reached.
+        ValueError: The repository is public but must be private, or it has the tag already, or the Hub refuses the card.
+        HfHubHTTPError, HTTPError, RuntimeError: The Hub refuses the commit or cannot be reached.
     """
     api = HfApi()
     make_repository(api, repo_id, private=private)
@@ -271,7 +271,7 @@ def upload(repo_id: str, folder: Path, files: list[PushedFile], *, private: bool
 
 
 def make_repository(api: HfApi, repo_id: str, *, private: bool, repo_type: str | None = None, **options: str) -> None:
-    """Make a repository (of a model, by default) where there is none; `ValueError` where it is public and should not be."""
+    """Make a repository if there is none. Raise a `ValueError` if it is public but must be private."""
     api.create_repo(repo_id, repo_type=repo_type, private=private or None, exist_ok=True, **options)
     if private and not api.repo_info(repo_id, repo_type=repo_type).private:
         raise ValueError(f"{repo_id} exists and is public; make it private on the Hub first, or leave --private out.")
@@ -285,45 +285,45 @@ def space_files(repo_id: str) -> dict[str, bytes]:
 
 
 def upload_space(space_id: str, repo_id: str, *, private: bool) -> str:
-    """Send the Space `space_id`, as one commit, and tell it the model `repo_id`; raises what [`upload`] does.
+    """Send the Space `space_id` as one commit, and tell it the model `repo_id`. Raises the errors of [`upload`].
 
     Returns:
         The commit's URL.
     """
     api = HfApi()
     make_repository(api, space_id, private=private, repo_type="space", space_sdk="gradio")
-    api.add_space_variable(space_id, "SERA_MODEL", repo_id)  # first, for the commit starts the Space
+    api.add_space_variable(space_id, "SERA_MODEL", repo_id)  # first, because the commit starts the Space
     operations = [CommitOperationAdd(name, content) for name, content in space_files(repo_id).items()]
     return api.create_commit(space_id, operations, commit_message="Push the Space", repo_type="space").commit_url
 
 
 def describe_refusal(error: Exception, repo_id: str) -> str:
-    """What the Hub, or the way to it, said, in a sentence."""
+    """The error of the Hub, or of the connection to it, as one sentence."""
     if isinstance(error, RuntimeError) and error.__cause__ is not None:
-        error = error.__cause__  # of a file that is sent on its own
+        error = error.__cause__  # the error of a file that is sent on its own
     if not isinstance(error, HfHubHTTPError):
         return f"The Hub cannot be reached at {HfApi().endpoint}: {in_one_line(error)}"
     status = error.response.status_code
     if status == 401:
-        return "The Hub does not accept the token (401); log in with `hf auth login`, or set HF_TOKEN to one that may write."
+        return "The Hub does not accept the token (401); log in with `hf auth login`, or set HF_TOKEN to a token with write access."
     if status == 403:
-        return f"The token may not write to {repo_id} (403); use one that may, or another name."
+        return f"The token may not write to {repo_id} (403); use a token that may, or another name."
     return f"The Hub refused {repo_id} ({status}): {in_one_line(error.server_message or error)}"
 
 
 def push_parser() -> ArgumentParser:
     """The options of the command."""
     parser = ArgumentParser(
-        description="Publish a trained SERA on the Hub: weights, code, processor, endpoint and card."
+        description="Publish a trained SERA on the Hub: weights, code, processor, endpoint handler and model card."
     )
-    parser.add_argument("folder", type=str, help="a run's folder, or a model's")
-    parser.add_argument("repo_id", type=str, help="where it goes: user/name")
+    parser.add_argument("folder", type=str, help="a run's folder, or its model's")
+    parser.add_argument("repo_id", type=str, help="repository on the Hub: user/name")
     parser.add_argument(
         "--evaluation",
         type=str,
         action="append",
         default=[],
-        help="JSON file of training/evaluation.py; may be repeated",
+        help="JSON file of training/evaluation.py; may be given several times",
     )
     parser.add_argument(
         "--example",
@@ -332,29 +332,29 @@ def push_parser() -> ArgumentParser:
         action="append",
         default=[],
         metavar=("IMAGE", "EXPRESSION"),
-        help="for the card's gallery, an image that you may publish; may be repeated (default, after training on scenes: three of "
-        "the held-out ones)",
+        help="an image that you may publish, and an expression about it, for the card's gallery; may be given several times "
+        "(default for a model of scenes: three held-out scenes)",
     )
-    parser.add_argument("--private", action="store_true", help="make the repository private, and the Space")
-    parser.add_argument("--revision-tag", type=str | None, default=None, metavar="v1", help="tag the commit")
+    parser.add_argument("--private", action="store_true", help="make the repository and the Space private")
+    parser.add_argument("--revision-tag", type=str | None, default=None, metavar="v1", help="tag for the commit")
     parser.add_argument(
-        "--space", type=str | None, default=None, metavar="user/name", help="also put up a Space that shows the model"
+        "--space", type=str | None, default=None, metavar="user/name", help="also publish a Space that shows the model"
     )
-    parser.add_argument("--dry-run", action="store_true", help="list what would go up, and send nothing")
+    parser.add_argument("--dry-run", action="store_true", help="list the files and send nothing")
     parser.add_argument(
-        "--output", type=str | None, default=None, metavar="DIR", help="keep what goes up in this new folder, too"
+        "--output", type=str | None, default=None, metavar="DIR", help="also keep the files in this new folder"
     )
     return parser
 
 
 def check_repository(repo_id: str) -> None:
-    """`ValueError` where a name is not user/name."""
+    """Raise a `ValueError` if a name does not have the form user/name."""
     try:
         validate_repo_id(repo_id)
         if repo_id.count("/") != 1:
-            raise HFValidationError("give user/name")
+            raise HFValidationError("it must have the form user/name")
     except HFValidationError as error:
-        raise ValueError(f"{repo_id!r} is no repository on the Hub: {in_one_line(error)}") from error
+        raise ValueError(f"{repo_id!r} cannot be a repository on the Hub: {in_one_line(error)}") from error
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -365,12 +365,14 @@ def main(arguments: list[str] | None = None) -> None:
         check_repository(repo_id)
     tag = options.revision_tag
     if tag is not None and not re.fullmatch(r"\w[\w.-]*", tag):
-        raise ValueError(f"--revision-tag {tag!r}: a tag consists of letters, digits, '_', '-' and '.', such as v1.")
+        raise ValueError(
+            f"--revision-tag {tag!r}: a tag consists of letters, digits, '_', '-' and '.', for example v1."
+        )
     if options.output is not None and Path(options.output).exists():
-        raise ValueError(f"--output {options.output} is there already; name a new folder.")
+        raise ValueError(f"--output {options.output} exists already; name a new folder.")
     model_folder = find_model(Path(options.folder))
     if not options.dry_run and get_token() is None:
-        raise ValueError("There is no token of the Hub; log in with `hf auth login`, or set HF_TOKEN.")
+        raise ValueError("There is no token for the Hub; log in with `hf auth login`, or set HF_TOKEN.")
 
     with tempfile.TemporaryDirectory() as place:
         staged = Path(place) / "model"

@@ -1,4 +1,4 @@
-"""What the benchmark's scenes are like, in numbers and in a sample sheet (ours).
+"""Statistics and a sample sheet of the benchmark's scenes (ours).
 
 As a command: `python training/scene_statistics.py --output docs/scene-statistics.md --sheet docs/scenes.png`.
 """
@@ -51,7 +51,7 @@ Table = tuple[list[str], list[list[Any]]]  # header and rows
 
 @dataclass(frozen=True, eq=False)
 class DescribedScene:
-    """A scene with its split and number, what is said about its objects, and of each kind what fits none (None: nothing found)."""
+    """A scene with its split, its number and its expressions; and per kind an expression that fits no object, or `None`."""
 
     split: str
     number: int
@@ -61,7 +61,7 @@ class DescribedScene:
 
 
 def describe_scenes(seed: int, size: int, numbers: dict[str, int]) -> tuple[list[DescribedScene], float]:
-    """The first scenes of each split with all that the mixed set says about them, and the seconds of processor time for one."""
+    """The first scenes of each split with all expressions of the mixed set, and the seconds of processor time per scene."""
     described, seconds = [], 0.0
     for split, number in tqdm([(split, i) for split, count in numbers.items() for i in range(count)], leave=False):
         start = time.process_time()
@@ -129,13 +129,13 @@ def sentence_table(scenes: Sequence[DescribedScene]) -> Table:
 
 
 def _names_held_out(expression: Expression) -> bool:
-    """The target's noun phrase holds a shape and a color or a texture that training does not show together."""
+    """Whether the target's noun phrase has a shape with a colour or a texture that training never shows together."""
     shape, color, _, texture = expression.meaning.attributes
     return shape is not None and any(held_out_for(shape, other) for other in (color, texture) if other is not None)
 
 
 def relation_table(scenes: Sequence[DescribedScene]) -> Table:
-    """What the sentences of each set say beyond attributes, all splits together."""
+    """The relations in the sentences of each set, over all splits."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     two_steps: Counter[str] = Counter()
     for member in scenes:
@@ -156,7 +156,7 @@ def relation_table(scenes: Sequence[DescribedScene]) -> Table:
 
 
 def level_table(scenes: Sequence[DescribedScene]) -> Table:
-    """What the levels come to, all splits together."""
+    """Figures of the levels of difficulty, over all splits."""
     rows = []
     for name, level in LEVELS.items():
         group = [member for member in scenes if member.scene.level == name]
@@ -195,7 +195,7 @@ def level_table(scenes: Sequence[DescribedScene]) -> Table:
 
 
 def composition_table() -> Table:
-    """Which split alone shows a shape in a color or a texture: v(al), t(est), · every split, – never drawn."""
+    """Which split shows a shape in a colour or a texture: v val only, t test only, · every split, – none."""
     rows = []
     for shape in SHAPES:
         drawn = TEXTURES if FORMS[shape].solid else TEXTURES[:2]
@@ -209,11 +209,11 @@ def composition_table() -> Table:
 
 
 def format_statistics(scenes: Sequence[DescribedScene], seed: int, size: int, command: str) -> str:
-    """Everything as a page of Markdown."""
+    """All statistics as a page of Markdown."""
     numbers = Counter(composition_split(*parts) for parts in itertools.product(SHAPES, COLOR_NAMES, TEXTURES[:1]))
     held_out = (
-        f"Of {numbers.total()} pairs of a shape and a color, {numbers['test']} are the test split's and {numbers['val']} the val "
-        "split's."
+        f"Of {numbers.total()} pairs of a shape and a color, only the test split shows {numbers['test']} and only the val split "
+        f"{numbers['val']}."
     )
     parts = [
         f"# Statistics of the benchmark's scenes\n\nVersion {VERSION}, seed {seed}, {size} pixels; made by `{command}`.",
@@ -221,16 +221,16 @@ def format_statistics(scenes: Sequence[DescribedScene], seed: int, size: int, co
         "## Sentences\n\n" + _markdown(sentence_table(scenes)),
         "## Relations\n\n" + _markdown(relation_table(scenes)),
         "## Levels of difficulty\n\n" + _markdown(level_table(scenes)),
-        f"## Held-out compositions\n\n{held_out} v: val alone, t: test alone, ·: every split, –: never drawn.\n\n"
+        f"## Held-out compositions\n\n{held_out} v: val only, t: test only, ·: every split, –: never drawn.\n\n"
         + _markdown(composition_table()),
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def draw_sample_sheet(scenes: Sequence[DescribedScene], path: Path, columns: int = 4) -> None:
-    """A PNG with the first test scenes of each level, one target outlined in each, and what is said about it and about nothing.
+    """Draw a PNG with the first test scenes of each level. Each has an outlined target, its expressions, and one without a target.
 
-    Nothing is picked but scenes with a target that every kind describes.
+    Only scenes with a target that every kind describes are shown. Otherwise none is chosen by hand.
     """
     figure = new_figure(3.3 * columns, 4.6 * len(LEVELS))
     grid = figure.add_gridspec(
@@ -259,7 +259,7 @@ def draw_sample_sheet(scenes: Sequence[DescribedScene], path: Path, columns: int
     pixels = np.asarray(Image.open(memory).convert("RGB"))
     sheet = Image.fromarray(
         pixels & 0xF8 | pixels >> 5
-    )  # the images' noise does not compress; five bits a channel halve the file
+    )  # the images' noise does not compress; five bits per channel halve the file
     write_binary(path, lambda partial: sheet.save(partial, "PNG", optimize=True))
 
 
@@ -292,7 +292,10 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = ArgumentParser(description="Statistics and a sample sheet of the benchmark's scenes.")
     parser.add_argument(
-        "--num_scenes", type=tuple[PositiveInt, PositiveInt], default=(1000, 400), help="of train, of each other split"
+        "--num_scenes",
+        type=tuple[PositiveInt, PositiveInt],
+        default=(1000, 400),
+        help="number of scenes of train, and of each other split",
     )
     parser.add_argument("--scene_seed", type=NonNegativeInt, default=0, help="seed of the scenes")
     parser.add_argument("--scene_size", type=PositiveInt, default=112, help="side of the images in pixels")
@@ -307,9 +310,7 @@ def main(arguments: list[str] | None = None) -> None:
     write_text(Path(options.output), format_statistics(scenes, options.scene_seed, options.scene_size, command))
     if options.sheet:
         draw_sample_sheet(scenes, Path(options.sheet))
-    logger.info(
-        f"{options.output}; {1 / seconds:.0f} scenes in a second of processor time, with the sentences of all kinds"
-    )
+    logger.info(f"{options.output}; {1 / seconds:.0f} scenes with all their sentences per second of processor time")
 
 
 if __name__ == "__main__":

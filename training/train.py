@@ -1,22 +1,32 @@
 """Train SERA: `accelerate launch training/train.py --config training/configs/demo.yaml [--option value ...]`.
 
-Reads from top to bottom: data, model, what of it is tuned, optimiser, then epochs, each ending with a checkpoint and the best
-model by mIoU on the validation split kept as a folder that `from_pretrained` loads. A run that was stopped goes on, to the last
-bit on the CPU, with the same command.
+`train` runs from top to bottom: data, model, tuned weights, optimizer, epochs. Each epoch ends with a checkpoint. The model
+with the best mIoU on the validation split is kept in a folder that `from_pretrained` loads. The same command continues a run
+that was stopped; on the CPU the result is the same to the last bit.
 """
 
-import json
 import logging
 import math
 import os
-from contextlib import nullcontext
+import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
+import datasets
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DataLoaderConfiguration, DistributedType, ProjectConfiguration, set_seed, tqdm
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedType,
+    ProjectConfiguration,
+    broadcast_object_list,
+    set_seed,
+    tqdm,
+)
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
@@ -24,6 +34,7 @@ from torch.utils.data import DataLoader
 from training.configuration import (
     OptimizationSettings,
     TrainingSettings,
+    check_settings,
     dump_settings,
     load_settings,
     read_settings,
@@ -34,14 +45,17 @@ from training.examples.feature_cache import CachedCollator, CachedExamples, Feat
 from training.examples.splits import load_training_splits
 from training.examples.streaming import StreamedExamples, streamed_loader
 from training.learning.building import build_model, build_processor
-from training.learning.checkpoints import Checkpoints, LossLog, Progress, check_same_run
+from training.learning.checkpoints import Checkpoints, Progress, check_same_run, clear_output
+from training.learning.losses import FiniteLogits, LossLog
 from training.learning.optimizers import build_optimizer
-from training.learning.routing_health import RoutingHealth
+from training.learning.routing_health import RoutingHealth, routing_warnings
+from training.learning.steps import accumulate_gradients, batches_of_steps
 from training.learning.tuning import apply_tuning, checkpoint_activations
 from training.learning.whitening import whiten_projections
 from training.scoring.metric import summarize
 from training.support.commands import describe_error, run_command
-from training.support.files import save_model, write_text
+from training.support.files import recover_folder, save_model, write_json, write_text
+from training.support.locks import locked_folder
 from training.support.workers import end_with_parent
 
 logger = get_logger(__name__)
@@ -49,14 +63,30 @@ logger = get_logger(__name__)
 
 def main() -> None:
     """Train as the command line says."""
-    settings = read_settings()
-    output = Path(settings.output_dir)
+    settings = check_settings(read_settings())
     accelerator = start_accelerator(settings)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("accelerate").setLevel(logging.WARNING)  # it names every file of every checkpoint
+    with alone_in(Path(settings.output_dir), accelerator):
+        try:
+            train(settings, accelerator)
+        except FloatingPointError as error:  # in every process
+            traceback.clear_frames(error.__traceback__)  # they hold the model
+            end(accelerator)
+            raise
+        end(accelerator)
+
+
+def train(settings: TrainingSettings, accelerator: Accelerator) -> None:
+    """Do the whole run, or the rest of a run that was stopped.
+
+    Raises:
+        FloatingPointError: In every process, where a loss, a gradient or an answer in the validation is not finite.
+    """
+    output = Path(settings.output_dir)
     set_seed(settings.seed)
 
-    # Data and model: rows of one referred object each, grouped to images.
+    # Data and model. Each row is one object; an example is one image with some of its rows.
     train_rows, val_rows = load_training_splits(settings.data)
     processor = build_processor(settings, train_rows)
     model = build_model(settings, processor)
@@ -68,7 +98,7 @@ def main() -> None:
         "augmentation": settings.augmentation,
         "seed": settings.seed,
     }
-    if settings.data.streaming and not settings.data.cached_versions:
+    if settings.data.streaming:
         place = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
         examples = StreamedExamples(train_rows, batch_size=batch_size, **drawing, **place)
         loader = streamed_loader(examples, collator, settings.num_workers, accelerator)
@@ -86,21 +116,23 @@ def main() -> None:
                 examples,
                 batch_size,
                 shuffle=True,
-                # batch norm wants full batches; fewer than one for each process are filled up
+                # batch norm needs full batches; a set smaller than one batch for each process is filled up
                 drop_last=len(examples) >= batch_size * accelerator.num_processes,
                 collate_fn=collator,
                 num_workers=settings.num_workers,
                 worker_init_fn=end_with_parent,
-                generator=torch.Generator(),  # its own, or going on in an epoch's midst would take from dropout's numbers
+                generator=torch.Generator(),  # its own: a run that goes on would else change the numbers that dropout draws
             )
         )
     logger.info(f"training on {len(examples)} groups of objects, validating on {len(val_rows)} objects")
 
-    # What of the model is tuned.
+    # Which weights are tuned.
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     elif accelerator.num_processes > 1:
-        logger.info(f"batch norm statistics are each process's own: {accelerator.device.type} cannot synchronise them")
+        logger.info(
+            f"each process has its own batch norm statistics: {accelerator.device.type} cannot synchronise them"
+        )
     report = apply_tuning(model, vision=settings.model.vision_tuning, text=settings.model.text_tuning)
     logger.info(str(report))
     if settings.activation_checkpointing:
@@ -108,7 +140,7 @@ def main() -> None:
     if settings.compile:
         model.compile()
 
-    # Optimiser and schedule.
+    # Optimizer and schedule.
     optimization = settings.optimization
     checkpoints = Checkpoints(accelerator, model, output / "checkpoint", settings)
     model, optimizer = accelerator.prepare(model, build_optimizer(model, optimization))
@@ -117,24 +149,26 @@ def main() -> None:
     scheduler = LambdaLR(optimizer, lambda step: learning_rate_factor(step / total_steps, optimization))
     accelerator.register_for_checkpointing(scheduler)
 
-    # What a stopped run left behind.
+    # The checkpoint of a run that was stopped, or a new run.
     if checkpoints.exist():
         check_same_run(settings, load_settings(output / "settings.yaml"))
         progress = checkpoints.load()
+        if accelerator.is_main_process:
+            recover_folder(output / "model")
         logger.info(
             f"{checkpoints.folder} is there: going on after epoch {progress.epoch} of {optimization.epochs}, step {progress.step}"
         )
     else:
+        clear_output(settings, accelerator)
         progress = Progress()
-        set_seed(settings.seed, device_specific=True)  # dropout and routing noise of its own in every process
+        set_seed(settings.seed, device_specific=True)  # every process draws its own dropout and routing noise
         if accelerator.is_main_process:
             write_text(output / "settings.yaml", dump_settings(settings))
-            tuning = vars(report) | {"tower_share": report.tower_share}
-            write_text(output / "tuning.json", json.dumps(tuning, indent=1))
-    losses = LossLog(accelerator, output / "losses.jsonl")
+            write_json(output / "tuning.json", vars(report) | {"tower_share": report.tower_share})
+    losses = LossLog(accelerator, output / "losses.jsonl", settings, partial(name_row, train_rows))
     losses.go_on_after(progress.step)
     if settings.tracker != "none":
-        # TensorBoard hides what a stopped run wrote after its last checkpoint
+        # TensorBoard then hides what the stopped run wrote after its last checkpoint
         accelerator.init_trackers("sera", init_kwargs={"tensorboard": {"purge_step": progress.step + 1}})
 
     with tqdm(total=total_steps, initial=progress.step, desc="training", unit="step") as bar:
@@ -148,34 +182,34 @@ def main() -> None:
             examples.set_epoch(epoch)
             loader.set_epoch(epoch)
             model.train()
-            summed = []  # losses of the batches that make one step
             batches = loader
             if progress.batch and settings.data.streaming:
                 examples.start_at(epoch, progress.batch)
             elif progress.batch:
                 batches = accelerator.skip_first_batches(loader, progress.batch)
-            for inputs, _ in batches:
-                with accelerator.accumulate(model):
-                    outputs = model(**inputs)
-                    accelerator.backward(outputs.loss)
-                    summed.append(torch.stack([outputs.loss.detach(), outputs.router_aux_loss.detach()]))
-                    if accelerator.sync_gradients and optimization.max_grad_norm:
-                        accelerator.clip_grad_norm_(model.parameters(), optimization.max_grad_norm)
-                    optimizer.step()
-                    optimizer.zero_grad()
-                progress.batch += 1
-                if not accelerator.sync_gradients:
-                    continue
+            for step in batches_of_steps(batches, optimization.gradient_accumulation_steps):
+                step_losses = accumulate_gradients(model, [inputs for inputs, _ in step], accelerator)
+                # without a limit this only measures the norm
+                norm = accelerator.clip_grad_norm_(model.parameters(), optimization.max_grad_norm or math.inf)
+                optimizer.step()
+                optimizer.zero_grad()
+                progress.batch += len(step)
                 progress.step += 1
                 losses.add(
                     {"step": progress.step, "epoch": epoch + 1, "learning_rate": scheduler.get_last_lr()[0]},
-                    torch.stack(summed).mean(dim=0),
+                    step_losses,
+                    norm,
+                    [
+                        (number, text)
+                        for _, drawn in step
+                        for example in drawn
+                        for (number, _), text in zip(example.sources, example.text, strict=True)
+                    ],
                 )
-                summed.clear()
                 scheduler.step()
                 bar.update()
                 is_due = settings.checkpoint_every and progress.step % settings.checkpoint_every == 0
-                is_due = is_due and progress.batch < len(loader)  # the epoch's end has a checkpoint of its own
+                is_due = is_due and progress.batch < len(loader)  # the end of the epoch has its own checkpoint
                 if is_due or progress.step % settings.log_every == 0:
                     write_losses()
                 if is_due:
@@ -186,16 +220,20 @@ def main() -> None:
             if (epoch + 1) % settings.evaluate_every == 0 or epoch + 1 == optimization.epochs:
                 unwrapped = accelerator.unwrap_model(model)
                 if accelerator.num_processes > 1:
-                    # batch norm's running statistics differ where they cannot be synchronised
+                    # the running statistics of batch norms differ where they cannot be synchronised
                     for buffer in unwrapped.buffers():
                         torch.distributed.broadcast(buffer, src=0)
-                health = RoutingHealth(unwrapped)
-                with health.watch(), torch.compiler.set_stance("force_eager") if settings.compile else nullcontext():
+                health, logits = RoutingHealth(unwrapped), FiniteLogits(unwrapped)
+                uncompiled = torch.compiler.set_stance("force_eager") if settings.compile else nullcontext()
+                with health.watch(), logits.watch(), uncompiled:
                     scores = score_sentences(
                         unwrapped, processor, val_rows, accelerator, num_workers=settings.num_workers
                     )
+                logits.check(accelerator, settings, progress)
                 record["val"] = summarize(scores)["all"]
                 record["routing"] = health.summary(accelerator)
+                for warning in routing_warnings(record["routing"]):
+                    logger.warning(warning)
                 accelerator.log(flat({name: record[name] for name in ("val", "routing")}), step=progress.step)
                 if record["val"]["mIoU"] > progress.best_miou:
                     progress.best_miou = record["val"]["mIoU"]
@@ -205,40 +243,66 @@ def main() -> None:
 
             progress.history.append(record)
             if accelerator.is_main_process:
-                write_text(output / "history.json", json.dumps(progress.history, indent=1))
+                write_json(output / "history.json", progress.history)
             checkpoints.save(progress)
     logger.info(f"best val mIoU {progress.best_miou:.4f}; the model is in {output / 'model'}")
-    # what averages gradients must not be the last to hold the group of processes: it then waits, with the interpreter's lock,
-    # for a thread of gloo that may wait for that lock
-    del model
+
+
+@contextmanager
+def alone_in(folder: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Keep every other run out of a folder. The main process holds the lock, for all processes of the run.
+
+    Raises:
+        OSError: In every process, where another run is at work in the folder or it cannot be written.
+    """
+    with ExitStack() as lock:
+        refusal = [None]
+        if accelerator.is_main_process:
+            try:
+                lock.enter_context(locked_folder(folder, "choose another output_dir, or wait until it has ended"))
+            except OSError as error:
+                refusal = [str(error)]
+        if broadcast_object_list(refusal)[0]:
+            raise OSError(refusal[0])
+        yield
+
+
+def end(accelerator: Accelerator) -> None:
+    """End the trackers and the group of processes.
+
+    The wrapper that averages gradients must be gone before. If it is the last to hold the group, it waits for a thread of gloo
+    while it holds the interpreter's lock, and that thread may wait for this lock.
+    """
     accelerator.free_memory()
     accelerator.end_training()
 
 
+def name_row(rows: datasets.Dataset | datasets.IterableDataset, number: int) -> str:
+    """The name of a training row in a message.
+
+    Args:
+        rows: The training rows.
+        number: The place of the row; in a stream the id of its ref; -1 for a copy-paste image.
+    """
+    if number < 0:
+        return "a copy-paste image"
+    if isinstance(rows, datasets.IterableDataset):
+        return f"ref {number}"
+    row = rows.select_columns(["image_id", "ref_id"])[number]
+    return f"row {number} (image {row['image_id']}, ref {row['ref_id']})"
+
+
 def start_accelerator(settings: TrainingSettings) -> Accelerator:
-    """What runs the training: processes, devices, arithmetic and the tracker; `ValueError` where these are not there."""
+    """Processes, devices, precision and tracker of the training.
+
+    Raises:
+        ValueError: Where the tracker is not installed, or the launcher's processes cannot be used.
+    """
     tracker = None if settings.tracker == "none" else settings.tracker
     if tracker and tracker not in map(str, get_available_trackers()):
         raise ValueError(f"tracker is {tracker!r}, but the package {tracker} is not installed.")
-    if settings.compile and settings.activation_checkpointing:
-        raise ValueError("compile and activation_checkpointing cannot be combined; choose one.")
-    wanting = {
-        "data.copy_paste": settings.data.copy_paste,
-        "model.whitened_start": settings.model.whitened_start,
-        "augmentation.feature_dropout": settings.augmentation.feature_dropout,
-    }
-    for name, value in wanting.items():
-        if value and not settings.data.cached_versions:
-            raise ValueError(f"{name} needs the feature cache; set data.cached_versions to 1 or more.")
-    if settings.model.pretrained:
-        for name in ("vision_model", "text_model", "tokenizer", "whitened_start"):
-            if getattr(settings.model, name):
-                raise ValueError(
-                    f"model.{name} is for a fresh model; model.pretrained brings all of one. Leave one of them out."
-                )
     accelerator = Accelerator(
         mixed_precision=settings.mixed_precision,
-        gradient_accumulation_steps=settings.optimization.gradient_accumulation_steps,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=settings.seed),
         step_scheduler_with_optimizer=False,
         log_with=tracker,
@@ -247,19 +311,19 @@ def start_accelerator(settings: TrainingSettings) -> Accelerator:
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != accelerator.num_processes:
         raise ValueError(
-            f"The launcher started {launched} processes, but each takes itself for one of {accelerator.num_processes}; without "
-            "GPUs, set ACCELERATE_USE_CPU=true in the environment."
+            f"The launcher started {launched} processes, but each of them sees {accelerator.num_processes}. Without GPUs, set "
+            "ACCELERATE_USE_CPU=true in the environment."
         )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(
-            f"The launcher asks for {accelerator.distributed_type.value}, but every process needs the whole model; choose data "
+            f"The launcher asks for {accelerator.distributed_type.value}, but every process needs the whole model. Choose data "
             "parallelism."
         )
     return accelerator
 
 
 def learning_rate_factor(done: float, optimization: OptimizationSettings) -> float:
-    """Factor on the learning rate after a share `done` of training, in [0, 1]."""
+    """Factor on the learning rate, in [0, 1], when the share `done` of training, in [0, 1], is done."""
     if done < optimization.warmup:
         return max(done / optimization.warmup, 1e-3)
     if optimization.schedule == "multistep":
@@ -268,7 +332,7 @@ def learning_rate_factor(done: float, optimization: OptimizationSettings) -> flo
 
 
 def flat(tree: dict) -> dict[str, float]:
-    """Numbers of nested dicts under names such as "val/mIoU" and "val/Pr_at_0.5": MLflow takes no "@"."""
+    """The numbers of nested dicts, with names such as "val/mIoU" and "val/Pr_at_0.5". MLflow takes no "@" in a name."""
     leaves = {}
     for key, value in tree.items():
         name = key.replace("@", "_at_")
@@ -277,17 +341,17 @@ def flat(tree: dict) -> dict[str, float]:
 
 
 def message(error: Exception) -> str | None:
-    """What went wrong, in a sentence; `None` where it is a fault of ours, not of the input."""
+    """One sentence about an error; `None` where the code is at fault, not the input."""
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError):
         return (
-            f"the GPU's memory is too small ({text.splitlines()[0]}); lower optimization.batch_size and raise "
-            "optimization.gradient_accumulation_steps as much, or set activation_checkpointing."
+            f"the GPU's memory is too small ({text.splitlines()[0]}). Lower optimization.batch_size and raise "
+            "optimization.gradient_accumulation_steps by the same factor, or set activation_checkpointing."
         )
     if isinstance(error, (ConnectionError, EOFError)) or text.startswith("DataLoader worker"):
-        return f"a process was lost that prepares batches ({text or 'no answer'}); the same command goes on from the checkpoint."
+        return f"a process was lost that prepares batches ({text or 'no answer'}). The same command goes on from the checkpoint."
     return describe_error(error)
 
 
 if __name__ == "__main__":
-    run_command(main, message, also=(EOFError, RuntimeError))
+    run_command(main, message, also=(EOFError, FloatingPointError, RuntimeError))

@@ -1,7 +1,7 @@
-"""A page that shows what expressions mean in an image: masks, scores, and how the experts were routed.
+"""A page that segments what phrases refer to in an image, and shows masks, scores and the shares of the experts.
 
-`SERA_MODEL=user/name python app.py`, with a folder or a Hub id; on a Space, `SERA_MODEL` is one of its variables. This file stands
-alone: of the model's own code it uses what lies beside the weights. (Ours.)
+`SERA_MODEL=user/name python app.py`, with a folder or a Hub id; on a Space, `SERA_MODEL` is one of its variables. This file needs
+no other file of the repository: the model's code lies beside the weights. (Ours.)
 """
 
 import html
@@ -28,16 +28,16 @@ logger = logging.getLogger(__name__)
 
 MAX_IMAGE_BYTES = 20 * 2**20
 MAX_PIXELS = 25_000_000  # of the image; its masks are as large
-MAX_CHARACTERS = 1000  # of one expression; the model reads fewer tokens still
-NUM_BYTES = 256  # every one of them is in a CLIP tokenizer's vocabulary
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # Pillow knows more, some of which start other programs
+MAX_CHARACTERS = 1000  # of one expression; the model reads at most 77 tokens of them
+NUM_BYTES = 256  # a CLIP tokenizer's vocabulary holds all of them
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # Pillow has more; some of them start other programs
 SHOWN_SIDES = (640, 1024)  # least and most pixels of the longer side of what is shown; files have the image's own
-KEPT_SECONDS = 3600  # what a visitor left behind: results in memory, files on the disk
+KEPT_SECONDS = 3600  # of a visitor's results in memory and files on the disk
 MAX_KEPT = 100  # results in memory, of a few MB each
-MAX_WAITING = 20  # visitors in line for the model
+MAX_WAITING = 20  # visitors who wait for the model
 EXAMPLES = "examples/examples.json"
 
-COLORS = (  # of the masks, told apart from their neighbours in the list best
+COLORS = (  # of the masks; neighbours in the list differ most
     (229, 57, 70),
     (33, 111, 237),
     (20, 160, 95),
@@ -56,9 +56,9 @@ FUSION_EXPERTS = {"spatial": "#4c6ef5", "context": "#12a594", "boundary": "#e873
 ADAPTER_EXPERTS = {name: FUSION_EXPERTS[name] for name in ("spatial", "boundary")}
 
 HEADER = """<h1>Referring image segmentation</h1>
-<p>Say in words what to find in an image, and SERA marks its pixels.</p>"""
-ROUTING_NOTE = """How SERA shared its work: among four experts at each tap of the vision tower (named by the number of blocks \
-before it), and between two in the adapter of a block (counted from 0)."""
+<p>Describe a thing in an image with a phrase. SERA marks its pixels.</p>"""
+ROUTING_NOTE = """The shares of SERA's experts. Each tap of the vision tower has four experts; its number is the number of blocks \
+before it. Each adapter has two experts; its number is the number of its block, counted from 0."""
 CSS = (
     """
 .gradio-container { width: 100%; max-width: 1180px !important; margin: 0 auto !important; }
@@ -89,13 +89,13 @@ CSS = (
 
 @dataclass
 class Answer:
-    """What the model said about one image, small enough to be kept for every visitor.
+    """The model's answer about one image, small enough to be kept for every visitor.
 
     Attributes:
         expressions: The N expressions.
         image: uint8 (h, w, 3), the upright image at the size that is shown.
         size: (height, width) of the upright image itself.
-        logits: float32 (N, ·, ·) mask logits, as coarse as the model gives them.
+        logits: float32 (N, ·, ·) mask logits, at the model's own resolution.
         presence_logits: float32 (N,), from a model that predicts presence; else `None`.
         fusion: Per tap, the number of blocks before it and the experts' shares (N, 4).
         adapter: Per adapted block, its number and the experts' shares (N, 2).
@@ -119,17 +119,17 @@ class Segmenter:
             name: Folder or Hub id. Its code is run.
 
         Raises:
-            ValueError: Where it holds no whole SERA.
+            ValueError: Where it does not hold a complete SERA.
             OSError: Where it is not found.
         """
-        # a Space has none of the model's code but what lies beside the weights
+        # a Space has the model's code from beside the weights alone
         model = AutoModel.from_pretrained(name, trust_remote_code=True)
         if model.config.model_type != "sera":
             raise ValueError(f"{name} holds a model of the type {model.config.model_type!r}, not a SERA.")
         self.processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
-        # where a file is missing, transformers makes up an empty tokenizer, or takes the tokenizer for the processor
+        # Where a file is missing, transformers creates an empty tokenizer, or returns the tokenizer as the processor.
         if len(getattr(self.processor, "tokenizer", ())) < NUM_BYTES:
-            raise ValueError(f"{name} has no whole processor; is its tokenizer.json missing?")
+            raise ValueError(f"{name} has no complete processor; is its tokenizer.json missing?")
         self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         self.to_rgb_image = sys.modules[type(self.processor.image_processor).__module__].to_rgb_image
 
@@ -137,7 +137,7 @@ class Segmenter:
         """Run the model on the image in a file.
 
         Raises:
-            ValueError: Where the image or an expression cannot be used, with what to change.
+            ValueError: Where the image or an expression cannot be used; the message says what to change.
         """
         image = self.to_rgb_image(open_image(path), name="The image")
         for expression in expressions:
@@ -158,12 +158,12 @@ class Segmenter:
         )
 
     def results(self, answer: Answer, threshold: float, size: tuple[int, int]) -> list[dict[str, Any]]:
-        """Masks from what the model said, without running it again.
+        """Masks from an answer, without another run of the model.
 
         Args:
-            answer: What it said.
+            answer: The model's answer.
             threshold: Probability in (0, 1) above which a pixel is in a mask.
-            size: (height, width) of the masks; of the image's proportions.
+            size: (height, width) of the masks, in the image's proportions.
 
         Returns:
             Per expression {"mask": bool (height, width), "score": float} and, where predicted, {"no_target": float}.
@@ -178,22 +178,22 @@ class Segmenter:
         try:
             count = self.processor.count_tokens(expression)
         except ValueError:
-            raise ValueError(f"The expression {expression!r} holds nothing that can be seen.") from None
+            raise ValueError(f"The phrase {expression!r} has no visible character.") from None
         if count > self.processor.max_tokens:
             raise ValueError(f"“{expression[:60]}…” is longer than the model reads; shorten it.")
 
 
 def parse_expressions(text: str) -> list[str]:
-    """The expressions in a text, one on each line; empty lines and repetitions are left out.
+    """The expressions in a text, one on each line, without empty lines and repetitions.
 
     Raises:
-        ValueError: Where there is none, there are too many, or one is too long.
+        ValueError: Where there are none or too many, or one is too long.
     """
     expressions = list(dict.fromkeys(line.strip() for line in (text or "").splitlines() if line.strip()))
     if not expressions:
-        raise ValueError("Say what to find: one expression on each line.")
+        raise ValueError("Say what to find: one phrase on each line.")
     if len(expressions) > MAX_EXPRESSIONS:
-        raise ValueError(f"These are {len(expressions)} expressions; ask for at most {MAX_EXPRESSIONS} at once.")
+        raise ValueError(f"These are {len(expressions)} phrases; give at most {MAX_EXPRESSIONS} at once.")
     for expression in expressions:
         if len(expression) > MAX_CHARACTERS:
             raise ValueError(f"“{expression[:60]}…” has {len(expression)} characters; at most {MAX_CHARACTERS} work.")
@@ -201,10 +201,10 @@ def parse_expressions(text: str) -> list[str]:
 
 
 def open_image(path: str) -> Image.Image:
-    """The image in a file, decoded; its size is checked before that, from its header.
+    """Decode the image in a file, after a check of its size in its header.
 
     Raises:
-        ValueError: Where it is no image, too large, cut off, or of a format that is not accepted.
+        ValueError: Where it is not an image, too large, cut off, or of a format that is not accepted.
     """
     if os.path.getsize(path) > MAX_IMAGE_BYTES:
         raise ValueError(f"The file is too large; choose one of at most {MAX_IMAGE_BYTES // 2**20} MB.")
@@ -212,7 +212,7 @@ def open_image(path: str) -> Image.Image:
         image = Image.open(path, formats=FORMATS)
     except Image.DecompressionBombError:
         raise ValueError(f"The image has too many pixels; at most {MAX_PIXELS // 10**6} million work.") from None
-    except Exception:  # what Pillow raises on a broken header is not of one kind
+    except Exception:  # Pillow raises errors of many kinds on a broken header
         raise ValueError(f"This file is not an image that can be read; choose {', '.join(FORMATS)}.") from None
     width, height = image.size
     if width * height > MAX_PIXELS:
@@ -232,11 +232,11 @@ def shown_size(size: tuple[int, int]) -> tuple[int, int]:
 
 
 def draw_overlay(image: np.ndarray, masks: dict[int, np.ndarray]) -> Image.Image:
-    """Masks over an image (h, w, 3) uint8: each tinted and outlined in its colour, all else greyer and darker.
+    """Draw masks over an image: each tinted and outlined in its colour, the rest greyer and darker.
 
     Args:
-        image: The image.
-        masks: bool (h, w), by the number of the expression, which chooses the colour.
+        image: uint8 (h, w, 3).
+        masks: bool (h, w), by the number of the expression; the number chooses the colour.
     """
     canvas = image.astype(np.float32)
     if masks:
@@ -263,13 +263,13 @@ def encode_rle(mask: np.ndarray) -> dict[str, Any]:
 
 
 def legend(expressions: list[str], results: list[dict[str, Any]]) -> list[tuple[str, int]]:
-    """(what is written beside its box, its number) of each expression."""
+    """For each expression, the text beside its box and its number."""
     choices = []
     for i, (expression, result) in enumerate(zip(expressions, results, strict=True)):
         if result["mask"].any():
             said = f"score {result['score']:.2f}"
         elif result.get("no_target", 0.0) > 0.5:
-            said = f"nothing meant ({result['no_target']:.0%})"
+            said = f"not in the image ({result['no_target']:.0%})"
         else:
             said = "no pixel above the threshold"
         choices.append((f"{expression} · {said}", i))
@@ -321,7 +321,7 @@ def write_files(expressions: list[str], results: list[dict[str, Any]], folder: P
 
 
 def find_examples(name: str) -> list[list[str]]:
-    """(path of an image, expressions) of each example that lies beside the weights of a folder or Hub id; often none."""
+    """The path of the image and the expressions of each example beside the weights of a folder or Hub id; often none."""
 
     def find(file: str) -> Path:
         return Path(name, file) if os.path.isdir(name) else Path(hf_hub_download(name, file))
@@ -349,10 +349,10 @@ def build_app(segmenter: Segmenter, examples: list[list[str]]) -> gr.Blocks:
                     height=300,
                     elem_id="image",
                 )
-                # gradio's own decodes the file before its size is known, and does not say what is wrong with it
+                # gradio's own decodes the file before its size is known, and its error does not say what is wrong
                 image.preprocess = lambda payload: payload and payload.path
                 expressions = gr.Textbox(
-                    label="Expressions, one on each line",
+                    label="Phrases, one on each line",
                     placeholder="left zebra\nthe zebra drinking",
                     lines=3,
                     max_lines=MAX_EXPRESSIONS,
@@ -406,7 +406,7 @@ def build_app(segmenter: Segmenter, examples: list[list[str]]) -> gr.Blocks:
                 overlay: draw_overlay(answer.image, masks),
                 shown: gr.update(choices=legend(answer.expressions, results)),
                 routing: routing_bars(answer, masks),
-                files: gr.update(value=None, visible=False),  # they would be those of another threshold
+                files: gr.update(value=None, visible=False),  # they belong to another threshold
             }
 
         def check_kept(answer: Answer | None) -> None:
@@ -464,10 +464,10 @@ def main() -> None:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     name = os.environ.get("SERA_MODEL", "").strip()
     if not name:
-        sys.exit("error: SERA_MODEL is not set; give it the folder or the Hub id of a SERA, such as user/name.")
+        sys.exit("error: SERA_MODEL is not set; set it to the folder or the Hub id of a SERA, for example user/name.")
     try:
         segmenter = Segmenter(name)
-    except Exception as error:  # what transformers raises on a damaged folder is not of one kind
+    except Exception as error:  # transformers raises errors of many kinds on a damaged folder
         logger.debug("the error's traceback", exc_info=True)
         sys.exit(f"error: SERA_MODEL is {name!r}, which cannot be used: {' '.join(str(error).split())}")
     build_app(segmenter, find_examples(name)).launch(

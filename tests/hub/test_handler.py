@@ -17,7 +17,7 @@ import torch
 from builders import image_bytes
 from conftest import REPOSITORY
 from PIL import Image
-from test_evaluation import make_processor, tiny_model
+from stand_ins import make_processor, tiny_model
 
 EXPRESSIONS = ["left zebra", "the cup", "right"]
 
@@ -74,7 +74,7 @@ def masks(answers: list[dict]) -> list[np.ndarray]:
 
 
 def expected(image: Image.Image, expressions: list[str], threshold: float | None = None) -> list[dict]:
-    """What model and processor say about one image, asked in one pass."""
+    """The answer of model and processor about one image, in one pass."""
     processor = make_processor()
     inputs = processor(images=[image], text=[expressions], return_tensors="pt")
     with torch.inference_mode():
@@ -145,7 +145,7 @@ def test_masks_lie_on_the_image_as_it_is_shown(handler):
     exif[0x0112] = 6  # a quarter turn
     turned = image_bytes("JPEG", exif=exif)
     (mask,) = masks(handler(request(image=encoded(turned))))
-    assert mask.shape == (60, 40)  # the file holds 40 rows of 60
+    assert mask.shape == (60, 40)  # the file has 40 rows of 60 pixels
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"])
@@ -171,7 +171,7 @@ def test_a_telephones_jpeg_of_two_images_is_accepted(handler):
 
 
 def png_header(width: int, height: int) -> bytes:
-    """The beginning of a PNG that says how large it is and holds no pixels."""
+    """The beginning of a PNG: it gives a size and has no pixels."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
@@ -218,7 +218,7 @@ BAD = {
     "text of numbers": (request(["cup", 7]), r"text\[1\] must be a string, got a number"),
     "nested text": (request([["cup"]]), r"text\[0\] must be a string, got a list"),
     "text of bytes": (request(b"\xff\xfe"), "got bytes"),
-    "half a surrogate pair": (request(["cup", "\ud83d cup"]), r"text\[1\] is not whole UTF-8"),
+    "half a surrogate pair": (request(["cup", "\ud83d cup"]), r"text\[1\] is not valid UTF-8"),
     "threshold 0": (request(threshold=0), "between 0 and 1"),
     "threshold 1": (request(threshold=1), "between 0 and 1"),
     "threshold NaN": (request(threshold=float("nan")), "between 0 and 1"),
@@ -229,10 +229,10 @@ BAD = {
     "image a list": (request(image=[encoded()]), "got a list"),
     "image an object": (request(image={"url": "x"}), "got an object"),
     "image a URL": (request(image="https://example.com/cat.png"), "is a URL"),
-    "image a path": (request(image="/etc/passwd"), "not (whole base64|an image)"),
-    "image in no base64": (request(image="kätzchen"), "not whole base64"),
+    "image a path": (request(image="/etc/passwd"), "not (valid base64|an image)"),
+    "image in no base64": (request(image="kätzchen"), "not valid base64"),
     "data URL without base64": (request(image="data:image/svg+xml,<svg/>"), "data URL without base64"),
-    "base64 cut off": (request(image=encoded()[:-3]), "not whole base64"),
+    "base64 cut off": (request(image=encoded()[:-3]), "not valid base64"),
     "base64 of half an image": (request(image=encoded(PNG[: len(PNG) // 2])), "cannot be decoded to its end"),
     "base64 of half a JPEG": (request(image=encoded(image_bytes("JPEG")[:900])), "cannot be decoded to its end"),
     "base64 of a few bytes": (request(image=encoded(PNG[:20])), "not an image"),
@@ -266,10 +266,10 @@ def test_bad_requests_are_told_what_to_change_and_nothing_else(handler, folder, 
     assert error.value.__cause__ is None and (error.value.__context__ is None or error.value.__suppress_context__)
 
 
-def test_values_that_are_no_colours(handler):
+def test_values_that_are_not_colours(handler):
     buffer = io.BytesIO()
     Image.fromarray(np.full((4, 4), np.nan, np.float32)).save(buffer, "TIFF")
-    with pytest.raises(ValueError, match="values are no colours"):
+    with pytest.raises(ValueError, match="values are not colours"):
         handler(request(image=encoded(buffer.getvalue())))
 
 

@@ -1,14 +1,24 @@
-"""A saved folder is whole: it holds its code, is saved again as it was, and needs neither trust nor that code where we are."""
+"""A saved folder is complete: it holds its code, and a second saving changes nothing. Our packages need no code from it."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from conftest import REPOSITORY, save_tiny_model
-from PIL import Image
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer, pipeline
+from conftest import REPOSITORY
+from saved import EXPRESSIONS, TASKS, contents, copy, save_photo, save_presence_model
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageSegmentation,
+    AutoModelForUniversalSegmentation,
+    AutoProcessor,
+    AutoTokenizer,
+    pipeline,
+)
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from modeling_sera import SeraConfig, SeraForReferringSegmentation
@@ -16,18 +26,6 @@ from processing_sera import ReferringImageSegmentationPipeline, SeraImageProcess
 
 PACKAGES = ("modeling_sera", "processing_sera")
 CODE = {path.name: path for package in PACKAGES for path in (REPOSITORY / package).glob("*_sera.py")}
-TASKS = ("image-segmentation", "referring-image-segmentation")
-EXPRESSIONS = ["left zebra", "the cup", "right"]
-
-
-def save_presence_model(folder: Path) -> Path:
-    """A tiny model that predicts presence, with a threshold of its own."""
-    return save_tiny_model(folder, mask_threshold=0.45, predict_presence=True)
-
-
-def save_photo(path: Path) -> Path:
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)).save(path)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -40,20 +38,9 @@ def photo(tmp_path_factory) -> Path:
     return save_photo(tmp_path_factory.mktemp("photo") / "photo.png")
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def copy(folder: Path, target: Path) -> Path:
-    target.mkdir(parents=True)
-    for name, data in contents(folder).items():
-        (target / name).write_bytes(data)
-    return target
-
-
 @pytest.fixture
 def code_cache(tmp_path, monkeypatch) -> None:
-    """Code of folders that are loaded here goes to a place of the test's own."""
+    """Code of folders that are loaded here goes to a folder of this test."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", [*sys.path])
 
@@ -76,6 +63,8 @@ def test_the_folder_holds_all_code_flat_and_nothing_that_could_run_by_itself(sav
     assert config["auto_map"] == {
         "AutoConfig": "configuration_sera.SeraConfig",
         "AutoModel": "modeling_sera.SeraForReferringSegmentation",
+        "AutoModelForImageSegmentation": "modeling_sera.SeraForReferringSegmentation",
+        "AutoModelForUniversalSegmentation": "modeling_sera.SeraForReferringSegmentation",
     }
     assert set(config["custom_pipelines"]) == set(TASKS)
     for entry in config["custom_pipelines"].values():
@@ -98,7 +87,8 @@ def test_with_the_packages_installed_no_trust_is_needed_nor_foreign_code_run(sav
         path.write_text("raise SystemExit('code from the folder was run')")
     for options in ({}, {"trust_remote_code": True}):
         assert type(AutoConfig.from_pretrained(folder, **options)) is SeraConfig
-        assert type(AutoModel.from_pretrained(folder, **options)) is SeraForReferringSegmentation
+        for auto_class in (AutoModel, AutoModelForImageSegmentation, AutoModelForUniversalSegmentation):
+            assert type(auto_class.from_pretrained(folder, **options)) is SeraForReferringSegmentation
         assert type(AutoProcessor.from_pretrained(folder, **options)) is SeraProcessor
         assert type(AutoImageProcessor.from_pretrained(folder, **options)) is SeraImageProcessor
         assert AutoTokenizer.from_pretrained(folder, **options)("zebra").input_ids
@@ -107,8 +97,42 @@ def test_with_the_packages_installed_no_trust_is_needed_nor_foreign_code_run(sav
     assert len(pipe(photo, EXPRESSIONS)) == 3
 
 
+ONE_PACKAGE_AFTER_THE_OTHER = """
+import sys
+folder, first, second = sys.argv[1:]
+__import__(first)
+from transformers import AutoImageProcessor, AutoModel, AutoProcessor
+def load():
+    if "processing_sera" in sys.modules:
+        from processing_sera import SeraImageProcessor, SeraProcessor
+        loaded = [c.from_pretrained(folder) for c in (SeraProcessor, AutoProcessor, SeraImageProcessor, AutoImageProcessor)]
+        yield from [*loaded, loaded[0].image_processor]
+    if "modeling_sera" in sys.modules:
+        from modeling_sera import SeraConfig, SeraForReferringSegmentation
+        yield from [c.from_pretrained(folder) for c in (SeraConfig, SeraForReferringSegmentation, AutoModel)]
+def check():
+    packages = {type(thing).__module__.split(".")[0] for thing in load()}
+    assert packages == {"modeling_sera", "processing_sera"} & set(sys.modules), packages
+check()
+__import__(second)
+check()
+"""
+
+
+@pytest.mark.parametrize("order", [PACKAGES, PACKAGES[::-1]], ids=lambda order: order[0])
+def test_no_order_of_imports_makes_a_class_at_hand_ask_whether_to_run_code(saved, tmp_path, order):
+    folder = copy(saved, tmp_path / "model")
+    for path in folder.glob("*.py"):
+        path.write_text("raise SystemExit('code from the folder was run')")
+    command = [sys.executable, "-c", ONE_PACKAGE_AFTER_THE_OTHER, str(folder), *order]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    found = subprocess.run(command, env=environment, input="y\n" * 9, capture_output=True, text=True, timeout=300)
+    assert found.returncode == 0, found.stderr
+    assert "custom code" not in found.stdout + found.stderr
+
+
 def test_a_folder_saved_before_code_came_along_is_loaded_and_saved_with_it(saved, tmp_path):
-    """Where the packages are installed; what an older configuration does not say yet has its default."""
+    """With the packages installed; settings that an older configuration lacks have their defaults."""
     folder = copy(saved, tmp_path / "old")
     for path in folder.glob("*.py"):
         path.unlink()

@@ -2,10 +2,10 @@
 
 The page's tests drive a Chromium of the system's. The documentation's images of the page come from
 
-    SERA_MODEL=checkpoints/sera-scenes/model SERA_SCREENSHOTS=docs python -m pytest tests/test_space.py -k screenshots
+    SERA_MODEL=checkpoints/sera-scenes SERA_SCREENSHOTS=docs python -m pytest tests/hub/test_space.py -k screenshots
 
-with the benchmark's first test scene of seed 0 and the first expression about each of its first three objects, not chosen by how
-they come out. Without the two variables, the model is a tiny random one and the images go to a temporary folder.
+They show the benchmark's first test scene of seed 0 and the first expression about each of its first three objects; they were not
+chosen by the result. Without the two variables, the model is a tiny random one and the images go to a temporary folder.
 """
 
 import importlib.util
@@ -88,7 +88,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def photo(tmp_path_factory) -> Path:
-    """A JPEG that says that it lies on its side: 60 wide and 40 high in the file, 40 wide and 60 high to look at."""
+    """A JPEG with an orientation tag: 60 wide and 40 high in the file, 40 wide and 60 high when shown."""
     exif = Image.Exif()
     exif[0x0112] = 6
     path = tmp_path_factory.mktemp("photo") / "photo.jpg"
@@ -110,7 +110,7 @@ def test_expressions_are_lines(app):
         ("", "Say what to find"),
         (None, "Say what to find"),
         (" \n\t\n", "Say what to find"),
-        ("\n".join(map(str, range(500))), "500 expressions; ask for at most"),
+        ("\n".join(map(str, range(500))), "500 phrases; give at most"),
         ("cup\n" + "x" * 2000, "has 2000 characters"),
     ],
 )
@@ -184,7 +184,7 @@ def test_the_legend_says_when_nothing_is_meant(app):
         {"mask": empty, "score": 0.25, "no_target": 0.1},
         {"mask": empty, "score": 0.25},
     ]
-    said = ["score 0.88", "score 0.50", "nothing meant (93%)", *["no pixel above the threshold"] * 2]
+    said = ["score 0.88", "score 0.50", "not in the image (93%)", *["no pixel above the threshold"] * 2]
     assert app.legend(list("abcde"), results) == [(f"{'abcde'[i]} · {text}", i) for i, text in enumerate(said)]
 
 
@@ -202,7 +202,7 @@ def test_bars_show_the_shares_of_the_chosen_expressions(app):
     assert app.routing_bars(app.Answer(["cup"], None, (1, 1), None, None, [], []), [0]) == ""
 
 
-def test_files_are_those_of_the_command_line(app, tmp_path):
+def test_files_equal_those_of_the_command_line(app, tmp_path):
     masks = [disc((40, 60), (20, 30), 11), np.zeros((40, 60), bool), np.ones((40, 60), bool)]
     numbers = [{"score": 0.75}, {"score": 0.25, "no_target": 0.875}, {"score": 0.5, "no_target": 0.125}]
     results = [{"mask": mask} | number for mask, number in zip(masks, numbers, strict=True)]
@@ -239,7 +239,7 @@ def test_masks_are_the_models_own_and_another_threshold_does_not_run_it_again(ap
 
 def test_expressions_that_the_model_cannot_read_whole(app, folder, photo):
     segmenter = app.Segmenter(str(folder))
-    for text, message in (("\u200b", "nothing that can be seen"), ("zebra " * 100, "longer than the model reads")):
+    for text, message in (("\u200b", "no visible character"), ("zebra " * 100, "longer than the model reads")):
         with pytest.raises(ValueError, match=message):
             segmenter.answer(str(photo), ["left zebra", text])
 
@@ -360,7 +360,7 @@ class Visit:
         self.button.wait_for()
 
     def close(self) -> None:
-        """End the visit, which asked nobody but the app for anything."""
+        """End the visit; it sent requests to the app alone."""
         self.context.close()
         assert len(self.requested) > 10
         assert [url for url in self.requested if not url.startswith((self.url, "data:", "blob:"))] == []
@@ -422,7 +422,7 @@ def visit(browser, server) -> Iterator[Visit]:
 
 
 def differ(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether two images differ by more than what compression leaves behind."""
+    """Whether two images differ by more than compression changes."""
     return a.shape != b.shape or np.abs(a.astype(int) - b.astype(int)).max() > 40
 
 
@@ -487,7 +487,7 @@ def test_what_cannot_be_answered_is_said(visit, photo, tmp_path):
     visit.ask("left zebra")  # and goes on
     visit.page.locator("#expressions textarea").fill("\n".join(f"cup {i}" for i in range(13)))
     visit.button.click()
-    assert "13 expressions; ask for at most 12" in visit.message()
+    assert "13 phrases; give at most 12" in visit.message()
     visit.page.locator("#expressions textarea").fill("<img src=x onerror=alert(1)> " * 40)
     visit.button.click()
     assert "<img src=x" in visit.message()  # as text
@@ -537,7 +537,7 @@ def test_screenshots(browser, request, tmp_path):
         visit.upload(image)
         visit.ask(*(row["sentences"][0] for row in rows))
         visit.page.mouse.move(0, 0)
-        visit.page.wait_for_timeout(500)  # what moves comes to rest
+        visit.page.wait_for_timeout(500)  # animations end
         screenshot = Image.open(io.BytesIO(visit.page.screenshot(full_page=True))).convert("RGB")
         colors = screenshot.resize([side // 3 for side in screenshot.size], Image.Resampling.NEAREST).quantize(
             256, kmeans=1

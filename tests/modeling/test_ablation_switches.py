@@ -1,4 +1,4 @@
-"""The parts that an ablation switches off: gone altogether, and nothing else changed."""
+"""Parts that an ablation switches off are not there, and nothing else changes."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from conftest import make_inputs, make_model
 
 from modeling_sera import SeraConfig, SeraForReferringSegmentation, adapter_sera
-from modeling_sera.modeling_sera import mask_segmentation_loss
+from modeling_sera.loss_sera import mask_segmentation_loss
 from training.configuration import DataSettings
 from training.examples.splits import load_splits, load_training_splits
 from training.learning.routing_health import RoutingHealth
@@ -21,7 +21,7 @@ SWITCHES = [
     {"adapter_experts": False, "fusion_experts": False},
 ]
 PARTS = {
-    "routing": ["router.score", "router.hidden"],
+    "routing": ["router.", "model.sentence_norm"],
     "adapter_experts": ["adapter.spatial_expert", "adapter.boundary_expert", "adapter.router"],
     "fusion_experts": [".experts.", "fusions.0.router", "fusions.1.router", "fusions.2.router"],
 }
@@ -39,6 +39,8 @@ def with_weights_of(full: SeraForReferringSegmentation, **overrides) -> SeraForR
 def test_the_parameters_of_a_part_that_is_off_are_gone_and_no_others(switches):
     full, reduced = set(make_model().state_dict()), set(make_model(**switches).state_dict())
     named = [part for switch in switches for part in PARTS[switch]]
+    if len(switches) == 2:  # no router is left that could see the sentence
+        named.append("model.sentence_norm")
     gone = {name for name in full if any(part in name for part in named)}
     assert gone and reduced == full - gone
 
@@ -89,7 +91,7 @@ def test_fusion_without_experts_projects_and_normalises():
 
 
 @pytest.mark.parametrize("switches", SWITCHES)
-def test_expressions_that_share_a_image_get_what_they_get_alone(switches):
+def test_expressions_that_share_an_image_get_what_they_get_alone(switches):
     model = make_model(**switches)
     shared = make_inputs(2, [0, 0, 1])
     alone = shared | {"pixel_values": shared["pixel_values"][shared["image_index"]], "image_index": None}
@@ -128,7 +130,7 @@ def test_nearest_targets_read_one_pixel_of_those_that_a_logit_covers():
     config = {kind: SeraConfig.tiny(mask_targets=kind) for kind in ("area", "nearest")}
     logits = torch.randn(2, 6, 6, generator=torch.Generator().manual_seed(0))
     blocks = (torch.rand(2, 6, 6, generator=torch.Generator().manual_seed(1)) > 0.5).float()
-    labels = blocks.repeat_interleave(2, 1).repeat_interleave(2, 2)  # the same in every 2x2 block: nothing to choose
+    labels = blocks.repeat_interleave(2, 1).repeat_interleave(2, 2)  # every 2x2 block has one value
     losses = {kind: mask_segmentation_loss(logits, labels, config[kind]).item() for kind in config}
     assert losses["area"] == pytest.approx(losses["nearest"])
     thinned = labels.clone()
@@ -137,10 +139,18 @@ def test_nearest_targets_read_one_pixel_of_those_that_a_logit_covers():
     assert mask_segmentation_loss(logits, thinned, config["area"]).item() != pytest.approx(losses["area"], rel=1e-2)
 
 
-@pytest.mark.parametrize("options", [{"num_selected_experts": 2}, {"expression_aware_routing": True}])
-def test_uniform_routing_refuses_what_needs_a_router(options):
-    with pytest.raises(Exception, match="routing is 'uniform'"):
-        SeraConfig.tiny(routing="uniform", **options)
+def test_uniform_routing_refuses_to_select():
+    with pytest.raises(Exception, match="num_selected_experts is 2, but routing is 'uniform'"):
+        SeraConfig.tiny(routing="uniform", num_selected_experts=2)
+
+
+@pytest.mark.parametrize("aware", [False, True])
+def test_uniform_routing_has_nothing_that_sees_the_sentence(aware):
+    config = SeraConfig.tiny(routing="uniform", expression_aware_routing=aware)
+    assert not config.routers_see_sentence
+    assert set(make_model(routing="uniform", expression_aware_routing=aware).state_dict()) == set(
+        make_model(routing="uniform").state_dict()
+    )
 
 
 @pytest.mark.parametrize("name", ["routing", "mask_targets"])

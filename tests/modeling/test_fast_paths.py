@@ -1,4 +1,4 @@
-"""Every faster way against the plain one: folded batch norms, expressions in parts, the image's share, quick resizing."""
+"""Every faster path gives what the plain one gives: folded batch norms, expressions in parts, shared images, resizing."""
 
 import io
 
@@ -10,6 +10,7 @@ from conftest import REPOSITORY, make_inputs, make_model
 from PIL import Image
 
 from modeling_sera import SeraForReferringSegmentation
+from modeling_sera.layers_sera import SeraSampleNorm
 from processing_sera import SeraImageProcessor, SeraProcessor
 from processing_sera.image_processing_sera import letterbox_box
 from training.configuration import read_settings
@@ -18,7 +19,11 @@ CONFIGS = REPOSITORY / "training" / "configs"
 INDEX = [1, 0, 0, 2, 0, 1, 1]
 VARIANTS = {
     "default": {},
-    "expression-aware": {"expression_aware_routing": True, "num_selected_experts": 2},
+    "two of the experts": {"num_selected_experts": 2},
+    "routers of the image alone": {"expression_aware_routing": False, "num_selected_experts": 3},
+    "gates of the raw sentence": {"sentence_gate": "linear"},
+    "no gates": {"sentence_gate": "none"},
+    "no routers": {"routing": "uniform"},
     "late": {"adapter_layers": [3]},
     "no adapters": {"adapter_layers": []},
     "from the first block": {"adapter_layers": [0]},
@@ -41,7 +46,7 @@ def test_folded_batch_norms_change_nothing(variant):
     with torch.inference_mode():
         plain = model(**inputs, output_router_weights=True)
         assert model.fuse_for_inference() is model
-        assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
+        assert not any(isinstance(module, (torch.nn.BatchNorm2d, SeraSampleNorm)) for module in model.modules())
         assert_same(model(**inputs, output_router_weights=True), plain)
         assert_same(model.fuse_for_inference()(**inputs, output_router_weights=True), plain)  # twice is once
         assert float(plain.logits.std()) > 0.01
@@ -84,8 +89,9 @@ def test_parts_without_index_and_mask():
 
 @pytest.mark.parametrize("layers, shared_taps", [([1, 3], 1), ([3], 2), ([0], 0)])
 @pytest.mark.parametrize("max_expressions", [None, 1, 2])
-def test_what_does_not_see_the_text_runs_once_per_image(layers, shared_taps, max_expressions):
-    model = make_model(adapter_layers=layers, tap_layers=[1, 3, 4])
+@pytest.mark.parametrize("aware", [False, True])
+def test_what_does_not_see_the_text_runs_once_per_image(layers, shared_taps, max_expressions, aware):
+    model = make_model(adapter_layers=layers, tap_layers=[1, 3, 4], expression_aware_routing=aware)
     rows = {}
 
     def count(name):
@@ -106,6 +112,26 @@ def test_what_does_not_see_the_text_runs_once_per_image(layers, shared_taps, max
     assert {name: counts for name, counts in rows.items() if counts == [2]}.keys() == set(shared)
     parts = {None: [5], 1: [1] * 5, 2: [2, 2, 1]}[max_expressions]
     assert all(counts == parts for name, counts in rows.items() if name not in shared)
+
+
+@pytest.mark.parametrize("max_expressions", [None, 1])
+def test_an_expert_that_no_expression_chose_is_not_run_for_its_image(max_expressions):
+    """Where routers see the sentence, each of two expressions chooses one expert: two run, once each."""
+    model = make_model(adapter_layers=[3], tap_layers=[1, 4], num_selected_experts=1)
+    fusion, inputs, ran = model.model.fusions[0], make_inputs(1, [0, 0]), []
+    for name, expert in fusion.experts.items():
+        expert.register_forward_hook(lambda *_, name=name: ran.append(name))
+    chosen = iter(torch.tensor([[False, False, True, False], [True, False, False, False]]).split(max_expressions or 2))
+
+    def choose(router, args, routing):
+        selected = next(chosen)
+        return routing._replace(selected=selected, weights=selected.float())
+
+    fusion.router.register_forward_hook(choose)
+    with torch.inference_mode():
+        outputs = model(**inputs, max_expressions=max_expressions, output_router_weights=True)
+    assert sorted(ran) == ["boundary", "spatial"]
+    assert outputs.fusion_router_weights[0].argmax(dim=1).tolist() == [2, 0]
 
 
 def test_parts_are_refused_where_they_cannot_be_meant(model):

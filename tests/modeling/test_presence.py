@@ -1,4 +1,4 @@
-"""The presence head: absent unless asked for; trained, saved, batched and used like the rest of the model."""
+"""The presence head: there only when configured; trained, saved, batched and used like the rest of the model."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,8 @@ from builders import disc, special_ids
 from conftest import make_inputs, make_model
 
 from modeling_sera import SeraConfig, SeraForReferringSegmentation
-from modeling_sera.modeling_sera import SeraReferringSegmentationOutput, mask_segmentation_loss
+from modeling_sera.loss_sera import mask_segmentation_loss
+from modeling_sera.modeling_sera import SeraReferringSegmentationOutput
 
 
 def is_presence(name: str) -> bool:
@@ -64,7 +65,7 @@ def test_it_is_saved_and_loaded(tmp_path):
     assert not any(info.values()) and loaded.config.predict_presence
     weights = loaded.state_dict()
     assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
-    with torch.no_grad():  # a product with one column rounds as the weights happen to lie in memory
+    with torch.no_grad():  # how a product with one column rounds depends on the memory layout of the weights
         assert torch.allclose(loaded(**inputs).presence_logits, model(**inputs).presence_logits, atol=1e-6)
 
 
@@ -84,7 +85,7 @@ def test_it_does_not_depend_on_the_rest_of_the_batch():
 
 
 def test_a_small_model_learns_who_is_there():
-    """Two words and two images: each word is true of one of them, and absent from the other."""
+    """Two words and two images: each word names a thing that one image holds and the other does not."""
     torch.manual_seed(0)
     model = SeraForReferringSegmentation(SeraConfig.tiny(predict_presence=True, decoder_dropout=0.0)).train()
     images = torch.zeros(2, 3, 56, 56)
@@ -113,7 +114,7 @@ def test_the_dice_loss_of_an_empty_target_falls_with_what_is_predicted():
         float(mask_segmentation_loss(torch.full((1, 16, 16), value), torch.zeros(1, 64, 64), config))
         for value in (-30.0, -5.0, 0.0, 5.0)
     ]
-    assert losses[0] == pytest.approx(0.0, abs=1e-6)  # nothing predicted where nothing is
+    assert losses[0] == pytest.approx(0.0, abs=1e-6)  # an empty prediction for an empty target
     assert losses == sorted(losses) and 0.9 < losses[-1] < 1.0
     logits = torch.zeros(1, 16, 16, requires_grad=True)
     mask_segmentation_loss(logits, torch.zeros(1, 64, 64), config).backward()
@@ -145,7 +146,7 @@ def test_a_mask_is_left_empty_where_absence_is_more_likely_than_not(processor, i
         assert result["mask"].shape == reference["mask"].shape and result["mask"].dtype == torch.bool
         if logit < 0:
             assert not result["mask"].any()
-        else:  # at one half the mask stays
+        else:  # a probability of one half keeps the mask
             assert torch.equal(result["mask"], reference["mask"]) and result["score"] == reference["score"]
         assert 0 <= result["score"] <= 1
 

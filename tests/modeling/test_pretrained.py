@@ -34,7 +34,7 @@ TAPS = {"tap_layers": [1, 3, 4]}
 
 
 def randomised(model: torch.nn.Module, seed: int) -> torch.nn.Module:
-    """The model with weights of our own: the same every time, and none at a value that another model could start from."""
+    """The model with random weights: the same in every call, and no weight has the value of a fresh model."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -124,7 +124,7 @@ def test_a_fresh_sera_taps_the_bare_towers_features_bit_for_bit(folders, registe
     assert len(model.model.vision.adapted_blocks) >= 2
     tapped = []
     for fusion in model.model.fusions:
-        fusion.register_forward_pre_hook(lambda module, args: tapped.append(args[0]))
+        fusion.project.register_forward_pre_hook(lambda module, args: tapped.append(args[0]))
     pixel_values = torch.randn(3, 3, *size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         model(pixel_values, **tokens())
@@ -141,7 +141,7 @@ def test_the_key_names_of_published_checkpoints_lose_nothing(folders, tmp_path, 
     folder = folders / ("dinov2-registers" if registers else "dinov2")
     published = tmp_path / "published"
     published.mkdir()
-    # the names of the published files, spelled out here, whatever this version of transformers writes
+    # the names in the published files, which may differ from those that this version of transformers writes
     renamed = {}
     for name, value in dinov2(registers).state_dict().items():
         for now, then in (
@@ -192,13 +192,13 @@ def test_a_text_tower_arrives_whole_and_its_projection_with_it(folders, name, ca
     assert_same_weights(model.model.text_tower, tower)
     projection = model.model.text_projection.weight
     assert model.config.projection_dim == 20 and projection.shape == (20, 48)
-    if name == "clip-text":  # fresh: of the size that such layers start with
+    if name == "clip-text":  # fresh: the standard deviation of such a layer at the start
         assert 0.7 < float(projection.std()) * 48**0.5 < 1.3
     else:
         assert torch.equal(projection, pretrained.text_projection.weight)
 
 
-# 2 is what older CLIP files say; the end of the text is then the token with the highest id
+# older CLIP files hold 2; the end of the text is then the token with the highest id
 @pytest.mark.parametrize("eos_token_id", [119, 2])
 def test_the_sentence_feature_is_clips_own(tmp_path, folders, eos_token_id):
     pretrained = clip(eos_token_id=eos_token_id)
@@ -213,7 +213,7 @@ def test_the_sentence_feature_is_clips_own(tmp_path, folders, eos_token_id):
 
 
 def test_a_sera_gives_its_towers_to_another(folders, tmp_path):
-    """Of all else the new model has its own, in sizes of its own."""
+    """All other parts of the new model are fresh, with sizes of its own configuration."""
     first = randomised(load(folders / "dinov2", folders / "clip"), 5)
     saved(first, tmp_path / "sera")
     second = load(tmp_path / "sera", tmp_path / "sera", adapter_layers=[], fusion_dim=32)
@@ -237,7 +237,7 @@ def test_a_text_tower_is_found_under_its_older_names_too(folders, tmp_path, pref
 
 
 def test_a_whole_clip_says_itself_how_long_its_text_feature_is(folders, tmp_path):
-    pretrained = clip(projection_dim=24)  # text_config.projection_dim is 20: a CLIP does not look at it
+    pretrained = clip(projection_dim=24)  # text_config.projection_dim is 20: a CLIP ignores it
     assert pretrained.text_projection.weight.shape == (24, 48)
     model = load(folders / "dinov2", saved(pretrained, tmp_path / "clip"))
     assert model.config.projection_dim == 24

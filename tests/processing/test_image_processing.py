@@ -1,7 +1,9 @@
 """The image processor: a letterbox that masks share, exact pixel values, every kind of image, and its options."""
 
 import base64
+import io
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +17,7 @@ from PIL import Image
 from transformers import AutoImageProcessor
 
 from processing_sera import SeraImageProcessor
-from processing_sera.image_processing_sera import letterbox_box, letterbox_masks, to_rgb_image
+from processing_sera.image_processing_sera import letterbox_box, letterbox_masks, read_masks, to_rgb_image
 
 
 def denormalised(pixel_values: np.ndarray, processor: SeraImageProcessor) -> np.ndarray:
@@ -86,11 +88,75 @@ def test_negative_pixels_are_left_out_and_change_no_other():
     assert plain.max() == 1 and left_out.sum() == 8 * 16
 
 
-def test_mirroring_the_image_mirrors_the_frame(image):
+def test_a_flipped_image_gives_the_flipped_frame(image):
     image_processor = SeraImageProcessor(size={"height": 40, "width": 56})  # even padding
     plain = image_processor(image)["pixel_values"]
-    mirrored = image_processor(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT))["pixel_values"]
-    assert np.array_equal(mirrored, plain[..., ::-1])
+    flipped = image_processor(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT))["pixel_values"]
+    assert np.array_equal(flipped, plain[..., ::-1])
+
+
+def test_masks_of_every_type_that_hold_zero_and_one_are_the_same_mask(recwarn):
+    mask = np.random.default_rng(0).random((40, 30)) < 0.3
+    expected = letterbox_masks([mask], (56, 56))
+    whole = [mask.astype(kind) for kind in (np.uint8, np.int64, np.float32, np.float64, np.float16)]
+    kinds = [*whole, *(kind * 255 for kind in whole[:1]), mask.astype(np.float32) * 255, Image.fromarray(mask)]
+    kinds += [Image.fromarray(whole[0]), torch.from_numpy(mask), torch.from_numpy(mask).bfloat16()]
+    kinds += [mask[..., None], whole[2][..., None], mask[None], torch.from_numpy(whole[2])[None], mask.tolist()]
+    for kind in kinds:
+        assert np.array_equal(letterbox_masks([kind], (56, 56)), expected)
+    assert not recwarn.list
+
+
+def test_grey_masks_are_cut_at_half_with_one_warning():
+    """JPEG and resizing spread a mask's edge; what they add does not count as the object."""
+    mask = disc((64, 64), (30, 34), 17)
+    drawn = Image.fromarray(mask.astype(np.uint8) * 255)
+    file = io.BytesIO()
+    drawn.save(file, "JPEG", quality=60)
+    large = disc((256, 256), (120, 136), 68)
+    resized = Image.fromarray(large.astype(np.uint8) * 255).resize((64, 64), Image.Resampling.BILINEAR)
+    deep = np.asarray(resized).astype(np.uint16) * 257
+    kinds = [np.asarray(Image.open(file)), np.asarray(resized), resized, deep, np.asarray(resized).astype(np.float32)]
+    assert all(np.mean(np.asarray(kind) > 0) > 1.04 * mask.mean() for kind in kinds)
+    with pytest.warns(UserWarning) as warned:
+        read = read_masks([mask, *kinds])
+    (warning,) = warned
+    assert re.search(r"masks\[1\] \(and 4 more masks\).* pixels above 127.5 are the object", str(warning.message))
+    for found in read:
+        assert found.dtype == bool and (found & mask).sum() / (found | mask).sum() > 0.98
+    left_out = np.asarray(resized).astype(np.int16)
+    left_out[:4] = -1
+    with pytest.warns(UserWarning, match="above 127.5"):
+        (found,) = read_masks([left_out])
+    assert (found[:4] == -1).all() and ((found == 1) == read[2])[4:].all()
+
+
+def test_a_mask_with_one_other_value_has_nothing_to_cut():
+    mask = disc((64, 64), (30, 34), 17)
+    with pytest.warns(UserWarning, match="other values than 0 and 1"):
+        (found,) = read_masks([mask.astype(np.uint8) * 7])
+    assert np.array_equal(found, mask)
+
+
+@pytest.mark.parametrize(
+    "mask, message",
+    [
+        (
+            np.arange(12).reshape(3, 4),
+            "11 values above 0, up to 11: these are no grey values.*one mask for each object",
+        ),
+        (np.arange(12).reshape(3, 4) * 1000, "up to 11000"),
+        (np.full((3, 4), 10**6) * (np.arange(4) + 1), "up to 4000000"),
+        (np.full((3, 4), 0.37), r"must be a boolean or integer array, or floats of 0 and 1; it has the value 0\.37"),
+        (np.full((3, 4), np.nan), "NaN"),
+        (np.zeros((3, 4, 3), np.uint8), r"shape \(3, 4, 3\)"),
+        (np.zeros((0, 4), bool), r"shape \(0, 4\)"),
+        ("mask.png", "must be a boolean or integer array"),
+    ],
+)
+def test_masks_that_are_no_masks(mask, message):
+    with pytest.raises(ValueError, match=rf"masks\[1\].*{message}"):
+        read_masks([np.ones((2, 2), bool), mask])
 
 
 # pixel values
@@ -111,7 +177,7 @@ def test_pixels_are_normalised_and_the_padding_is_zero():
     assert (values[0, :, :7] == 0).all() and (values[0, :, 21:] == 0).all()
 
 
-def test_a_image_of_the_frames_size_is_not_resampled(image):
+def test_an_image_of_the_frames_size_is_not_resampled(image):
     image_processor = SeraImageProcessor(size={"height": 40, "width": 30})
     values = denormalised(image_processor(image)["pixel_values"][0], image_processor)
     assert np.allclose(values * 255, np.asarray(image).transpose(2, 0, 1), atol=1e-3)
@@ -185,10 +251,29 @@ def test_grey_images_of_every_depth(tmp_path, processor):
         assert np.array_equal(processor.image_processor(image)["pixel_values"], expected), kind
 
 
-def test_a_dark_16_bit_image_stays_dark():
+def test_a_dark_16_bit_image_that_uses_its_16_bits_stays_dark(recwarn):
     dark = np.full((3, 4), 200)
+    dark[2, 3] = 65535
     for image in (dark.astype("<u2"), dark.astype(">u2"), Image.fromarray(dark.astype("<u2"))):
         assert to_rgb_image(image).getpixel((0, 0)) == (1, 1, 1)
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14])
+def test_a_16_bit_image_of_fewer_bits_has_its_full_brightness_however_it_comes(tmp_path, bits):
+    ramp = np.linspace(0, 2**bits - 1, 256).round().astype(np.uint16).reshape(16, 16)
+    tiff, png = tmp_path / "ramp.tif", tmp_path / "ramp.png"
+    saved(tiff, Image.fromarray(ramp))
+    saved(png, Image.fromarray(ramp))
+    kinds = [ramp, ramp.astype(">u2"), torch.from_numpy(ramp), tiff, png, Image.open(png), png.read_bytes()]
+    kinds += [np.asarray(Image.open(tiff)), ramp[..., None], np.stack([ramp] * 3, -1)]
+    for kind in kinds:
+        with pytest.warns(UserWarning, match=rf"none above {2**bits - 1}.*an image of {bits} bits"):
+            image = to_rgb_image(kind)
+        assert np.array_equal(np.asarray(image)[..., 0], np.arange(256).reshape(16, 16))
+    if bits > 8:  # wider integers of 8 bits are usual, and no reason to warn
+        with pytest.warns(UserWarning, match=f"an image of {bits} bits"):
+            assert to_rgb_image(ramp.astype(np.int32)).getpixel((15, 15)) == (255, 255, 255)
 
 
 def test_bilevel_images(processor):
@@ -278,7 +363,7 @@ def test_values_that_are_no_image(processor, image, message):
         processor.image_processor(image)
 
 
-def test_a_rounding_error_above_white_does_not_turn_a_image_black():
+def test_a_rounding_error_above_white_does_not_turn_an_image_black():
     values = np.full((4, 4), 0.9, np.float32)
     expected = np.asarray(to_rgb_image(Image.fromarray(values)))
     values[0, 0] = 1.0005

@@ -1,10 +1,14 @@
-"""The pipeline: every way to call it, against a model whose answer is known."""
+"""The pipeline: every way to call it, with a model whose answer is known."""
+
+import io
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from conftest import make_model
 from datasets import Dataset
+from datasets import Image as Features
 from PIL import Image
 from transformers import PreTrainedConfig, PreTrainedModel, pipeline
 from transformers.utils import ModelOutput
@@ -18,7 +22,7 @@ class BrightnessConfig(PreTrainedConfig):
 
 
 class BrightnessModel(PreTrainedModel):
-    """An expression that begins with "d" means the dark part of its image, any other the bright part."""
+    """An expression that begins with "d" refers to the dark part of its image, any other to the bright part."""
 
     config: BrightnessConfig
     main_input_name = "pixel_values"
@@ -36,7 +40,7 @@ class BrightnessModel(PreTrainedModel):
         assert input_ids.shape == attention_mask.shape and len(original_sizes) == len(pixel_values)
         grey = torch.nn.functional.avg_pool2d(pixel_values.mean(1, keepdim=True), 2)[:, 0]
         sign = torch.where(input_ids[:, 1] == self.dark, -1.0, 1.0).to(grey.dtype)
-        # longer expressions are surer, so that a wrong padding mask would show
+        # longer expressions have larger logits, so that a wrong padding mask changes the result
         return ModelOutput(logits=self.gain * (sign * attention_mask.sum(1))[:, None, None] * grey[image_index])
 
 
@@ -86,8 +90,47 @@ def test_images_of_every_form(pipe, tmp_path):
     image = two_sided((100, 60))
     image.save(tmp_path / "image.png")
     path = tmp_path / "image.png"
-    for form in (path, str(path), np.asarray(image), torch.from_numpy(np.array(image))):
+    content = path.read_bytes()
+    undecoded = [{"bytes": content, "path": None}, {"bytes": None, "path": str(path)}]
+    arrays = [np.asarray(image), torch.from_numpy(np.array(image))]
+    for form in (path, str(path), content, io.BytesIO(content), *undecoded, *arrays):
         check(pipe(form, text="dark")[0], image, "dark")
+        check(pipe({"image": form, "text": np.array(["dark"])})[0], image, "dark")
+
+
+def test_several_images_in_whatever_holds_them(pipe, tmp_path):
+    images = [two_sided((100, 60)), two_sided((30, 50))]
+    paths = [str(tmp_path / f"{i}.png") for i in range(2)]
+    for image, path in zip(images, paths, strict=True):
+        image.save(path)
+    rows = Dataset.from_dict({"image": paths, "text": [["dark"], ["dark"]]}).cast_column("image", Features())
+    in_memory = [paths, tuple(paths), np.array(paths), pandas.Series(paths, index=[4, 2]), tuple(rows)]
+    lazy = [
+        rows,
+        rows["image"],
+        rows.to_iterable_dataset(),
+        iter(paths),
+        (path for path in paths),
+        LengthAndItems(paths),
+    ]
+    for several in in_memory + lazy:
+        found = pipe(several, text=pandas.Series(["dark"]))
+        assert isinstance(found, list) == any(several is held for held in in_memory)
+        for image, results in zip(images, found, strict=True):
+            check(results[0], image, "dark")
+
+
+class LengthAndItems:
+    """The least that a data set may be."""
+
+    def __init__(self, items: list):
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> str:
+        return self.items[index]
 
 
 def examples() -> list[dict]:
@@ -127,7 +170,7 @@ def test_the_batch_size_is_that_of_images_whose_expressions_go_together(pipe, ba
     assert pipe.model.calls == [(len(group), sum(group), 32) for group in groups]
 
 
-def test_500_expressions_about_one_image_are_one_call_that_the_model_bounds(pipe):
+def test_500_expressions_about_one_image_are_one_call_of_the_model(pipe):
     image, texts = two_sided((40, 30)), ["dark " * (1 + i % 3) if i % 2 else f"bright {i}" for i in range(500)]
     results = pipe(image, texts)
     assert len(results) == 500 and pipe.model.calls == [(1, 500, 32)]
@@ -141,7 +184,7 @@ def test_the_caller_says_how_many_expressions_go_through_the_model_at_once(pipe,
     assert pipe.model.calls == [(3, 4, max_expressions)]
 
 
-def test_several_images_asked_the_same(pipe):
+def test_several_images_with_the_same_expressions(pipe):
     images = [two_sided((100, 60)), two_sided((30, 50))]
     for image, results in zip(images, pipe(images, text=["dark", "bright"]), strict=True):
         check(results[0], image, "dark")
@@ -156,10 +199,10 @@ def test_text_given_at_construction(model, processor):
     check(pipe({"image": image, "text": "bright"})[0], image, "bright")
 
 
-def test_a_dictionary_without_a_text_is_asked_the_calls(pipe):
+def test_a_dictionary_without_a_text_takes_the_text_of_the_call(pipe):
     image = two_sided((100, 60))
-    for asked in ({"image": image}, {"image": image, "text": None}):
-        (result,) = pipe(asked, "dark")
+    for given in ({"image": image}, {"image": image, "text": None}):
+        (result,) = pipe(given, "dark")
         check(result, image, "dark")
 
 
@@ -234,7 +277,7 @@ def test_no_images_no_results(pipe):
     assert list(pipe(example for example in [])) == []
 
 
-def test_a_image_too_large_to_decode_is_refused(pipe, tmp_path, monkeypatch):
+def test_an_image_too_large_to_decode_is_refused(pipe, tmp_path, monkeypatch):
     two_sided((100, 60)).save(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(ValueError, match=r"bomb\.png is not a readable image.*exceeds limit"):
@@ -263,7 +306,7 @@ IMAGES, TEXTS = [two_sided((100, 60)), two_sided((33, 47))], [["dark", "the brig
 
 
 def expected_of(model: SeraForReferringSegmentation, processor: SeraProcessor) -> list[dict]:
-    """What model and processor give without the pipeline."""
+    """The results of model and processor without the pipeline."""
     inputs = processor(images=IMAGES, text=TEXTS, return_tensors="pt")
     with torch.no_grad():
         outputs = model(**inputs)
@@ -273,7 +316,7 @@ def expected_of(model: SeraForReferringSegmentation, processor: SeraProcessor) -
 @pytest.mark.parametrize("options", [{}, {"batch_size": 2}, {"batch_size": 2, "max_expressions": 2}])
 @pytest.mark.parametrize("predict_presence", [False, True])
 def test_with_sera_itself(processor, predict_presence, options):
-    """Masks, and the same ones as without the pipeline; empty ones where the model says that nothing is meant."""
+    """The masks are those without the pipeline, and empty where the model predicts that nothing is meant."""
     model = make_sera(processor, predict_presence=predict_presence)
     if predict_presence:
         with torch.no_grad():  # absent for some of the expressions, present for others

@@ -1,10 +1,13 @@
-"""The processor: clean expressions, nested under their images; masks as labels, and logits as masks at full size."""
+"""The processor: clean expressions, grouped by image; masks to labels, and logits to masks of full size."""
 
 import copy
 import json
 import math
+import time
 
+import datasets
 import numpy as np
+import pandas
 import pytest
 import torch
 from builders import GEOMETRIES, centroid, disc, iou
@@ -77,7 +80,50 @@ def test_cleaning_twice_changes_nothing():
         assert clean_expression(once) == once
 
 
-def test_the_tokenizer_is_asked_for_the_cleaned_text(processor):
+@pytest.mark.parametrize(
+    "text, clean",
+    [
+        ("&" + "amp;" * 20_000, "&"),
+        ("&" + "#38;" * 20_000 + "lt;", "<"),
+        ("&#" + "9" * 5000 + ";", "\ufffd"),
+        ("&#" + "0" * 5000 + "65;", "A"),
+        ("&" + "amp" * 20_000, None),
+        ("&am&#112;;" * 100_000, None),
+        ("&am&#x2" * 10_000 + "00b;p;" * 10_000, None),
+        ("Ã" + "ƒ" * 100_000, None),
+        ("zebra " * 166_667, None),
+        ("z" * 10**6, None),
+        ("&" * 10**6, None),
+        ("\u200b" * 10**6, ""),
+        (" " * 10**6 + "zebra", "zebra"),
+        ("e" + "\u0301" * 10**6, None),
+    ],
+    ids=range(14),
+)
+def test_the_time_of_cleaning_is_bounded_by_the_tokens_that_are_read(text, clean):
+    """Seconds allow for a busy machine; the work is of milliseconds, and was of minutes."""
+    start = time.process_time()
+    cleaned = clean_expression(text)
+    assert time.process_time() - start < 2
+    assert len(cleaned) <= 77 * 128 and cleaned in (clean, cleaned if clean is None else clean)
+    assert clean_expression(cleaned) == cleaned
+
+
+def test_a_million_characters_are_read_as_their_beginning(processor):
+    words = "the left zebra " * 66_667
+    start = time.process_time()
+    with pytest.warns(UserWarning, match="tokens and is cut to 77") as warned:
+        batch = processor(text=words)
+    assert time.process_time() - start < 2 and len(str(warned[0].message)) < 200
+    with pytest.warns(UserWarning):
+        assert np.array_equal(batch["input_ids"], processor(text="the left zebra " * 100)["input_ids"])
+    assert processor.count_tokens(words) > processor.max_tokens
+    with pytest.raises(ValueError, match="is an empty expression") as error:
+        processor(text=" " * 10**6)
+    assert len(str(error.value)) < 200
+
+
+def test_the_tokenizer_gets_the_cleaned_text(processor):
     plain = processor(text="the zebra's cup")["input_ids"]
     assert np.array_equal(processor(text=" The zebra&rsquo;s \u200bCUP ")["input_ids"], plain)
 
@@ -139,14 +185,91 @@ def test_every_nesting(processor, image):
         ([image, other], ["zebra", "cup"], [0, 1]),
         ([image, other], [["left zebra", "zebra left"], ["cup"]], [0, 0, 1]),
         ([image, other], (("cup",), ("left zebra", "the cup", "cup")), [0, 1, 1, 1]),
+        ([image, other], [["zebra"], ["cup"]], [0, 1]),
     ]
     for images, text, index in cases:
         batch = processor(images=images, text=text, return_tensors="pt")
-        assert batch["image_index"].tolist() == index and batch["image_index"].dtype == torch.int64
         assert len(batch["input_ids"]) == len(index)
-        assert set(batch) == set(processor.model_input_names)
+        is_one_each = index == list(range(len(index)))
+        assert set(batch) == set(processor.model_input_names) - ({"image_index"} if is_one_each else set())
+        if not is_one_each:
+            assert batch["image_index"].tolist() == index and batch["image_index"].dtype == torch.int64
     assert set(processor(images=image)) == {"pixel_values", "original_sizes"}
     assert processor(text=[["cup", "zebra"], ["left"]])["image_index"].tolist() == [0, 0, 1]
+
+
+def test_texts_and_masks_in_what_the_ecosystem_holds_them_in(processor, image):
+    flat, nested = ["left zebra", "cup"], [["left zebra", "cup"], ["the cup"]]
+    columns = datasets.Dataset.from_dict({"flat": flat, "nested": nested})
+    images, masks = [image, image], [np.ones((40, 30), bool), np.eye(40, 30, dtype=bool)]
+    expected = processor(images=images, text=flat, masks=masks)
+    for text in (
+        columns["flat"],
+        np.array(flat),
+        np.array(flat, object),
+        pandas.Series(flat, index=[5, 3]),
+        tuple(flat),
+    ):
+        for given in (masks, np.stack(masks), pandas.Series(masks, index=[1, 0]), torch.from_numpy(np.stack(masks))):
+            batch = processor(images=images, text=text, masks=given)
+            assert all(np.array_equal(batch[name], expected[name]) for name in expected)
+    expected = processor(images=images, text=nested)
+    frame = pandas.DataFrame({"nested": [np.array(group) for group in nested]})
+    for text in (columns["nested"], frame["nested"], [pandas.Series(group) for group in nested], nested):
+        batch = processor(images=images, text=text)
+        assert all(np.array_equal(batch[name], expected[name]) for name in expected)
+    square = np.array([["left", "cup"], ["zebra", "the"]])
+    assert processor(images=images, text=square)["image_index"].tolist() == [0, 0, 1, 1]
+    for text in (frame, {"a": 1}, {"left"}, b"left", columns):
+        with pytest.raises(TypeError, match=r"text.* must be a string"):
+            processor(text=text)
+
+
+def test_the_options_of_every_processor(processor, image):
+    text = ["left zebra", "cup"]
+    default = processor(text=text)
+    for options in (
+        {"padding": True},
+        {"padding": "longest", "truncation": True},
+        {"truncation": "longest_first", "max_length": 77, "return_attention_mask": True},
+        {"text_kwargs": {"padding": "longest"}},
+        {"padding": None, "truncation": None, "max_length": None, "return_attention_mask": None},
+    ):
+        batch = processor(text=text, **options)
+        assert all(np.array_equal(batch[name], default[name]) for name in default)
+    padded = processor(images=[image, image], text=text, padding="max_length", max_length=9, return_tensors="pt")
+    assert padded["input_ids"].shape == (2, 9) and padded["attention_mask"].sum(1).tolist() == [4, 3]
+    assert (padded["input_ids"][:, 4:] == processor.tokenizer.pad_token_id).all()
+    assert processor(text=text, padding="max_length")["input_ids"].shape == (2, 77)
+    ragged = processor(text=text, padding=False)
+    assert [len(row) for row in ragged["input_ids"]] == [len(row) for row in ragged["attention_mask"]] == [4, 3]
+    assert set(processor(text=text, return_attention_mask=False)) == {"input_ids"}
+    with pytest.warns(UserWarning, match="'left zebra' has 4 tokens and is cut to 3"):
+        assert processor(text=text, max_length=3)["input_ids"].shape == (2, 3)
+    assert processor(text="zebra " * 80, truncation=False)["input_ids"].shape == (1, 82)
+    assert isinstance(processor(text=text, common_kwargs={"return_tensors": "pt"})["input_ids"], torch.Tensor)
+    processor.tokenizer.backend_tokenizer.enable_padding(length=9)  # another caller's, which is not this one's
+    assert np.array_equal(processor(text=text)["input_ids"], default["input_ids"])
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"do_resize": False}, TypeError, "no option 'do_resize'; it has padding, truncation, max_length"),
+        ({"text_kwargs": {"stride": 3}}, TypeError, "no option 'stride'"),
+        ({"images_kwargs": {"size": 3}}, TypeError, "no option 'size'"),
+        ({"videos": 3}, TypeError, "no option 'videos'"),
+        ({"max_length": 78}, ValueError, "max_length must be an integer from 2 to 77, got 78"),
+        ({"max_length": 1}, ValueError, "got 1"),
+        ({"max_length": 0}, ValueError, "got 0"),
+        ({"max_length": "9"}, (TypeError, ValueError), "max_length"),
+        ({"padding": "left"}, ValueError, "left is not a valid PaddingStrategy"),
+        ({"truncation": "only_second"}, ValueError, "needs pairs of texts"),
+    ],
+)
+def test_options_that_cannot_be_kept_are_named(processor, options, error, message):
+    with pytest.raises(error, match=message):
+        processor(text="cup", **options)
 
 
 def test_a_row_does_not_depend_on_its_batch(processor, image):
@@ -180,7 +303,7 @@ def test_a_row_does_not_depend_on_its_batch(processor, image):
 )
 def test_texts_that_do_not_fit(processor, count, text, error, message):
     with pytest.raises(error, match=message):
-        processor(images=["not yet opened.png"] * count, text=text)  # told before any image is read
+        processor(images=["not yet opened.png"] * count, text=text)  # refused before any image is read
 
 
 def test_nothing_at_all(processor):
@@ -216,6 +339,8 @@ def test_masks_that_do_not_fit(processor, image):
         processor(images=image, text=[["zebra", "cup"]], masks=[[good]])
     with pytest.raises(ValueError, match=r"masks\[0\] must be a boolean or integer array"):
         processor(images=image, text="zebra", masks=good / 2)
+    with pytest.raises(TypeError, match="masks must be a list like text, got dict"):
+        processor(images=image, text=["zebra"], masks={0: good})
     with pytest.raises(ValueError, match="masks need"):
         processor(images=image, masks=[good])
 
@@ -228,7 +353,7 @@ def test_processor_round_trip(tmp_path, processor, image):
     processor = SeraProcessor(processor.image_processor, processor.tokenizer, mask_threshold=0.35)
     arguments = {"images": [image, image], "text": [["left zebra", "cup"], ["the left zebra"]]}
     before = processor(**arguments)
-    # what a tokenizer would otherwise write into its file
+    # a tokenizer would write these settings into its file
     processor.tokenizer(["cup"], padding="max_length", truncation=True, max_length=3)
     processor.save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "tokenizer.json").read_text())
@@ -282,10 +407,10 @@ def test_a_perfect_prediction_at_quarter_resolution(processor, original):
 
 
 @pytest.mark.parametrize("original", [(333, 500), (386, 500), (500, 333), (480, 640), (61, 37)])
-def test_what_the_model_says_about_the_padding_does_not_matter(processor, original):
+def test_the_logits_of_the_padding_have_no_effect(processor, original):
     processor.image_processor = SeraImageProcessor(size=448)
     inputs = processor(images=np.zeros(original), text="zebra", return_tensors="pt")
-    inside = perfect_logits([np.ones(original, bool)], (448, 448), (128, 128)) > 9  # cells wholly in the image
+    inside = perfect_logits([np.ones(original, bool)], (448, 448), (128, 128)) > 9  # cells completely in the image
     assert 0 < inside.float().mean() < 1
     logits = torch.randn(1, 128, 128, generator=torch.Generator().manual_seed(0))
     results = [
@@ -370,7 +495,6 @@ def test_half_precision_logits_and_numpy_inputs(processor, image):
 
 def test_post_processing_without_an_index_means_one_each(processor, image):
     inputs = processor(images=[image, Image.new("L", (5, 6))], text=["zebra", "cup"], return_tensors="pt")
-    del inputs["image_index"]
     results = processor.post_process_referring_segmentation(torch.zeros(2, 14, 14), inputs)
     assert [tuple(result["mask"].shape) for result in results] == [(40, 30), (6, 5)]
 
@@ -392,7 +516,7 @@ def test_outputs_and_inputs_that_do_not_fit(processor, image):
 
 
 def test_labels_and_post_processing_are_inverse_on_a_drawing(processor):
-    """Drawn shapes, thin ones among them, through labels at full resolution and back."""
+    """Drawn shapes, also thin ones, to labels at full resolution and back."""
     drawing = Image.new("1", (300, 200))
     pen = ImageDraw.Draw(drawing)
     pen.rectangle((0, 150, 90, 199), fill=1)

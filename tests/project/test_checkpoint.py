@@ -1,4 +1,4 @@
-"""The checkpoints in the repository: small and plain, and their figures their own."""
+"""The checkpoints in the repository are whole, small and self-contained, and their figures are those of their weights."""
 
 import pytest
 from accelerate import Accelerator
@@ -11,10 +11,11 @@ from training.evaluation import score_sentences
 from training.learning.checkpoints import checksum
 from training.publishing.card import read_evaluation, read_run
 from training.sources.scenes.dataset import generate_scenes
+from training.support.model_location import locate_model
 
 RECIPES = {"sera-scenes": "scenes.yaml"}
 FOLDERS = [REPOSITORY / "checkpoints" / name for name in RECIPES]
-SCENES = 8  # of the hundreds that were scored
+SCENES = 8  # a few of the hundreds that were scored
 
 
 each_checkpoint = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
@@ -22,32 +23,44 @@ each_checkpoint = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: 
 
 @each_checkpoint
 def test_it_is_a_whole_folder_of_at_most_ten_megabytes(folder, tmp_path):
-    """The code in it is the repository's own, by symbolic links, as many as a saved model has files of code."""
-    (code := [path for path in (folder / "model").iterdir() if path.suffix == ".py"]).sort()
-    files = {path.name: path.stat().st_size for path in (folder / "model").iterdir() if path not in code}
-    assert files.pop("model.safetensors") <= 10_000_000
-    assert set(files) == {"config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"}
+    files = {path.name: path.stat().st_size for path in folder.iterdir() if path.suffix != ".py"}
+    assert files["model.safetensors"] <= 10_000_000
+    run = {"settings.yaml", "history.json", "tuning.json", "README.md"}
+    scores = {path.name for path in folder.glob("evaluation-*")}
     save_tiny_model(tmp_path)
-    assert [path.name for path in code] == sorted(path.name for path in tmp_path.glob("*.py"))
-    assert all(path.is_symlink() and path.resolve().parent.parent == REPOSITORY for path in code)
+    assert set(files) == run | scores | {path.name for path in tmp_path.iterdir() if path.suffix != ".py"}
+
+
+@each_checkpoint
+def test_its_code_is_the_packages_own(folder):
+    """Real files, for checkouts without symbolic links. `make checkpoint-code` writes them."""
+    code = {path.name: path.read_bytes() for path in folder.glob("*.py") if not path.is_symlink()}
+    packages = (REPOSITORY / "modeling_sera", REPOSITORY / "processing_sera")
+    assert code == {path.name: path.read_bytes() for package in packages for path in package.glob("*_sera.py")}
+
+
+@each_checkpoint
+def test_its_settings_lie_with_it(folder):
+    location = locate_model(folder)
+    assert location.home == folder and location.settings.is_file() and location.name == folder.name
 
 
 @each_checkpoint
 def test_it_was_trained_as_its_configuration_file_says(folder):
     recipe = load_settings(REPOSITORY / "training" / "configs" / RECIPES[folder.name])
     recipe.output_dir = f"outputs/{folder.name}"
-    assert read_run(folder / "model").settings == recipe
+    assert read_run(folder).settings == recipe
 
 
 @each_checkpoint
 def test_its_figures_are_those_of_its_weights(folder):
-    """Some of the scenes are drawn and scored again; another processor may round a pixel at a mask's edge the other way."""
-    model, info = SeraForReferringSegmentation.from_pretrained(folder / "model", output_loading_info=True)
+    """Some scenes are scored again. Another processor may round a pixel at the edge of a mask differently."""
+    model, info = SeraForReferringSegmentation.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values())
-    processor = SeraProcessor.from_pretrained(folder / "model")
+    processor = SeraProcessor.from_pretrained(folder)
     record = read_evaluation(folder / "evaluation-test.json", {folder.name})
     data = DataSettings(**record["data"])
-    assert record.get("weights") in (None, checksum(model.state_dict()))  # the first part's record is older than that
+    assert record.get("weights") in (None, checksum(model.state_dict()))  # an older record has no checksum
     rows = generate_scenes(SCENES, data.scene_seed, data.scene_size, split="test", scene_set=data.scene_set)
     scores = score_sentences(model.eval(), processor, rows, Accelerator(cpu=True))
     recorded = {(score["row"], score["sentence"]): score for score in record["scores"]}

@@ -1,21 +1,17 @@
-"""What was pushed, in a virtual environment that holds the Hub's libraries and nothing of ours: it computes the same."""
+"""A pushed model computes the same in a virtual environment with the Hub's libraries and without our packages."""
 
 import base64
-import importlib.metadata
 import io
 import json
-import os
-import subprocess
-import venv
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from packaging.requirements import Requirement
+from environments import make_environment, needed_distributions, run_elsewhere
 from packaging.utils import canonicalize_name
 from PIL import Image
-from test_remote_code import EXPRESSIONS, TASKS, contents, copy, save_photo, save_presence_model
+from saved import EXPRESSIONS, TASKS, contents, copy, save_photo, save_presence_model
 
 from modeling_sera import SeraForReferringSegmentation
 from processing_sera import ReferringImageSegmentationPipeline, SeraProcessor
@@ -76,31 +72,13 @@ np.savez(out / "arrays.npz", **arrays)
 """
 
 
-def needed_distributions(requirements: list[str]) -> dict[str, importlib.metadata.Distribution]:
-    """What is installed here of the requirements and, in turn, of theirs; by normalised name."""
-    found, seen, waiting = {}, set(), [Requirement(line) for line in requirements]
-    while waiting:
-        wanted = waiting.pop()
-        if str(wanted) in seen:
-            continue
-        seen.add(str(wanted))
-        distribution = importlib.metadata.distribution(wanted.name)
-        found[canonicalize_name(wanted.name)] = distribution
-        for line in distribution.requires or []:
-            further = Requirement(line)
-            extras = ("", *wanted.extras)
-            if further.marker is None or any(further.marker.evaluate({"extra": extra}) for extra in extras):
-                waiting.append(further)
-    return found
-
-
 @pytest.fixture(scope="module")
 def pushed(tmp_path_factory) -> Path:
     """The folder that `training/push.py` sends, of a tiny model that predicts presence."""
     place = tmp_path_factory.mktemp("pushed")
     save_presence_model(place / "trained")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(push, "check_answer", lambda folder: None)  # asks less of it than is asked here
+        patch.setattr(push, "check_answer", lambda folder: None)  # this test checks more
         push.stage(place / "trained", "someone/sera", place / "staged", evaluations=[], examples=[])
     return place / "staged"
 
@@ -112,36 +90,8 @@ def photo(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def clean_python(pushed, tmp_path_factory) -> Path:
-    """Python of a new virtual environment with what `requirements.txt` asks for, linked from here where pip would copy it."""
-    place = tmp_path_factory.mktemp("clean")
-    venv.create(place, symlinks=True)
-    python = place / "bin" / "python"
-    ask = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
-    packages = Path(subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip())
-    assert packages.is_relative_to(place) and not list(packages.iterdir())
-    for distribution in needed_distributions((pushed / "requirements.txt").read_text().split()).values():
-        for name in {file.parts[0] for file in distribution.files} - {"..", "__pycache__"}:
-            link = packages / name
-            if not link.exists():  # packages of one namespace share its folder
-                link.symlink_to(distribution.locate_file(name))
-    return python
-
-
-def run_elsewhere(python: Path, place: Path, *arguments: object) -> str:
-    """A script's output in an empty folder of a machine that has never seen us, and is not connected."""
-    (place / "empty").mkdir(exist_ok=True)
-    settings = {"HF_HOME": str(place / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON", "VIRTUAL"))}
-    done = subprocess.run(
-        [python, "-B", *map(str, arguments)],  # -B: nothing is written into what is linked
-        cwd=place / "empty",
-        env=inherited | settings,
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    """Python of a new virtual environment with what `requirements.txt` asks for."""
+    return make_environment(tmp_path_factory.mktemp("clean"), (pushed / "requirements.txt").read_text().split())
 
 
 def compute_elsewhere(python: Path, source: object, photo: Path, place: Path) -> None:
@@ -149,7 +99,7 @@ def compute_elsewhere(python: Path, source: object, photo: Path, place: Path) ->
 
 
 def check_equal_to_here(folder: Path, photo: Path, place: Path) -> dict:
-    """Everything computed elsewhere equals, to the last bit, what the installed packages compute; returns the rest."""
+    """Check that the results are those of the installed packages, to the last bit; return the other results."""
     model = SeraForReferringSegmentation.from_pretrained(folder).eval()
     processor = SeraProcessor.from_pretrained(folder)
     arrays, found = np.load(place / "arrays.npz"), json.loads((place / "found.json").read_text())
@@ -170,7 +120,7 @@ def check_equal_to_here(folder: Path, photo: Path, place: Path) -> dict:
             assert np.array_equal(arrays[f"{task} {i}"], mask)
     assert all(module.startswith("transformers_modules.") for module in found["classes"])
     assert "trust_remote_code" in found["refusal"]
-    # what is saved there is what was trained here
+    # the model that was saved there is the one from here
     beside = {"README.md", "LICENSE", "handler.py", "requirements.txt"}
     written = contents(folder)
     assert contents(place / "saved") == {name: written[name] for name in set(written) - beside}
@@ -203,7 +153,7 @@ def test_a_machine_with_only_the_hubs_libraries_computes_the_same(clean_python, 
 
 
 def test_a_hub_id_works_as_the_folder_does(clean_python, pushed, photo, tmp_path):
-    """Through the cache as a download leaves it; there, every file of the code is fetched on its own."""
+    """The cache is as after a download. Every file of the code is loaded from it on its own."""
     commit = "0123456789abcdef0123456789abcdef01234567"
     repository = tmp_path / "home" / "hub" / "models--someone--sera"
     copy(pushed, repository / "snapshots" / commit)

@@ -1,4 +1,4 @@
-"""The commands and code of the README and of docs/ run as they are written there, in a folder that holds what they name."""
+"""The commands and the code of the README and of docs/ run as they are written, in a folder with the files that they name."""
 
 import json
 import os
@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from builders import Folder, image_bytes, special_ids, tiny_tokenizer
 from conftest import REPOSITORY
+from documents import README, TEXTS, blocks, commands
 from transformers import CLIPConfig, CLIPModel, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
+from training.sources.asked_images import IMAGE_SUFFIXES
 from training.sources.hub_layouts import RowFolder
 from training.sources.images import open_image
 
-README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-TEXTS = [README, *(path.read_text(encoding="utf-8") for path in sorted((REPOSITORY / "docs").glob("*.md")))]
 SETS = {
     ("refcoco", "unc"): {"train": [1, 2, 3], "val": [4], "testA": [5], "testB": [7]},
     ("refcoco+", "unc"): {"train": [1, 2, 8], "val": [4], "testA": [5], "testB": [7]},
@@ -25,18 +25,6 @@ SETS = {
     ("refcocog", "google"): {"train": [1, 2, 4, 5], "val": [9]},  # of the same images: both share instances.json
     ("grefcoco", "unc"): {"train": [1, 2], "val": [4], "testA": [5], "testB": [7]},
 }
-
-
-def blocks(section: str, language: str) -> list[str]:
-    """The fenced blocks of the one section of this name, up to the next heading."""
-    heading = re.compile(rf"^##+ {section}\n(.*?)(?=^##+ |\Z)", flags=re.DOTALL | re.MULTILINE)
-    (text,) = (found for document in TEXTS for found in heading.findall(document) if "```" in found)
-    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
-
-
-def commands(section: str) -> list[str]:
-    lines = [line for block in blocks(section, "bash") for line in block.replace("\\\n", " ").splitlines()]
-    return [line for line in lines if line.strip() and not line.startswith("#")]
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +71,7 @@ def run(tmp_path_factory):
 
 
 def test_the_demo(run):
-    """All that `make demo` does after its installation, in its order, on fewer scenes and in one epoch."""
+    """All commands of `make demo` after the installation, in their order, with fewer scenes and one epoch."""
     done = subprocess.run(["make", "-n", "demo"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     lines = [line for line in done.stdout.replace("\\\n", " ").splitlines() if " training/" in line]
     assert len(lines) == 3
@@ -114,7 +102,7 @@ def test_data(run):
 
 def test_train_use_and_evaluate(run):
     (recipe,) = commands("Train")
-    # as written but for its fifty epochs, its images' size and its workers, each of which would import all libraries
+    # as written, except for fewer epochs, smaller images and no workers, which would import all libraries
     run(f"{recipe} --optimization.epochs 1 --data.image_size '[112, 112]' --num_workers 0")
     model = run.place / "outputs" / "refcoco" / "model"
     assert model.is_dir()
@@ -147,3 +135,15 @@ def test_train_use_and_evaluate(run):
     assert "2 the spotted triangle" in run("python serve.py")
     (command,) = commands("Share")
     assert "model.safetensors" in run(command)
+
+
+def test_segment_many_images(run):
+    (command,) = commands("Segment many images")
+    assert "masks is complete" in run(command)
+    snippets = [
+        block for text in TEXTS for block in re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    ]
+    (snippet,) = (snippet for snippet in snippets if "masks/parts" in snippet)
+    (run.place / "read_masks.py").write_text(snippet + "\nprint(len(good), mask.dtype)\n")
+    images = [path for path in (REPOSITORY / "docs").rglob("*") if path.suffix in IMAGE_SUFFIXES]
+    assert f"{2 * len(images)} bool" in run("python read_masks.py")

@@ -1,6 +1,7 @@
 """The rooms of training/: who may import whom, and what a room is called."""
 
 import ast
+import re
 import sys
 
 import pytest
@@ -11,11 +12,11 @@ TRAINING = REPOSITORY / "training"
 FLOORS = (
     {"configuration", "support"},
     {"sources"},
-    {"learning", "preparation"},
+    {"learning"},
     {"examples"},
     {"scoring", "distil_text"},
     {"ablations", "evaluation", "prediction", "publishing"},
-    {"ablation", "experts", "export", "push", "scene_statistics", "train"},
+    {"ablation", "experts", "export", "preparation", "push", "scene_statistics", "segment", "train"},
 )
 MODULES = sorted(TRAINING.rglob("*.py"))
 MAX_LINES = 600
@@ -71,6 +72,12 @@ def test_no_module_hides_one_of_pythons():
     assert not {path.stem for path in TRAINING.iterdir()} & sys.stdlib_module_names
     assert not {path.stem for path in MODULES} & sys.stdlib_module_names
     assert not {"accelerate", "datasets", "evaluate"} & {path.stem for path in MODULES}
+
+
+def test_no_test_module_imports_another():
+    """Each folder of tests runs alone. What several test modules share lies in modules of tests/ itself."""
+    for path in (REPOSITORY / "tests").rglob("test_*.py"):
+        assert not re.search(r"^\s*(from|import) test_", path.read_text(), flags=re.MULTILINE), path
 
 
 def test_no_file_is_long():

@@ -1,4 +1,4 @@
-"""The ablation runner: grids, records, interruption at any moment, and statistics recomputed in numpy."""
+"""The ablation command: grids, records, interruptions, and statistics that numpy computes again."""
 
 import multiprocessing
 import os
@@ -9,38 +9,15 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-import yaml
 from PIL import Image
-from test_training import TINY, written
+from runs import TINY, VARIANTS, write_grid
 
 from training import ablation
 from training.ablation import FAILED, OK, UNFINISHED, main
 from training.ablations.grid import Records, read_grid
 from training.ablations.tables import fresh_seed_interval, mean_and_error
 from training.scoring.intervals import bootstrap_intervals, paired_intervals
-
-VARIANTS = {
-    "baseline": {"model.config.adapter_experts": False, "model.config.fusion_experts": False},
-    "full": None,
-    "k2": {"model.config.num_selected_experts": 2},
-}
-
-
-def write_grid(folder: Path, **changes) -> Path:
-    """A grid upon the tiny training of the other tests."""
-    written(TINY, folder / "base.yaml")
-    content = {
-        "config": "base.yaml",
-        "options": {"optimization.epochs": 1},
-        "split": "test",
-        "baseline": "baseline",
-        "seeds": [0, 1],
-        "variants": VARIANTS,
-    }
-    path = folder / "grid.yaml"
-    path.write_text(yaml.safe_dump(content | changes))
-    return path
-
+from training.support.locks import locked_folder
 
 # Grids and records
 
@@ -57,7 +34,7 @@ def test_variants_change_what_they_name_and_nothing_else(tmp_path):
     assert [run.variant for run in grid.runs(["k2"], [7])] == ["k2"] and grid.runs(["k2"], [7])[0].seed == 7
 
 
-def test_a_run_is_the_same_run_as_long_as_what_it_computes_is(tmp_path):
+def test_runs_that_compute_the_same_have_the_same_name(tmp_path):
     def keys(extra=(), **changes):
         return [run.key for run in read_grid(write_grid(tmp_path, **changes), list(extra)).runs()]
 
@@ -66,7 +43,7 @@ def test_a_run_is_the_same_run_as_long_as_what_it_computes_is(tmp_path):
     assert keys(["--checkpoint_every", "5", "--data.root", "/somewhere/data"]) == keys(["--data.root", "/else/data"])
     assert keys(["--cache_dir", "elsewhere"]) == first
     assert keys(seeds=[1, 0])[:3] == first[3:]
-    # runs call their models alike
+    # the models of all runs have the same name
     one, other = (keys(["--model.pretrained", f"/somewhere/{run}/model", "--model.config", "{}"]) for run in ("a", "b"))
     assert not set(one) & set(other)
     assert keys(evaluation={}) == first and not set(keys(evaluation={"tta": "flip"})) & set(first)
@@ -113,7 +90,7 @@ def test_a_grid_that_cannot_be_run_is_refused_before_any_work(tmp_path, changes,
     assert not (tmp_path / "out").exists()
 
 
-def test_a_time_in_which_nothing_would_be_begun_is_refused(tmp_path):
+def test_a_time_that_is_too_short_for_any_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"--minutes 0\.1 is too short"):
         main([str(write_grid(tmp_path)), "--minutes", "0.1", "--output", str(tmp_path / "out")])
 
@@ -123,7 +100,7 @@ def test_an_unknown_variant_is_refused_and_the_known_ones_named(tmp_path):
         main([str(write_grid(tmp_path)), "--only", "k9", "--output", str(tmp_path / "out")])
 
 
-def test_records_are_added_whole_and_replace_their_like(tmp_path):
+def test_records_are_added_whole_and_replace_those_of_the_same_run(tmp_path):
     records = Records(tmp_path / "new" / "runs.jsonl")
     assert records.read() == {}
     for key, value in (("a", 1), ("b", 2), ("a", 3)):
@@ -183,7 +160,7 @@ output.write_text(json.dumps(record))
 
 @pytest.fixture
 def scripts(tmp_path, monkeypatch):
-    """Puts the stand-ins in the place of the scripts; what it is called with: seconds of a training, seed that fails."""
+    """Replaces the scripts by stand-ins. It takes the seconds of a training and the seed that fails."""
 
     def put(seconds: float, fails_at: int = -1) -> None:
         (tmp_path / "train.py").write_text(TRAIN.format(seconds=seconds, fails_at=fails_at))
@@ -195,14 +172,14 @@ def scripts(tmp_path, monkeypatch):
 
 
 def starts(output: Path) -> dict[str, list[int]]:
-    """Of each run the steps at which its training was started."""
+    """Per run the steps at which its training was started."""
     return {file.parent.name: list(map(int, file.read_text().split())) for file in output.glob("runs/*/starts")}
 
 
 @pytest.mark.parametrize(
     "evaluation", [{}, {"tta": "flip"}, {"largest_component": True, "threshold": 0.4}, {"expected_iou": True}]
 )
-def test_the_grid_says_how_masks_are_selected(tmp_path, scripts, evaluation):
+def test_the_grid_selects_the_masks(tmp_path, scripts, evaluation):
     scripts(0.0)
     output = tmp_path / "out"
     assert main([str(write_grid(tmp_path, evaluation=evaluation)), "--only", "k2", "--output", str(output)]) == OK
@@ -215,7 +192,7 @@ def test_the_grid_says_how_masks_are_selected(tmp_path, scripts, evaluation):
     assert (f"Threshold {evaluation.get('threshold', 0.5):g}, " in results) == ("expected_iou" not in evaluation)
 
 
-def test_models_are_scored_in_the_arithmetic_of_their_training(tmp_path, scripts):
+def test_models_are_scored_in_the_precision_of_their_training(tmp_path, scripts):
     scripts(0.0)
     output = tmp_path / "out"
     grid = str(write_grid(tmp_path))
@@ -224,7 +201,7 @@ def test_models_are_scored_in_the_arithmetic_of_their_training(tmp_path, scripts
     assert record["settings"]["mixed_precision"] == record["threshold"]["source"] == "bf16"
 
 
-def test_validation_is_drawn_as_a_curve_where_there_is_one(tmp_path, scripts):
+def test_validation_is_drawn_only_if_it_has_several_points(tmp_path, scripts):
     scripts(0.0)
     widths = []
     for epochs in (1, 2):
@@ -275,7 +252,7 @@ def test_the_tables_compare_with_the_variant_that_is_named(tmp_path, scripts):
         main([grid, "--output", str(output), "--against", "nope"])
 
 
-def test_a_failed_run_holds_nothing_up_and_is_tried_again(tmp_path, scripts, caplog):
+def test_a_failed_run_does_not_stop_the_others_and_is_tried_again(tmp_path, scripts, caplog):
     grid, output = str(write_grid(tmp_path)), tmp_path / "out"
     scripts(0.0, fails_at=0)
     assert main([grid, "--output", str(output)]) == FAILED
@@ -286,7 +263,7 @@ def test_a_failed_run_holds_nothing_up_and_is_tried_again(tmp_path, scripts, cap
     assert len(Records(output / "runs.jsonl").read()) == 6
 
 
-def test_when_the_time_is_up_runs_stop_after_a_checkpoint_and_go_on_later(tmp_path, scripts, monkeypatch):
+def test_at_the_end_of_the_time_runs_stop_after_a_checkpoint_and_continue_later(tmp_path, scripts, monkeypatch):
     monkeypatch.setattr(ablation, "LAST_SECONDS", 0.6)
     scripts(2.0)
     grid, output = str(write_grid(tmp_path, seeds=[0])), tmp_path / "out"
@@ -322,7 +299,7 @@ def test_a_killed_runner_leaves_no_process_and_loses_no_run(tmp_path, scripts):
     assert all(record["seconds"]["training"] > 0 for record in records.values())
 
 
-def test_a_runner_that_dies_with_its_last_line_unwritten_goes_on(tmp_path, scripts, monkeypatch):
+def test_a_runner_that_died_before_its_last_line_continues(tmp_path, scripts, monkeypatch):
     scripts(0.0)
     grid, output = str(write_grid(tmp_path, seeds=[0])), tmp_path / "out"
     with monkeypatch.context() as patch:
@@ -337,7 +314,7 @@ def test_two_runners_do_not_work_on_one_folder(tmp_path, scripts):
     scripts(0.0)
     grid, output = str(write_grid(tmp_path)), tmp_path / "out"
     output.mkdir()
-    with ablation._alone(output), pytest.raises(OSError, match="another command is at work there"):
+    with locked_folder(output, "wait"), pytest.raises(OSError, match="another command is at work there"):
         main([grid, "--output", str(output)])
     assert not (output / "runs").exists()
 

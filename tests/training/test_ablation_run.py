@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from test_ablation import write_grid
+from runs import write_grid
 
 from training.ablation import OK, main
 from training.ablations.grid import Records

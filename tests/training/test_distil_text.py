@@ -53,23 +53,52 @@ def test_phrases_hold_words_of_the_sentences_and_the_vocabulary_alone():
     assert drawn == Phrases(sentences, tokenizer, seed=0).draw(64) != Phrases(sentences, tokenizer, seed=1).draw(64)
 
 
-def test_a_tower_learns_the_teachers_sentence_features_and_is_loaded_as_any_text_tower(tmp_path):
-    folder = Folder(tmp_path / "refer")
-    folder.write()
-    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    teacher = Teacher(str(save_teacher(tmp_path / "teacher")))
-    data = DataSettings(root=str(tmp_path / "refer"))
-    settings = DistillationSettings(
-        teacher=str(tmp_path / "teacher"),
-        tokenizer=str(tmp_path / "tokenizer"),
-        output=str(tmp_path / "text"),
-        data=data,
-        layers=1,
-        heads=2,
-        intermediate_size=64,
-        batch_size=16,
-        learning_rate=5e-3,
+def settings_of(folder: Path, **changes) -> DistillationSettings:
+    """A small REFER set, teacher and tokenizer in a folder, and a short distillation of them."""
+    Folder(folder / "refer").write()
+    tiny_tokenizer().save_pretrained(folder / "tokenizer")
+    save_teacher(folder / "teacher")
+    return DistillationSettings(
+        **{
+            "teacher": str(folder / "teacher"),
+            "tokenizer": str(folder / "tokenizer"),
+            "output": str(folder / "text"),
+            "data": DataSettings(root=str(folder / "refer")),
+            "layers": 1,
+            "heads": 2,
+            "intermediate_size": 64,
+            "batch_size": 16,
+            "learning_rate": 5e-3,
+        }
+        | changes
     )
+
+
+@pytest.mark.parametrize("option", ["teacher", "tokenizer"])
+def test_a_folder_that_is_not_there_is_named(option, tmp_path):
+    settings = settings_of(tmp_path, **{option: str(tmp_path / "nowhere")})
+    with pytest.raises(FileNotFoundError, match=f"^{option}: There is no folder {tmp_path / 'nowhere'}"):
+        distil(settings)
+
+
+def test_a_tower_that_is_not_finite_is_not_saved(tmp_path):
+    with pytest.raises(
+        FloatingPointError, match=r"at step 3, and nothing is saved. Lower learning_rate \(it is 1e\+30\)"
+    ):
+        distil(settings_of(tmp_path, learning_rate=1e30, steps=3))
+    assert not (tmp_path / "text").exists()
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    settings = settings_of(tmp_path, output=str(tmp_path / "refer"))
+    with pytest.raises(ValueError, match="refer holds something else than a text tower"):
+        distil(settings)
+    assert list((tmp_path / "refer").iterdir())
+
+
+def test_a_tower_learns_the_teachers_sentence_features_and_is_loaded_as_any_text_tower(tmp_path):
+    settings = settings_of(tmp_path)
+    teacher = Teacher(settings.teacher)
     texts = ["the zebra 0", "striped one 4", "left cup", "right zebra"]
     reached = []
     for steps in (1, 80):

@@ -1,7 +1,6 @@
-"""Scoring every sentence, in one process and in two; the command for evaluation; files."""
+"""Scores of every sentence against an independent evaluator, calibration, and files that are written whole."""
 
 import io
-import os
 import runpy
 import sys
 from pathlib import Path
@@ -11,68 +10,31 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from builders import special_ids, tiny_tokenizer
-from conftest import REFER_MINI, REPOSITORY, make_model, needs_refer_mini
+from conftest import REFER_MINI, REPOSITORY, needs_refer_mini
 from PIL import Image
 from pycocotools import mask as coco_mask
+from stand_ins import Presence, StandIn, counts_of, make_processor, make_rows, places, tiny_model
 
-from modeling_sera import SeraForReferringSegmentation
-from modeling_sera.modeling_sera import SeraReferringSegmentationOutput
-from processing_sera import SeraImageProcessor, SeraProcessor
+from processing_sera import SeraProcessor
 from training.configuration import DataSettings, TrainingSettings, dump_settings
 from training.evaluation import best_threshold, score_sentences, threshold_curve
 from training.examples.batches import image_as_annotated, shuffled_sentences
 from training.scoring.mask_selection import MaskSelection
-from training.scoring.metric import SentenceScore, summarize
+from training.scoring.metric import summarize
 from training.sources.masks import decode_mask
 from training.sources.refer import load_refer
-from training.sources.scenes.dataset import generate_scenes
 from training.support.files import partial_folder, recover_folder, replace_folder, write_binary, write_text
-
-ENVIRONMENT = os.environ | {
-    "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")]),
-    "ACCELERATE_USE_CPU": "true",
-    "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
-}
-
-
-class StandIn(torch.nn.Module):
-    """In the model's place: logits from the image and the expression, the same to the last bit in whatever batch."""
-
-    def forward(self, pixel_values, input_ids, attention_mask, image_index, **kwargs):
-        brightness = pixel_values.double().mean(dim=1)[:, 3::7, 3::7]
-        word = (input_ids * attention_mask * torch.arange(1, input_ids.shape[1] + 1)).sum(dim=1) % 11 / 5 - 1
-        return SeraReferringSegmentationOutput(logits=(brightness[image_index] * word[:, None, None]).float())
-
-
-def make_processor() -> SeraProcessor:
-    return SeraProcessor(SeraImageProcessor(size={"height": 56, "width": 56}), tiny_tokenizer())
-
-
-def make_rows(num_scenes: int = 5) -> datasets.Dataset:
-    return generate_scenes(num_scenes, seed=3, image_size=64)
-
-
-def tiny_model(**overrides) -> SeraForReferringSegmentation:
-    tokenizer = tiny_tokenizer()
-    special = special_ids(tokenizer)
-    return make_model(text_config={"vocab_size": len(tokenizer), **special}, **overrides)
 
 
 def score_alone(
     processor: SeraProcessor, row: dict, sentence: str, threshold: float | None = None
 ) -> tuple[int, int, int]:
-    """Intersection, predicted and true area of one sentence, asked alone, counted through sets of pixels."""
+    """Intersection, predicted and true area of one sentence alone, counted with sets of pixels."""
     inputs = processor(images=[image_as_annotated(row)], text=[[sentence]], return_tensors="pt")
     result = processor.post_process_referring_segmentation(StandIn()(**inputs), inputs, threshold=threshold)[0]
     masks = result["mask"].numpy(), decode_mask(row["mask"])
     predicted, truth = (set(zip(*np.nonzero(mask), strict=True)) for mask in masks)
     return len(predicted & truth), len(predicted), len(truth)
-
-
-def counts_of(score: SentenceScore) -> tuple[int, int, int]:
-    return score.intersection, score.predicted, score.truth
 
 
 @pytest.fixture(scope="module")
@@ -93,20 +55,16 @@ def accelerator() -> Accelerator:
 # Scores
 
 
-def places(rows: datasets.Dataset) -> list[tuple[int, int, str]]:
-    return [(n, i, kind) for n, kinds in enumerate(rows["sentence_kinds"]) for i, kind in enumerate(kinds)]
-
-
 @pytest.mark.parametrize("threshold", [None, 0.45])
-def test_scores_equal_those_of_sentences_asked_alone(rows, processor, accelerator, threshold):
-    rows = rows.shuffle(seed=0)  # rows of an image need not be neighbours
+def test_scores_equal_those_of_single_sentences(rows, processor, accelerator, threshold):
+    rows = rows.shuffle(seed=0)  # the rows of an image are not neighbours any more
     scores = score_sentences(StandIn(), processor, rows, accelerator, MaskSelection(threshold))
     assert [(score.row, score.sentence, score.kind) for score in scores] == places(rows)
     for score in scores:
         row = rows[score.row]
         expected = score_alone(processor, row, row["sentences"][score.sentence], threshold)
         assert counts_of(score) == expected
-    assert len({score.iou for score in scores}) > 20  # the stand-in answers, now well, now badly
+    assert len({score.iou for score in scores}) > 20  # the stand-in has good and bad answers
 
 
 @pytest.mark.parametrize(
@@ -123,7 +81,7 @@ def test_scores_do_not_depend_on_batches_or_workers(rows, processor, accelerator
     assert score_sentences(StandIn(), processor, rows, accelerator, **options) == expected
 
 
-def test_shuffled_sentences_are_scored_in_the_places_of_the_true_ones(rows, processor, accelerator):
+def test_shuffled_sentences_have_the_places_of_the_true_ones(rows, processor, accelerator):
     scores = score_sentences(StandIn(), processor, rows, accelerator, shuffle=True)
     assert [(score.row, score.sentence, score.kind) for score in scores] == places(rows)
     asked = shuffled_sentences(rows)
@@ -145,7 +103,7 @@ def test_scoring_leaves_the_model_as_it_was(rows, processor, accelerator, traini
 
 
 def spread(mask: np.ndarray, radius: int) -> np.ndarray:
-    """Pixels within a distance of a mask's: its copies, moved by every offset in a disc."""
+    """Pixels within a distance of a mask: the union of its copies, moved by every offset in a disc."""
     padded, (height, width) = np.pad(mask, radius), mask.shape
     result = np.zeros_like(mask)
     for down in range(-radius, radius + 1):
@@ -156,7 +114,7 @@ def spread(mask: np.ndarray, radius: int) -> np.ndarray:
 
 
 def contour(mask: np.ndarray) -> np.ndarray:
-    """Mask pixels of which a horizontal or vertical neighbour is not in it."""
+    """Mask pixels with a horizontal or vertical neighbour outside of the mask."""
     wide = np.pad(mask, 1)
     neighbours = [np.roll(wide, shift, axis)[1:-1, 1:-1] for axis in (0, 1) for shift in (1, -1)]
     return mask & ~np.logical_and.reduce(neighbours)
@@ -172,7 +130,7 @@ def boundary_of(predicted: np.ndarray, truth: np.ndarray) -> float:
 
 
 def evaluate_masks(pairs: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
-    """Every metric from (predicted, true) masks of the images' own size, in the words of its definition."""
+    """Every metric, as it is defined, from (predicted, true) masks of the size of the image."""
     inter = np.array([(p & t).sum() for p, t in pairs], dtype=np.float64)
     union = np.array([(p | t).sum() for p, t in pairs], dtype=np.float64)
     nothing_predicted = np.array([not p.any() for p, _ in pairs])
@@ -190,7 +148,7 @@ def evaluate_masks(pairs: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, floa
 
 
 def ask_and_evaluate(model: torch.nn.Module, processor: SeraProcessor, rows: datasets.Dataset) -> dict[str, float]:
-    """All sentences of the rows, one at a time, scored by the independent evaluator."""
+    """The independent evaluator's scores of all sentences of the rows, one at a time."""
     pairs = []
     for row in rows:
         stored = row["image"]
@@ -204,17 +162,8 @@ def ask_and_evaluate(model: torch.nn.Module, processor: SeraProcessor, rows: dat
     return evaluate_masks(pairs)
 
 
-class Presence(StandIn):
-    """The stand-in with an opinion on whether the thing meant is there."""
-
-    def forward(self, input_ids, attention_mask, **kwargs):
-        outputs = super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        outputs["presence_logits"] = ((input_ids * attention_mask).sum(dim=1) % 7 - 2.0).float()
-        return outputs
-
-
 def without_some_targets(rows: datasets.Dataset) -> datasets.Dataset:
-    """The rows with nothing meant in every third."""
+    """The rows, with no target in every third."""
 
     def change(row: dict, n: int) -> dict:
         empty = np.zeros(row["mask"]["size"], dtype=np.uint8, order="F")
@@ -225,7 +174,7 @@ def without_some_targets(rows: datasets.Dataset) -> datasets.Dataset:
 
 
 @pytest.mark.parametrize("model", [StandIn(), Presence()], ids=["masks alone", "with presence"])
-def test_metrics_equal_an_independent_evaluators_on_rows_without_a_target(rows, processor, accelerator, model):
+def test_metrics_equal_those_of_an_independent_evaluator_on_rows_without_a_target(rows, processor, accelerator, model):
     rows = without_some_targets(rows)
     scores = score_sentences(model, processor, rows, accelerator)
     got, expected = summarize(scores)["all"], ask_and_evaluate(model, processor, rows)
@@ -236,7 +185,7 @@ def test_metrics_equal_an_independent_evaluators_on_rows_without_a_target(rows, 
 
 
 @needs_refer_mini
-def test_metrics_equal_an_independent_evaluators_on_photographs(processor, accelerator):
+def test_metrics_equal_those_of_an_independent_evaluator_on_photographs(processor, accelerator):
     rows = load_refer(REFER_MINI, splits=["val"])["val"]
     model = StandIn()
     got = summarize(score_sentences(model, processor, rows, accelerator))["all"]
@@ -249,7 +198,7 @@ def test_metrics_equal_an_independent_evaluators_on_photographs(processor, accel
 
 
 @pytest.mark.parametrize("model", [StandIn(), Presence()], ids=["masks alone", "with presence"])
-def test_the_threshold_curve_holds_the_score_at_each_threshold(rows, processor, accelerator, model):
+def test_the_threshold_curve_has_the_score_at_each_threshold(rows, processor, accelerator, model):
     rows = without_some_targets(rows)
     curve = threshold_curve(model, processor, rows, accelerator, batch_size=2, max_expressions=9)
     assert len(curve) == 19 and all(0 < threshold < 1 for threshold in curve)
@@ -259,7 +208,7 @@ def test_the_threshold_curve_holds_the_score_at_each_threshold(rows, processor, 
     assert len(set(curve.values())) > 5
 
 
-def test_the_best_threshold_is_the_highest_and_among_equals_the_one_in_the_middle():
+def test_the_best_threshold_has_the_highest_score_and_among_equals_is_nearest_to_a_half():
     assert best_threshold({0.2: 0.3, 0.5: 0.4, 0.7: 0.6, 0.9: 0.1}) == 0.7
     assert best_threshold({0.1: 0.5, 0.4: 0.5, 0.5: 0.2, 0.95: 0.5}) == 0.4
 
@@ -269,7 +218,7 @@ def test_the_best_threshold_is_the_highest_and_among_equals_the_one_in_the_middl
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory) -> Path:
-    """A folder like those of training: a model (fresh) and the settings of its data."""
+    """A folder as training writes it: a fresh model and the settings of its data."""
     folder = tmp_path_factory.mktemp("run")
     tiny_model().save_pretrained(folder / "model")
     make_processor().save_pretrained(folder / "model")
@@ -278,16 +227,7 @@ def run_folder(tmp_path_factory) -> Path:
     return folder
 
 
-def message_of(command, arguments: list[str], capsys) -> str:
-    """What a command says when it fails."""
-    with pytest.raises((SystemExit, ValueError, OSError)) as error:
-        command(arguments)
-    if isinstance(error.value, SystemExit):
-        assert error.value.code not in (None, 0)
-    return capsys.readouterr().err + str(error.value)
-
-
-def test_the_failing_script_ends_with_a_message_alone(run_folder, monkeypatch, capsys):
+def test_a_failing_script_ends_with_one_message(run_folder, monkeypatch, capsys):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setattr(sys, "argv", ["evaluation.py", str(run_folder / "model"), "--split", "nowhere"])
     with pytest.raises(SystemExit) as error:  # any other exception would print a traceback
@@ -327,7 +267,7 @@ def found(path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("calls", range(4))
-def test_a_folder_can_be_recovered_wherever_its_replacement_stopped(tmp_path, monkeypatch, calls):
+def test_a_folder_can_be_recovered_after_any_step_of_its_replacement(tmp_path, monkeypatch, calls):
     path = tmp_path / "runs" / "folder"
     assert not recover_folder(path)
     replace_with(path, "one")

@@ -1,4 +1,4 @@
-"""The evaluation command: what it writes, where its data and its threshold come from, two processes, and bad input."""
+"""The evaluation command: its files, the source of its data and threshold, two processes, and bad input."""
 
 import json
 import re
@@ -11,7 +11,8 @@ import yaml
 from accelerate import Accelerator
 from builders import Folder
 from PIL import Image
-from test_evaluation import ENVIRONMENT, StandIn, make_processor, make_rows, message_of, places, tiny_model
+from runs import ENVIRONMENT, ON_CPU
+from stand_ins import StandIn, make_processor, make_rows, places, tiny_model
 
 from training import evaluation
 from training.configuration import DataSettings, TrainingSettings, dump_settings
@@ -24,7 +25,7 @@ from training.support.files import write_text
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory) -> Path:
-    """A folder like those of training: a model (fresh) and the settings of its data."""
+    """A folder as training writes it: a fresh model and the settings of its data."""
     folder = tmp_path_factory.mktemp("outputs") / "trial"
     tiny_model(predict_presence=True).save_pretrained(folder / "model")
     make_processor().save_pretrained(folder / "model")
@@ -40,7 +41,7 @@ def on_cpu(monkeypatch):
 
 @pytest.fixture(scope="module")
 def evaluated(run_folder, tmp_path_factory) -> Path:
-    """The JSON file that the command wrote beside others."""
+    """The JSON file that the command wrote, with others beside it."""
     output = tmp_path_factory.mktemp("new") / "deeper" / "scores.json"
     options = ["--split", "test", "--output", str(output), "--sheet", str(output.with_name("sheet.png"))]
     with pytest.MonkeyPatch.context() as patch:
@@ -49,11 +50,20 @@ def evaluated(run_folder, tmp_path_factory) -> Path:
     return output
 
 
+def message_of(command, arguments: list[str], capsys) -> str:
+    """The message of a command that fails."""
+    with pytest.raises((SystemExit, ValueError, OSError)) as error:
+        command(arguments)
+    if isinstance(error.value, SystemExit):
+        assert error.value.code not in (None, 0)
+    return capsys.readouterr().err + str(error.value)
+
+
 def scores_in(record: dict) -> list[SentenceScore]:
     return [SentenceScore(**score) for score in record["scores"]]
 
 
-def test_the_record_holds_the_scores_and_what_is_made_of_them(evaluated):
+def test_the_record_holds_the_scores_and_the_metrics(evaluated):
     record = json.loads(evaluated.read_text())
     rows, scores = generate_scenes(3, 0, 64, split="test"), scores_in(record)
     assert [(score.row, score.sentence, score.kind) for score in scores] == places(rows)
@@ -100,7 +110,7 @@ def test_the_model_index_is_that_of_a_model_card(evaluated):
         assert metric["args"]["threshold"] == 0.5 and metric["args"]["threshold_source"] == "the processor's"
 
 
-def test_the_images_are_images(evaluated):
+def test_the_drawings_are_images(evaluated):
     for path in (evaluated.with_suffix(".png"), evaluated.with_name("sheet.png")):
         assert Image.open(path).size > (500, 500)
 
@@ -113,7 +123,7 @@ def test_the_images_are_images(evaluated):
         ("--largest_component", "largest_component", "connected component", "largest_component"),
     ],
 )
-def test_how_masks_are_selected_is_written_everywhere(run_folder, tmp_path, option, field, said, argument):
+def test_every_file_names_the_mask_selection(run_folder, tmp_path, option, field, said, argument):
     output = tmp_path / "scores.json"
     for options in ([], [option, "--sheet", str(tmp_path / "sheet.png")]):
         evaluation.main([str(run_folder / "model"), "--output", str(output), *options])
@@ -135,10 +145,16 @@ def test_no_file_names_a_folder_of_the_machine(evaluated, run_folder):
 
 
 def evaluate(*arguments: object) -> dict:
-    """Run the command; returns its record, written to the last argument."""
+    """Run the command and return its record, which is written to the last argument."""
     *options, output = map(str, arguments)
     evaluation.main([*options, "--output", output])
     return json.loads(Path(output).read_text())
+
+
+def test_a_run_can_be_named_by_its_folder(run_folder):
+    evaluation.main([str(run_folder), "--data.num_scenes", "[1, 1, 1]"])
+    record = json.loads((run_folder / "evaluation-test.json").read_text())
+    assert record["model"] == "trial" and record["command"].startswith("python training/evaluation.py trial --data")
 
 
 def test_single_fields_of_the_runs_data_can_be_overridden(run_folder, tmp_path):
@@ -164,13 +180,13 @@ def test_a_model_without_a_run_is_scored_on_a_refer_folder(run_folder, tmp_path)
         "split": "testA",
         "args": record["counts"],
     }
-    assert record["intervals"] == {"all": {}}  # of a single image there is none
+    assert record["intervals"] == {"all": {}}  # a single image gives none
 
 
 # Threshold
 
 
-def test_a_calibrated_threshold_is_chosen_on_val_and_said_everywhere(run_folder, tmp_path, caplog):
+def test_a_calibrated_threshold_is_chosen_on_val_and_every_file_names_it(run_folder, tmp_path, caplog):
     with caplog.at_level("INFO"):
         record = evaluate(run_folder / "model", "--calibrate", "val", tmp_path / "a.json")
     threshold, candidates = record["threshold"]["value"], record["threshold"]["candidates"]
@@ -188,7 +204,7 @@ def test_a_calibrated_threshold_is_chosen_on_val_and_said_everywhere(run_folder,
 
 @pytest.fixture
 def refusal(run_folder, tmp_path, monkeypatch, capsys):
-    """Says what the command says to options that it refuses before it scores or writes anything."""
+    """Returns the message for options that the command must refuse before it scores or writes anything."""
 
     def work(*arguments, **options):
         raise AssertionError("scoring began")
@@ -233,9 +249,10 @@ def test_what_it_cannot_use_is_named_before_any_work(refusal, options, named):
 def test_a_missing_model_or_its_data_is_named(refusal, run_folder, tmp_path):
     missing = tmp_path / "nowhere" / "model"
     assert str(missing) in refusal(model=missing)
-    assert "is not a folder" in refusal(model="gone")
+    assert "There is no folder gone, and an id on the Hub has the form user/name" in refusal(model="gone")
     (tmp_path / "model").symlink_to(run_folder / "model")
-    assert "settings.yaml" in refusal(model=tmp_path / "model")
+    assert f"{tmp_path / 'settings.yaml'} is not there" in refusal(model=tmp_path / "model")
+    assert "A model on the Hub brings no settings.yaml" in refusal(model="someone/zebra-finder")
     (tmp_path / "empty").mkdir()
     assert str(tmp_path / "empty") in refusal("--data.source", "scenes", model=tmp_path / "empty")
 
@@ -247,7 +264,7 @@ import json, sys
 from dataclasses import astuple
 from pathlib import Path
 from accelerate import Accelerator
-from test_evaluation import StandIn, make_processor, make_rows
+from stand_ins import StandIn, make_processor, make_rows
 from training import evaluation
 
 accelerator = Accelerator()
@@ -268,7 +285,7 @@ def test_two_processes_give_the_same_scores(run_folder, tmp_path):
     script.write_text(TWO_PROCESSES)
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
     launch += ["--rdzv_endpoint", "localhost:0", str(script), str(tmp_path), str(run_folder / "model")]
-    done = subprocess.run(launch, env=ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run(launch, env=ENVIRONMENT | ON_CPU, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for num_scenes in (5, 1):
         expected = score_sentences(StandIn(), make_processor(), make_rows(num_scenes), Accelerator(cpu=True))
@@ -294,7 +311,7 @@ def test_the_arithmetic_is_as_asked_for_and_said(run_folder, tmp_path):
         output = tmp_path / f"{precision}.json"
         command = [sys.executable, evaluation.__file__, str(run_folder / "model"), "--output", str(output)]
         done = subprocess.run(
-            [*command, "--mixed_precision", precision], env=ENVIRONMENT, capture_output=True, text=True
+            [*command, "--mixed_precision", precision], env=ENVIRONMENT | ON_CPU, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
         records[precision] = json.loads(output.read_text())

@@ -7,6 +7,7 @@ from conftest import make_model
 from reference import conv2d, layer_norm, softmax
 
 from modeling_sera import SeraConfig
+from modeling_sera.layers_sera import SeraSampleNorm
 from modeling_sera.routing_sera import SeraRouting, SeraTopKRouter, router_auxiliary_loss
 
 
@@ -19,6 +20,11 @@ def batch_norm(x: np.ndarray, norm: torch.nn.BatchNorm2d) -> np.ndarray:
     mean, var = array(norm.running_mean).reshape(shape), array(norm.running_var).reshape(shape)
     normed = (x - mean) / np.sqrt(var + norm.eps)
     return normed * array(norm.weight).reshape(shape) + array(norm.bias).reshape(shape)
+
+
+def standardized(x: np.ndarray, norm: SeraSampleNorm) -> np.ndarray:
+    """What a norm over samples gives in inference."""
+    return (x - array(norm.running_mean)) / np.sqrt(array(norm.running_var) + norm.EPSILON)
 
 
 def agree(module: torch.nn.Module, grid: torch.Tensor, expected: np.ndarray) -> None:
@@ -45,7 +51,9 @@ def test_multi_scale_convolution(adapter, grid):
     x, enrich = array(grid), adapter.enrich
     branches = [conv2d(x, array(c.weight), array(c.bias)) for c in (enrich.conv1, enrich.conv3, enrich.conv5)]
     assert [b.shape[1] for b in branches] == [8, 4, 4]
-    agree(enrich, grid, x + np.concatenate(branches, axis=1))
+    rich = x + np.concatenate(branches, axis=1)
+    centred = rich - rich.mean(axis=1, keepdims=True)
+    agree(enrich, grid, centred / np.sqrt((centred**2).mean(axis=1, keepdims=True) + 1e-5))
 
 
 def test_adapter_spatial_expert(adapter, grid):
@@ -61,9 +69,17 @@ def test_adapter_boundary_expert(adapter, grid):
     agree(expert, grid, expected)
 
 
-def test_adapter_router_is_a_softmax_of_the_pooled_map(adapter, grid):
-    scores = array(grid).mean(axis=(2, 3)) @ array(adapter.router.score.weight).T + array(adapter.router.score.bias)
-    agree(adapter.router, grid, softmax(scores))
+def test_adapter_router_is_a_softmax_of_the_pooled_map_and_the_sentence(adapter, grid):
+    router, sentence = adapter.router, torch.randn(3, 24)
+    pooled = standardized(array(grid).mean(axis=(2, 3)), router.norm)
+    scores = pooled @ array(router.score.weight).T + array(router.score.bias)
+    scores = scores[[1, 0, 1]] + array(sentence) @ array(router.score_sentence.weight).T
+    with torch.no_grad():
+        weights = router(grid, sentence, torch.tensor([1, 0, 1]))
+    assert np.abs(array(weights) - softmax(scores)).max() < 1e-5
+    image_alone = make_model(expression_aware_routing=False).model.vision.adapted_blocks["1"].adapter.router
+    pooled = standardized(array(grid).mean(axis=(2, 3)), image_alone.norm)
+    agree(image_alone, grid, softmax(pooled @ array(image_alone.score.weight).T + array(image_alone.score.bias)))
 
 
 def test_adapter_corrects_the_map_as_the_equation_says(adapter):
@@ -72,15 +88,16 @@ def test_adapter_corrects_the_map_as_the_equation_says(adapter):
         adapter.text_attention.o_proj.weight.zero_()
         adapter.text_attention.o_proj.bias.zero_()
         patches = torch.randn(2, 35, 32)
+        sentence = torch.randn(2, 24)
         rich = adapter.enrich(adapter.down_proj(patches).transpose(1, 2).reshape(2, 16, 5, 7))
-        weights = adapter.router(rich)
+        weights = adapter.router(rich, sentence)
         spatial, boundary = array(adapter.spatial_expert(rich)), array(adapter.boundary_expert(rich))
         got, routed = adapter(
             patches,
             grid_size=(5, 7),
             text_states=torch.randn(2, 3, 32),
             text_mask=None,
-            sentence=torch.randn(2, 24),
+            sentence=sentence,
         )
     w_s, w_b = (array(weights)[:, i].reshape(2, 1, 1, 1) for i in (0, 1))
     corrected = (array(rich) + 0.25 * w_s * spatial + 0.15 * w_b * boundary).reshape(2, 16, 35).transpose(0, 2, 1)
@@ -94,8 +111,10 @@ def test_spatial_expert(fusion, grid):
     y, x = np.meshgrid((np.arange(5) + 0.5) / 5 * 2 - 1, (np.arange(7) + 0.5) / 7 * 2 - 1, indexing="ij")
     weight, bias = array(expert.conv.weight)[:, :, 0, 0], array(expert.conv.bias)
     added = np.einsum("oc,chw->ohw", weight, np.stack([x, y])) + bias[:, None, None]
-    assert float(expert.alpha) == pytest.approx(0.1)
-    agree(expert, grid, array(grid) + 0.1 * added)
+    assert float(expert.alpha.detach()) == 1.0
+    with torch.no_grad():
+        expert.alpha.fill_(0.7)
+    agree(expert, grid, array(grid) + 0.7 * added)
 
 
 def test_context_expert(fusion, grid):
@@ -148,7 +167,7 @@ def test_shape_expert(fusion, grid):
     expert = fusion.experts["shape"]
     x = array(grid)
     low = filtered(x, np.outer([1, 4, 6, 4, 1], [1, 4, 6, 4, 1]) / 256)
-    high = filtered(x, np.array([[0, 1, 0], [1, -4, 1], [0, 1, 0]]))
+    high = filtered(x, np.array([[0, 1, 0], [1, -4, 1], [0, 1, 0]]) / 4)
     mixed = conv2d(np.concatenate([low, high], axis=1), array(expert.mix.weight), array(expert.mix.bias))
     agree(expert, grid, x + mixed)
 
@@ -158,7 +177,7 @@ def test_shape_expert(fusion, grid):
 def test_router_weights_sum_to_one_and_keep_k(k, training):
     torch.manual_seed(0)
     router = SeraTopKRouter(SeraConfig.tiny(num_selected_experts=k)).train(training)
-    routing = router(torch.randn(50, 16))
+    routing = router(torch.randn(50, 16), torch.randn(50, 24))
     assert torch.allclose(routing.weights.sum(dim=1), torch.ones(50))
     assert ((routing.weights > 0).sum(dim=1) <= k).all()
     assert (routing.selected.sum(dim=1) == k).all()
@@ -168,29 +187,35 @@ def test_router_weights_sum_to_one_and_keep_k(k, training):
 def test_router_equals_its_equation():
     torch.manual_seed(0)
     router = SeraTopKRouter(SeraConfig.tiny(num_selected_experts=2)).eval()
-    z = torch.randn(9, 16)
-    hidden = np.maximum(array(z) @ array(router.hidden.weight).T + array(router.hidden.bias), 0)
+    router.norm.running_mean.normal_()
+    router.norm.running_var.uniform_(0.5, 2.0)
+    z, sentence, index = torch.randn(4, 16), torch.randn(9, 24), torch.tensor([0, 1, 1, 3, 2, 2, 2, 0, 1])
+    hidden = standardized(array(z), router.norm) @ array(router.hidden.weight).T + array(router.hidden.bias)
+    hidden = hidden[index.numpy()] + array(sentence) @ array(router.hidden_sentence.weight).T
+    hidden = torch.nn.functional.gelu(torch.tensor(hidden)).numpy()
     logits = hidden @ array(router.score.weight).T + array(router.score.bias)
     expected = np.zeros_like(logits)
     for row, r in enumerate(logits):
         kept = np.argsort(r)[-2:]
         expected[row, kept] = softmax(r[kept])
-    assert np.abs(array(router(z).weights) - expected).max() < 1e-5
+    assert np.abs(array(router(z, sentence, index).weights) - expected).max() < 1e-5
 
 
 def test_noise_moves_training_only():
     torch.manual_seed(0)
     router = SeraTopKRouter(SeraConfig.tiny(router_noise_std=0.5))
-    z = torch.randn(4, 16)
-    assert not torch.equal(router.train()(z).weights, router(z).weights)
-    assert torch.equal(router.eval()(z).weights, router(z).weights)
-    assert torch.equal(router.train()(z).logits, router.eval()(z).logits)
+    seen = torch.randn(4, 16), torch.randn(4, 24)
+    assert not torch.equal(router.train()(*seen).weights, router(*seen).weights)
+    assert torch.equal(router.eval()(*seen).weights, router(*seen).weights)
+    router.norm.is_kept = True  # or the samples would move what they are normalised by
+    assert torch.equal(router.train()(*seen).logits, router.eval()(*seen).logits)
 
 
 def test_fusion_is_the_weighted_sum_of_the_chosen_experts(fusion):
     tokens = torch.randn(3, 35, 32)
     with torch.no_grad():
         fused, routing = fusion(tokens, grid_size=(5, 7), sentence=torch.randn(3, 24))
+        assert routing.weights.std(dim=0).min() > 0.01
         grid = fusion.norm(fusion.project(tokens)).transpose(1, 2).reshape(3, 16, 5, 7)
         outputs = np.stack([array(expert(grid)) for expert in fusion.experts.values()], axis=1)
     expected = np.einsum("ne,nechw->nchw", array(routing.weights), outputs)
@@ -228,12 +253,14 @@ def random_routing(k: int) -> SeraRouting:
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_auxiliary_losses_equal_a_numpy_computation(k):
     routing = random_routing(k)
-    weights, logits, selected = (field.numpy() for field in routing)
+    weights, logits, selected = (field.numpy() for field in routing[:3])
 
-    def loss(z, b, t):
-        return float(router_auxiliary_loss(routing, logit_weight=z, balance_weight=b, token_weight=t))
+    def loss(z, b, t, bound=0.0):
+        weights = {"logit_weight": z, "balance_weight": b, "token_weight": t}
+        return float(router_auxiliary_loss(routing, logit_bound=bound, **weights))
 
     assert loss(2, 0, 0) == pytest.approx(2 * (logits**2).mean())
+    assert loss(2, 0, 0, bound=0.5) == pytest.approx(2 * (np.maximum(np.abs(logits) - 0.5, 0) ** 2).mean())
     usage = weights.mean(axis=0)
     assert loss(0, 3, 0) == pytest.approx(3 * (np.std(usage) / np.mean(usage)) ** 2)
     f, p = selected.mean(axis=0), softmax(logits).mean(axis=0)
@@ -243,7 +270,7 @@ def test_auxiliary_losses_equal_a_numpy_computation(k):
 
 def test_balance_loss_is_least_when_experts_are_used_alike():
     even = SeraRouting(torch.full((8, 4), 0.25), torch.zeros(8, 4), torch.ones(8, 4, dtype=torch.bool))
-    arguments = {"logit_weight": 0.0, "balance_weight": 1.0, "token_weight": 0.0}
+    arguments = {"logit_weight": 0.0, "logit_bound": 0.0, "balance_weight": 1.0, "token_weight": 0.0}
     assert float(router_auxiliary_loss(even, **arguments)) == 0.0
     assert float(router_auxiliary_loss(random_routing(1), **arguments)) > 0
 

@@ -1,4 +1,4 @@
-"""Leaving eager PyTorch: ONNX at every size, eight-bit weights, torch.export and torch.compile, and the command's refusals."""
+"""Export: ONNX at all sizes, eight-bit weights, torch.export and torch.compile, and input that the command refuses."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from builders import tiny_tokenizer
 from conftest import REPOSITORY, make_inputs, make_model
-from test_readme import commands
+from documents import commands
 from torch.nn.functional import pad
 
 from modeling_sera import SeraForReferringSegmentation
@@ -28,16 +28,16 @@ needs_onnx = pytest.mark.skipif(
     reason="the export extra (onnx, onnxscript, onnxruntime) is not installed",
 )
 
-# images, rows of them that the expressions are about, size in pixels, tokens
+# images, image of each expression, size in pixels, tokens
 SIZES = [
-    (1, [0], (56, 56), 5),  # one of everything, at the position embedding's own size
+    (1, [0], (56, 56), 5),  # one of each, at the size of the position embedding
     (2, [0, 1], (56, 56), 7),
     (2, [1, 0, 1, 1], (84, 28), 12),
     (1, [0, 0, 0], (14, 42), 77),
-    (4, [3, 1], (112, 98), 4),
+    (4, [3, 1, 0, 2], (112, 98), 4),
     (3, [0, 1, 2, 2, 1, 0, 0], (28, 28), 20),
 ]
-LEARNT = (2, [0, 0, 1, 1])  # images and expressions that the exported model knows by heart
+LEARNT = (2, [0, 0, 1, 1])  # images and expressions that the exported model has learnt
 
 
 def text_config() -> dict[str, int]:
@@ -60,7 +60,7 @@ def differences(model, other, sizes=SIZES) -> list[float]:
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
-    """A run's folder: a small model that has learnt four masks by heart, its processor, and settings that name its data."""
+    """A run's folder: a small model that has learnt four masks, its processor, and settings that name its data."""
     folder = tmp_path_factory.mktemp("readme") / "outputs" / "demo"
     shorter = {"adapter_layers": [1], "tap_layers": [1, 2], "predict_presence": True}
     model = make_model(vision_config={"num_hidden_layers": 2}, text_config=text_config(), **shorter).train()
@@ -82,7 +82,7 @@ def run_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exported(run_folder):
-    """What the command in docs/deployment.md wrote, run as it is written there."""
+    """The folder that the command in docs/deployment.md wrote, as it is written there."""
     place = run_folder.parents[1]
     for name in ("modeling_sera", "processing_sera", "training"):
         (place / name).symlink_to(REPOSITORY / name)
@@ -155,7 +155,7 @@ def test_no_file_names_a_folder_of_the_machine(exported, run_folder):
 
 
 def test_torch_export_with_free_sizes():
-    """Another kind of model than the graph's: no registers, routers that see the sentence, experts left out."""
+    """Another kind of model: no registers, routers that see the sentence, some experts left out."""
     kind = {"expression_aware_routing": True, "num_selected_experts": 2}
     vision = {"model_type": "dinov2", "num_hidden_layers": 2}
     model = make_model(vision_config=vision, adapter_layers=[0], tap_layers=[2], **kind)
@@ -167,7 +167,7 @@ def test_torch_export_with_free_sizes():
 
 
 def test_compiled_whole():
-    """In one graph: `fullgraph` refuses to fall back to Python anywhere on the inference path."""
+    """With `fullgraph`, the inference path must compile to one graph, without a fallback to Python."""
     shorter = {"adapter_layers": [1], "tap_layers": [1, 2]}
     model = make_model(vision_config={"num_hidden_layers": 2}, num_selected_experts=2, **shorter)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -220,7 +220,7 @@ def test_what_it_cannot_use_is_named_before_any_work(run_folder, tmp_path, monke
     model, output = run_folder / "model", tmp_path / "new"
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")
-    assert "holds something else" in refusal(capsys, model, "--output", tmp_path / "mine")
+    assert "holds other files than an export" in refusal(capsys, model, "--output", tmp_path / "mine")
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep"
     assert "'nope'" in refusal(capsys, model, "--output", output, "--evaluate", "nope")
     moved = tmp_path / "alone" / "model"
@@ -232,7 +232,7 @@ def test_what_it_cannot_use_is_named_before_any_work(run_folder, tmp_path, monke
 
 @needs_onnx
 def test_a_gpu_is_left_alone(run_folder, tmp_path, monkeypatch, capsys):
-    """The graph is computed on the processor: whatever loads the data must not have chosen a GPU for the process before."""
+    """The graph runs on the CPU, so loading the data must not choose a GPU for the process."""
 
     def load(*arguments):
         raise ValueError(f"device: {PartialState().device}")

@@ -1,4 +1,4 @@
-"""`sera-segment`: the files it writes, that they agree with each other and with the model, and what it says of bad input."""
+"""`sera-segment`: its files agree with each other and with the model, and bad input is named."""
 
 import json
 import os
@@ -13,12 +13,11 @@ import pytest
 import torch
 from conftest import REPOSITORY, save_tiny_model
 from PIL import Image
-from pycocotools import mask as coco_mask
+from segmenting import check_files, refusal, segment, smooth_image
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from modeling_sera import SeraForReferringSegmentation
 from processing_sera import SeraProcessor
-from training.prediction import main
 
 EXPRESSIONS = ["left zebra", 'the "right" cup', "zebra — drinking"]
 COMMAND = "import sys; from training.prediction import main; sys.exit(main())"
@@ -31,9 +30,7 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def photograph() -> Image.Image:
-    rows, columns = np.mgrid[0:40, 0:64]
-    wave = 127 + 120 * np.sin(rows / 7)[..., None] * np.cos(columns[..., None] / np.array([5, 9, 14]))
-    return Image.fromarray(wave.astype(np.uint8))
+    return smooth_image()
 
 
 @pytest.fixture
@@ -42,49 +39,14 @@ def photo(photograph, tmp_path) -> Path:
     return tmp_path / "photo.png"
 
 
-def segment(*arguments: object) -> None:
-    main([str(argument) for argument in arguments])
-
-
-def refusal(capsys, *arguments: object) -> str:
-    """What the command says when it ends with exit code 2: one line."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as error:
-        segment(*arguments)
-    out, err = capsys.readouterr()
-    assert error.value.code == 2 and out == ""
-    assert err.startswith("sera-segment: error: ") and err.count("\n") == 1 and err.endswith("\n")
-    return err
-
-
 def run_command(*arguments: str | bytes, code: str = COMMAND, **environment: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"} | environment
     command = [sys.executable, "-c", code, *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace")
 
 
-def check_files(folder: Path, size: tuple[int, int], expressions: list[str]) -> list[np.ndarray]:
-    """The files agree with each other; returns the masks."""
-    records = json.loads((folder / "prediction.json").read_text(encoding="utf-8"))
-    assert [record["expression"] for record in records] == expressions
-    masks = []
-    for record in records:
-        written = Image.open(folder / record["mask"])
-        assert written.mode == "L" and written.size == size
-        mask = np.asarray(written)
-        assert set(np.unique(mask)) <= {0, 255}
-        assert np.array_equal(coco_mask.decode(record["rle"]) == 1, mask == 255)
-        assert 0 <= record["score"] <= 1
-        masks.append(mask == 255)
-    assert Image.open(folder / "overlay.png").size == size
-    names = {record["mask"] for record in records}
-    assert len(names) == len(records)
-    assert {path.name for path in folder.iterdir()} == names | {"overlay.png", "prediction.json"}
-    return masks
-
-
 def results_of(model: Path, photo: Path, expressions: list[str], **options) -> list[dict]:
-    """Model and processor, asked directly."""
+    """The results of model and processor, without the command."""
     loaded, processor = SeraForReferringSegmentation.from_pretrained(model).eval(), SeraProcessor.from_pretrained(model)
     inputs = processor(images=[photo], text=[expressions], return_tensors="pt")
     with torch.no_grad():
@@ -95,8 +57,8 @@ def results_of(model: Path, photo: Path, expressions: list[str], **options) -> l
 # What it writes
 
 
-def test_the_installed_command_writes_what_the_model_gives(model, photo, tmp_path):
-    """With no package that training alone needs, and no module of ours but those it is made of."""
+def test_the_installed_command_writes_the_models_results(model, photo, tmp_path):
+    """It runs without the packages that only training needs, and imports only the modules of the list below."""
     entry = re.search(r'^sera-segment = "(.+):(.+)"$', (REPOSITORY / "pyproject.toml").read_text(), flags=re.MULTILINE)
     code = f"""
 import sys
@@ -121,6 +83,7 @@ print(sorted(name for name in sys.modules if name.startswith("training.")))
         "support",
         "support.commands",
         "support.files",
+        "support.model_location",
     )
     assert done.stdout.endswith(f"{[f'training.{module}' for module in modules]}\n")
 
@@ -212,11 +175,13 @@ def test_what_it_cannot_use_is_named(model, photo, tmp_path, capsys, monkeypatch
     assert re.search(r"corrupt\.png is not a readable image", said(corrupt, text, "--model", model))
     assert re.search(r"bomb\.png is not a readable image.*exceeds limit", said(bomb, text, "--model", model))
     assert re.search("expression.*'  ' is an empty expression", said(photo, text, "  ", "--model", model))
-    assert "is an empty expression" in said(photo, text, "\u200b", "--model", model)  # once cleaned
+    assert "is an empty expression" in said(
+        photo, text, "\u200b", "--model", model
+    )  # nothing is left of it after cleaning
     assert "required: expression" in said(photo, "--model", model)
     assert "required: --model" in said(photo, text)
     for threshold in ("1.5", "0", "nan", "half"):
-        assert f"--threshold: '{threshold}' is no number between 0 and 1" in said(
+        assert f"--threshold: '{threshold}' is not a number between 0 and 1" in said(
             photo, text, "--model", model, "--threshold", threshold
         )
     assert "--dtype: invalid choice: 'int8'" in said(photo, text, "--model", model, "--dtype", "int8")
@@ -227,7 +192,7 @@ def test_what_it_cannot_use_is_named(model, photo, tmp_path, capsys, monkeypatch
 
 
 def test_an_argument_that_is_not_utf8(model, photo, tmp_path):
-    """As bytes, on its way through the system; an image's name may be such."""
+    """Arguments reach the command as bytes. The name of an image may be no UTF-8."""
     name = os.fsencode(tmp_path) + b"/photo-\xe9.png"
     try:
         shutil.copy(os.fsencode(photo), name)
@@ -260,14 +225,14 @@ def test_a_missing_or_damaged_file_of_the_model_is_named(model, photo, tmp_path,
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_that_is_none_or_another(model, photo, tmp_path, capsys, monkeypatch):
+def test_a_folder_without_a_model_or_with_another_one(model, photo, tmp_path, capsys, monkeypatch):
     def said(folder: object) -> str:
         return refusal(capsys, photo, "left", "--model", folder, "--out", tmp_path / "out")
 
     for folder in (tmp_path / "nowhere", "./nowhere", "a/b/c"):
-        assert f"There is no folder {folder}." in said(folder)
+        assert f"There is no folder {folder}, and" in said(folder)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert "someone/nothing is no folder here and cannot be had from the Hub" in said("someone/nothing")
+    assert "someone/nothing is no folder here and could not be loaded from the Hub" in said("someone/nothing")
 
     other = tmp_path / "other"
     shutil.copytree(model, other)

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -13,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from test_restart import NOISY, assert_same_run, printed, start, wait_for_step
-from test_training import ENVIRONMENT, REPOSITORY, written
+from conftest import REPOSITORY
+from restarts import NOISY, assert_same_run, printed, start, wait_for_step
+from runs import ENVIRONMENT, written
 from torch.nn.parallel import DistributedDataParallel
 
 from modeling_sera import SeraForReferringSegmentation
@@ -23,6 +25,7 @@ from training.configuration import TrainingSettings
 from training.evaluation import score_sentences
 from training.examples.splits import load_splits
 from training.scoring.metric import summarize
+from training.support.locks import locked_folder
 
 # 31 images are no multiple of two processes' batches of one, and three to score leave one process with less to do
 SETTINGS = replace(NOISY, data=replace(NOISY.data, num_scenes=(31, 3, 1)), num_workers=0)
@@ -51,18 +54,45 @@ runpy.run_path("training/train.py", run_name="__main__")
 """
 
 
+# two processes, each with its own uneven batches, make the gradients of one process with all of them as one batch
+WEIGHING = """
+import sys
+from pathlib import Path
+from accelerate import Accelerator
+from weighing import *
+
+every = uneven_batches((1, 4, 2, 3))
+expected, loss = expected_gradients(every)
+accelerator = Accelerator(cpu=True)
+mine = every[accelerator.process_index :: 2]
+model = accelerator.prepare(resting_model())
+losses = accumulate_gradients(model, mine, accelerator)
+assert_same_gradients(gradients_of(accelerator.unwrap_model(model)), expected)
+torch.testing.assert_close(accelerator.reduce(losses, "sum")[0], loss)
+# its sampler deals the rows out in turn, in an order of its own
+assert_same_gradients(gradients_of_trainer(resting_model(), every, Path(sys.argv[1]), processes=2), expected)
+print("weighed")
+"""
+
+
+def launch(script: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """Two processes of a script, started by torchrun, that ended well."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
+    command += ["--rdzv_endpoint", "localhost:0", str(script), *arguments]
+    environment = ENVIRONMENT | {"ACCELERATE_USE_CPU": "true"} | environment
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     """The folder of a run of two processes that nothing interrupts, started by torchrun."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     script = folder.with_suffix(".py")
     script.write_text(COMPARING)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
-    command += ["--rdzv_endpoint", "localhost:0", str(script)]
-    command += ["--config", written(SETTINGS, folder.with_suffix(".yaml")), "--output_dir", str(folder)]
-    environment = ENVIRONMENT | {"ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    options = ["--config", written(SETTINGS, folder.with_suffix(".yaml")), "--output_dir", str(folder)]
+    done = launch(script, *options)
     assert done.stdout.count("compared") == 2 * SETTINGS.optimization.epochs
     assert "cannot synchronise" in done.stderr
     return folder
@@ -76,6 +106,14 @@ def start_pair(folder: Path, settings: TrainingSettings = SETTINGS, prepare: Cal
     common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     ranks = ({"RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1"))
     return [start(settings, folder, prepare=prepare, **rank, **common) for rank in ranks]
+
+
+def test_every_expression_weighs_the_same_in_two_processes(tmp_path):
+    script = tmp_path / "weigh.py"
+    script.write_text(WEIGHING)
+    places = [REPOSITORY, REPOSITORY / "tests"]
+    done = launch(script, str(tmp_path / "trainer"), PYTHONPATH=os.pathsep.join(map(str, places)))
+    assert done.stdout.count("weighed") == 2
 
 
 def check_what_outlives_the_group() -> None:
@@ -115,6 +153,39 @@ def test_a_set_smaller_than_a_batch_of_each_is_trained_on(tmp_path):
         assert process.exitcode == 0, printed(tmp_path / "run", rank)
         assert "the group ends" in printed(tmp_path / "run", rank)
     assert len((tmp_path / "run" / "losses.jsonl").read_text().splitlines()) == 1
+
+
+def lose_the_loss_of_one() -> None:
+    """The third batch of the second process has a loss that is not finite."""
+    check_what_outlives_the_group()
+    forward, calls = SeraForReferringSegmentation.forward, []
+
+    def broken(self, *arguments, **options):
+        calls.append(1)
+        outputs = forward(self, *arguments, **options)
+        is_lost = os.environ["RANK"] == "1" and len(calls) == 3
+        return replace(outputs, loss=outputs.loss * float("nan")) if is_lost else outputs
+
+    SeraForReferringSegmentation.forward = broken
+
+
+def test_both_stop_where_one_has_a_loss_that_is_not_finite(tmp_path):
+    said = []
+    for rank, process in enumerate(start_pair(tmp_path / "run", prepare=lose_the_loss_of_one)):
+        process.join()
+        output = printed(tmp_path / "run", rank)
+        assert process.exitcode == 1 and "Traceback" not in output and "the group ends" in output, output
+        said.append(output.split("error: ")[1].splitlines()[0])
+    assert said[0] == said[1] and "the loss became nan at step 2 (epoch 1)" in said[0]
+    assert len((tmp_path / "run" / "losses.jsonl").read_text().splitlines()) == 1
+
+
+def test_both_are_refused_where_another_run_is_at_work(tmp_path):
+    with locked_folder(tmp_path / "run", "wait"):
+        pair = start_pair(tmp_path / "run")
+        for rank, process in enumerate(pair):
+            process.join()
+            assert process.exitcode == 1 and "another command is at work there" in printed(tmp_path / "run", rank)
 
 
 def test_one_process_does_not_go_on_for_two(whole, tmp_path):

@@ -1,4 +1,4 @@
-"""Pushing: what goes up, what does not, and what a server that speaks the Hub's endpoints receives."""
+"""Pushing: the files that are sent, those that are refused, and the requests that a server with the Hub's endpoints gets."""
 
 import base64
 import hashlib
@@ -19,11 +19,12 @@ import torch
 import yaml
 from builders import image_bytes
 from conftest import REPOSITORY
+from evaluations import write_evaluation
 from huggingface_hub import constants
 from PIL import Image
+from runs import ENVIRONMENT, ON_CPU
 from safetensors.torch import load_file, save_file
-from test_card import write_evaluation
-from test_evaluation import ENVIRONMENT, make_processor, tiny_model
+from stand_ins import make_processor, tiny_model
 
 from training import push
 from training.configuration import DataSettings, TrainingSettings, dump_settings
@@ -94,7 +95,7 @@ class _Hub(BaseHTTPRequestHandler):
         failure = next((status for start, status in self.server.failures.items() if path.startswith(start)), None)
         if failure:
             return self.reply({"error": "as the test wants it"}, failure)
-        if path.startswith("/stored/"):  # large files go to a store of their own, which knows no token
+        if path.startswith("/stored/"):  # large files go to another store, which needs no token
             self.server.blobs[path.removeprefix("/stored/")] = body
             return self.reply({})
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
@@ -152,7 +153,7 @@ class _Hub(BaseHTTPRequestHandler):
         self.reply({"transfer": "basic", "objects": objects})
 
     def variable(self, body: bytes) -> None:
-        assert not self.server.space_files  # they start it
+        assert not self.server.space_files  # they would start the Space
         sent = json.loads(body)
         self.server.space_variables[sent["key"]] = sent["value"]
         self.reply({sent["key"]: {"value": sent["value"], "updatedAt": "2026-01-01T00:00:00.000Z"}})
@@ -204,7 +205,7 @@ def server():
 
 @pytest.fixture
 def hub(server, monkeypatch) -> HubServer:
-    """The server, as this process's Hub."""
+    """The server, which this process uses as the Hub."""
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -214,7 +215,7 @@ def hub(server, monkeypatch) -> HubServer:
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory) -> Path:
-    """A run as training leaves it, with much beside the model that is nobody's business."""
+    """A run as training writes it, with other files beside the model that must not be published."""
     run = tmp_path_factory.mktemp("outputs") / "trial"
     tiny_model().save_pretrained(run / "model")
     make_processor().save_pretrained(run / "model")
@@ -229,7 +230,7 @@ def run_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def staged(run_folder, tmp_path_factory) -> Path:
-    """What would go up of the run; that it answers by itself is what the real push below finds out."""
+    """The staged files of the run. A test of a real push below checks that they answer by themselves."""
     target = tmp_path_factory.mktemp("staged") / "model"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(push, "check_answer", lambda folder: None)
@@ -239,7 +240,7 @@ def staged(run_folder, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def already_staged(staged, monkeypatch):
-    """Commands take what is staged already, to save the time."""
+    """Commands use files that are staged already, to save time."""
 
     def copy(model_folder, repo_id, target, **options):
         shutil.copytree(staged, target)
@@ -249,7 +250,7 @@ def already_staged(staged, monkeypatch):
 
 
 def refusal(arguments: list[str]) -> str:
-    """What the command says when it fails."""
+    """The message of a command that fails."""
     with pytest.raises((ValueError, OSError)) as error:
         push.main(arguments)
     return str(error.value)
@@ -263,7 +264,7 @@ def listed(output: str) -> list[PushedFile]:
 def test_a_dry_run_lists_byte_for_byte_what_a_push_sends(run_folder, hub, monkeypatch, capsys, tmp_path):
     command = [str(run_folder), REPO, "--revision-tag", "v1"]
     with monkeypatch.context() as patch:
-        patch.setattr(push, "check_answer", lambda folder: None)  # the push itself asks it, below
+        patch.setattr(push, "check_answer", lambda folder: None)  # the push below calls it
         patch.setattr(socket.socket, "connect", lambda *arguments: pytest.fail("it used the network"))
         push.main([*command, "--dry-run", "--output", str(tmp_path / "kept")])
     would = listed(capsys.readouterr().out)
@@ -278,7 +279,7 @@ def test_a_dry_run_lists_byte_for_byte_what_a_push_sends(run_folder, hub, monkey
     }
     done = subprocess.run(
         [sys.executable, str(REPOSITORY / "training" / "push.py"), *command],
-        env=environment,
+        env=environment | ON_CPU,
         capture_output=True,
         text=True,
     )
@@ -291,7 +292,7 @@ def test_a_dry_run_lists_byte_for_byte_what_a_push_sends(run_folder, hub, monkey
     assert TOKEN not in done.stdout + done.stderr and f"{hub.url}/{REPO}/commit/{COMMIT}, tagged v1" in done.stderr
 
 
-def test_what_goes_up_is_the_model_its_code_and_nothing_that_lay_beside(staged, run_folder):
+def test_only_the_model_and_its_code_are_sent(staged, run_folder):
     paths = {file.path for file in list_files(staged)}
     code = {
         path.name for name in ("modeling_sera", "processing_sera") for path in (REPOSITORY / name).glob("*_sera.py")
@@ -365,8 +366,8 @@ def test_a_space_that_is_refused_is_named(hub, already_staged, run_folder):
     with pytest.raises(ValueError, match="someone/zebra-space exists and is public"):
         push.main([str(run_folder), REPO, "--private", "--space", SPACE])
     assert hub.space_files == {}
-    assert "no repository on the Hub" in refusal([str(run_folder), REPO, "--space", "zebra", "--dry-run"])
-    assert "is there already" in refusal([str(run_folder), REPO, "--output", str(run_folder), "--dry-run"])
+    assert "cannot be a repository on the Hub" in refusal([str(run_folder), REPO, "--space", "zebra", "--dry-run"])
+    assert "exists already" in refusal([str(run_folder), REPO, "--output", str(run_folder), "--dry-run"])
 
 
 def test_nothing_is_sent_to_a_public_repository_that_should_be_private(hub, already_staged, run_folder):
@@ -376,7 +377,7 @@ def test_nothing_is_sent_to_a_public_repository_that_should_be_private(hub, alre
     assert hub.files == {} and hub.blobs == {}
 
 
-def test_nothing_is_sent_under_a_tag_that_is_there(hub, already_staged, run_folder):
+def test_nothing_is_sent_for_a_tag_that_exists(hub, already_staged, run_folder):
     hub.private, hub.tags = False, {"v1": "f" * 40}
     with pytest.raises(ValueError, match="has a tag 'v1' already"):
         push.main([str(run_folder), REPO, "--revision-tag", "v1"])
@@ -414,7 +415,7 @@ def test_a_server_that_is_not_there(hub, already_staged, run_folder, monkeypatch
     assert "cannot be reached at http://127.0.0.1" in refusal([str(run_folder), REPO])
 
 
-def test_without_a_token_nothing_is_begun(hub, run_folder, monkeypatch, tmp_path):
+def test_without_a_token_nothing_begins(hub, run_folder, monkeypatch, tmp_path):
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
     monkeypatch.setattr(push, "stage", lambda *arguments, **options: pytest.fail("it began"))
@@ -425,7 +426,7 @@ def test_without_a_token_nothing_is_begun(hub, run_folder, monkeypatch, tmp_path
 @pytest.mark.parametrize("repo_id", ["zebra-finder", "a/b/c", "someone/", "some one/zebra", "someone/a--b", "../x", ""])
 def test_bad_names_of_repositories(run_folder, repo_id):
     said = refusal([str(run_folder), repo_id, "--dry-run"])
-    assert repr(repo_id) in said and "no repository on the Hub" in said
+    assert repr(repo_id) in said and "cannot be a repository on the Hub" in said
 
 
 @pytest.mark.parametrize("tag", ["", "v 1", "../v1", "refs/tags/v1"])
@@ -437,7 +438,7 @@ def test_bad_tags(run_folder, tag):
 def test_folders_without_a_model(tmp_path, run_folder):
     with pytest.raises(FileNotFoundError, match="There is no folder"):
         find_model(tmp_path / "none")
-    with pytest.raises(ValueError, match=r"neither config\.json nor model/config\.json"):
+    with pytest.raises(ValueError, match=r"holds no model: it has no config\.json, and no model/config\.json"):
         find_model(tmp_path)
     for content, message in (
         ("{", "not a model's configuration"),
@@ -502,15 +503,15 @@ def test_a_path_of_a_machine_is_refused_and_its_file_named(tmp_path, path):
         planted(tmp_path, "config.json", json.dumps({"vision_model": f"{path}"}))
 
 
-def test_the_models_own_folder_is_such_a_path(tmp_path):
+def test_a_path_of_the_models_folder_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"^README\.md holds a path of this machine"):
         planted(tmp_path, "README.md", f"trained in {tmp_path / 'outputs' / 'trial' / 'model'}.")
 
 
 @pytest.mark.parametrize("token", [TOKEN, "a-token-of-another-form"])
-def test_a_token_is_refused_its_file_named_and_not_repeated(tmp_path, token, monkeypatch):
+def test_a_token_is_refused_and_its_file_is_named_without_it(tmp_path, token, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", token)
-    with pytest.raises(ValueError, match=r"^tokenizer_config\.json holds what looks like a token") as error:
+    with pytest.raises(ValueError, match=r"^tokenizer_config\.json holds text that looks like a token") as error:
         planted(tmp_path, "tokenizer_config.json", json.dumps({"auth": token}))
     assert token not in str(error.value)
 
@@ -528,18 +529,18 @@ def test_a_token_is_refused_its_file_named_and_not_repeated(tmp_path, token, mon
         "x/config.json",
     ],
 )
-def test_only_known_files_go_up(tmp_path, name):
-    with pytest.raises(ValueError, match=rf"^{re.escape(name)} is not a file that goes up"):
+def test_only_known_files_are_sent(tmp_path, name):
+    with pytest.raises(ValueError, match=rf"^{re.escape(name)} is not one of the files that may be sent"):
         planted(tmp_path, name, "")
 
 
-def test_ordinary_text_is_no_secret(tmp_path):
+def test_ordinary_text_is_not_taken_for_a_secret(tmp_path):
     text = f"https://huggingface.co/home/x and/or{Path.home()} hf_hub_download C:/x ~/data {Path.home()}-like /homes"
     planted(tmp_path, "README.md", text)
     planted(tmp_path, "model-00001-of-00002.safetensors", "")
 
 
-def test_a_secret_in_the_models_own_files_does_not_go_up(run_folder, tmp_path, monkeypatch):
+def test_a_secret_in_the_models_own_files_is_not_sent(run_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(push, "check_answer", lambda folder: None)
     for i, secret in enumerate((TOKEN, f"{Path.home()}/towers/vit")):
         folder = shutil.copytree(run_folder / "model", tmp_path / f"model{i}")
@@ -569,7 +570,7 @@ def test_an_evaluation_of_other_weights_is_refused(run_folder, tmp_path):
         push.stage(run_folder / "model", REPO, tmp_path / "model", evaluations=[path], examples=[])
 
 
-def test_the_script_says_what_was_wrong_in_one_line_and_fails(tmp_path, monkeypatch):
+def test_the_script_fails_with_a_message_of_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["push.py", str(tmp_path), REPO, "--dry-run"])
     with pytest.raises(SystemExit) as error:
         runpy.run_path(str(REPOSITORY / "training" / "push.py"), run_name="__main__")

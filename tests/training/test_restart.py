@@ -2,15 +2,11 @@
 
 import contextlib
 import json
-import multiprocessing
 import os
 import pickle
 import random
 import resource
-import runpy
 import signal
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
@@ -20,67 +16,16 @@ import psutil
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import REPOSITORY, make_inputs, make_model
+from conftest import make_inputs, make_model
+from restarts import NOISY, STEPS, assert_same_run, printed, start, wait_for_step
+from runs import TINY
 from safetensors import safe_open
-from safetensors.torch import load_file
-from test_training import TINY, written
 
-from training.configuration import AugmentationSettings, OptimizationSettings, TrainingSettings
-from training.learning.checkpoints import Checkpoints, LossLog, Progress
+from training.configuration import TrainingSettings
+from training.learning.checkpoints import Checkpoints, Progress
+from training.learning.losses import LossLog
 from training.learning.tuning import apply_tuning
 from training.support import files
-
-# everything random at once: dropout, routing noise, augmentation; a worker; several batches to a step; frozen towers
-NOISY = replace(
-    TINY,
-    model=replace(
-        TINY.model,
-        config=TINY.model.config | {"decoder_dropout": 0.3, "router_noise_std": 0.5, "num_selected_experts": 2},
-        vision_tuning="norm_bias",
-        text_tuning="frozen",
-    ),
-    data=replace(TINY.data, num_scenes=(15, 2, 1)),
-    augmentation=AugmentationSettings(flip=0.5, word_dropout=0.3),
-    optimization=OptimizationSettings(epochs=2, batch_size=1, learning_rate=2e-3, gradient_accumulation_steps=2),
-    num_workers=1,
-    checkpoint_every=3,
-    log_every=1,
-)
-STEPS = 16  # fifteen images make eight steps, the last of a single image
-
-# a process forked from one that has imported everything starts in no time
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["training.train"])
-
-
-def run_script(options: list[str], environment: dict[str, str], output: str, prepare: Callable | None) -> None:
-    """`training/train.py` in this (new) process, its output in a file."""
-    os.environ.update(environment)
-    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # as if the script had been started alone
-    os.cpu_count = lambda: 1  # scenes this few are drawn sooner than processes start to draw them
-    if prepare:
-        prepare()
-    sys.argv = ["train.py", *options]
-    runpy.run_path(str(REPOSITORY / "training" / "train.py"), run_name="__main__")
-
-
-def start(settings: TrainingSettings, folder: Path, *options: str, prepare: Callable | None = None, **environment: str):
-    """A training process that writes to `folder`, and what it prints beside that."""
-    config = written(settings, folder.with_suffix(".yaml"))
-    arguments = ["--config", config, "--output_dir", str(folder), *options]
-    environment = {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"} | environment
-    output = str(folder.with_suffix(f".{environment.get('RANK', '0')}.txt"))
-    process = CONTEXT.Process(target=run_script, args=(arguments, environment, output, prepare))
-    process.start()
-    return process
-
-
-def printed(folder: Path, rank: int = 0) -> str:
-    return folder.with_suffix(f".{rank}.txt").read_text()
 
 
 def finish(process: BaseProcess, folder: Path) -> str:
@@ -89,33 +34,12 @@ def finish(process: BaseProcess, folder: Path) -> str:
     return printed(folder)
 
 
-def wait_for_step(process: BaseProcess, folder: Path, step: int, before: int | None) -> None:
-    """Wait until this process (not the one before, whose log was file number `before`) has logged a step."""
-    log = folder / "losses.jsonl"
-    while process.is_alive():
-        if log.exists() and log.stat().st_ino != before and len(log.read_text().splitlines()) >= step:
-            return
-        time.sleep(0.005)
-    raise AssertionError(printed(folder))
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     """The folder of a run that nothing interrupts."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     finish(start(NOISY, folder), folder)
     return folder
-
-
-def assert_same_run(folder: Path, whole: Path) -> None:
-    """Every loss, every score and the model, to the last bit; nothing but a run's files is left."""
-    lines = (folder / "losses.jsonl").read_text()
-    assert len(lines.splitlines()) == STEPS and lines == (whole / "losses.jsonl").read_text()
-    assert (folder / "history.json").read_text() == (whole / "history.json").read_text()
-    weights = [load_file(run / "model" / "model.safetensors") for run in (folder, whole)]
-    assert weights[0].keys() == weights[1].keys()
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in whole.iterdir())
 
 
 def test_a_run_killed_five_times_loses_nothing(whole, tmp_path):
@@ -310,10 +234,10 @@ def test_a_checkpoint_cannot_run_code(tmp_path, monkeypatch):
 
 
 def test_the_log_keeps_the_steps_of_the_checkpoint_and_no_half_line(tmp_path):
-    log, progress = LossLog(Accelerator(cpu=True), tmp_path / "losses.jsonl"), Progress()
+    log, progress = LossLog(Accelerator(cpu=True), tmp_path / "losses.jsonl", TINY), Progress()
     log.go_on_after(0)
     for step in range(1, 5):
-        log.add({"step": step}, torch.tensor([step / 3, 0.1]))
+        log.add({"step": step}, torch.tensor([step / 3, 0.1]), torch.tensor(1.0), [])
     assert not log.path.exists()
     assert [record["step"] for record in log.write(progress)] == [1, 2, 3, 4] and log.write(progress) == []
     assert progress.end_epoch()["loss"] == pytest.approx(10 / 12) and progress == Progress(epoch=1)

@@ -1,4 +1,4 @@
-"""The statistics of the benchmark's scenes say what the rows of the data sets hold."""
+"""The statistics of the benchmark's scenes agree with the rows of the data sets."""
 
 import PIL.Image
 import pytest
@@ -28,7 +28,7 @@ def tables(page):
     return found
 
 
-def test_the_tables_count_what_the_rows_hold(written):
+def test_the_tables_agree_with_the_rows(written):
     found = tables((written / "a.md").read_text(encoding="utf-8"))
     rows = {
         split: generate_scenes(6 if split == "train" else 9, 3, 80, split=split, scene_set="mixed", no_target=True)

@@ -1,12 +1,10 @@
 """Training: settings, schedule, and real runs of the command: scenes, a REFER folder, an interruption, and bad input."""
 
 import json
-import os
 import pickle
 import re
 import runpy
 import signal
-import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,21 +13,22 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from builders import Folder, special_ids, tiny_tokenizer
+from builders import Folder, tiny_tokenizer
 from conftest import REPOSITORY, make_inputs, make_model
+from runs import LAUNCH, ON_CPU, TINY, TRAIN, finished, history_of, refer_settings, run, written
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import CLIPTextConfig, CLIPTextModel, Dinov2Config, Dinov2Model
+from transformers import CLIPTextModel, Dinov2Model
 
 from modeling_sera import SeraForReferringSegmentation
 from processing_sera import SeraImageProcessor, SeraProcessor
 from training import train
 from training.configuration import (
-    AugmentationSettings,
     DataSettings,
     ModelSettings,
     OptimizationSettings,
     TrainingSettings,
+    check_settings,
     dump_settings,
     load_settings,
     read_settings,
@@ -37,44 +36,10 @@ from training.configuration import (
 from training.evaluation import score_sentences
 from training.examples import splits
 from training.examples.splits import load_splits
-from training.learning.tuning import checkpoint_activations
+from training.learning.tuning import apply_tuning, checkpoint_activations
 from training.scoring.metric import summarize
 from training.support.commands import run_command
 from training.support.files import writing
-
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-ON_CPU = {"ACCELERATE_USE_CPU": "true"}
-TRAIN = [sys.executable, "training/train.py"]
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
-LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
-
-VISION = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_ratio": 2, "image_size": 64}
-TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-SMALL = {"adapter_dim": 16, "adapter_num_heads": 2, "fusion_dim": 16, "fusion_num_heads": 2, "router_hidden_dim": 8}
-SMALL |= {"decoder_dim": 32, "decoder_num_layers": 1, "decoder_num_heads": 2, "decoder_ffn_dim": 32}
-SMALL |= {"bce_loss_weight": 0.0}  # Dice alone: so short a training would else end at empty masks
-TINY = TrainingSettings(
-    model=ModelSettings(
-        config=SMALL
-        | {
-            "vision_config": VISION | {"model_type": "dinov2", "patch_size": 16},
-            "text_config": TEXT,
-            "projection_dim": 24,
-        },
-        vision_tuning="full",
-        text_tuning="full",
-    ),
-    data=DataSettings(source="scenes", num_scenes=(8, 3, 2), scene_size=64, image_size=(64, 64), objects_per_image=8),
-    augmentation=AugmentationSettings(flip=0.5, min_crop=0.8, color_jitter=0.1, word_dropout=0.1),
-    optimization=OptimizationSettings(epochs=3, batch_size=2, learning_rate=2e-3, schedule="cosine", warmup=0.1),
-    num_workers=0,
-)
-
-
-def written(settings: TrainingSettings, path: Path) -> str:
-    path.write_text(dump_settings(settings))
-    return str(path)
-
 
 # Settings
 
@@ -207,24 +172,6 @@ def test_a_warm_up_may_be_absent_or_all_there_is(schedule, warmup):
 # Runs
 
 
-def run(arguments: list[str], **environment: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        arguments,
-        cwd=REPOSITORY,
-        env=ENVIRONMENT | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def finished(process: subprocess.Popen) -> str:
-    """What a run wrote, once it has ended well."""
-    output, _ = process.communicate()
-    assert process.returncode == 0, output
-    return output
-
-
 # a run that ends in the midst of its second epoch, as if the machine had failed
 INTERRUPTED = """
 import os, signal
@@ -242,28 +189,6 @@ def getitem(self, index):
 batches.TrainingExamples.__getitem__ = getitem
 train.main()
 """
-
-
-def refer_settings(root: Path) -> TrainingSettings:
-    """A made-up REFER folder with large objects, and towers as folders."""
-    folder = Folder(root)
-    for annotation in folder.annotations:
-        annotation.update(segmentation=[[4, 2, 58, 2, 58, 38, 4, 38]], bbox=[4, 2, 54, 36])
-    folder.load()
-    torch.manual_seed(0)
-    Dinov2Model(Dinov2Config(**VISION, patch_size=14)).save_pretrained(root / "vision")
-    tokenizer = tiny_tokenizer()
-    special = special_ids(tokenizer)
-    text = CLIPTextConfig(**TEXT, **special, vocab_size=len(tokenizer), projection_dim=24)
-    CLIPTextModel(text).save_pretrained(root / "text")
-    tokenizer.save_pretrained(root / "text")
-    return TrainingSettings(
-        model=ModelSettings(vision_model=str(root / "vision"), text_model=str(root / "text"), config=SMALL),
-        data=DataSettings(root=str(root), image_size=(42, 56), sentences_per_object=2),
-        optimization=OptimizationSettings(epochs=4, batch_size=1, learning_rate=2e-2),
-        evaluate_every=2,
-        num_workers=1,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -290,10 +215,6 @@ def runs(tmp_path_factory) -> dict[str, tuple[Path, TrainingSettings, str]]:
         "resumed": (base / "resumed", TINY, finished(resumed)),
         "refer": (base / "refer", refer, finished(referred)),
     }
-
-
-def history_of(folder: Path) -> list[dict]:
-    return json.loads((folder / "history.json").read_text())
 
 
 @pytest.mark.parametrize("name", ["whole", "resumed", "refer"])
@@ -350,6 +271,9 @@ def test_every_step_and_the_routing_are_logged(runs, name):
         assert ("routing" in record) == ("val" in record)
         for tap in record.get("routing", {"taps": {}})["taps"].values():
             assert sum(tap["shares"].values()) == pytest.approx(1, abs=1e-5) and 0 <= tap["entropy"] <= np.log(4) + 1e-6
+            assert (
+                0 <= tap["mutual_information"] <= np.log(4) and 0 <= tap["dead_units"] <= 1 and len(tap["added"]) == 4
+            )
 
 
 def test_the_schedule_is_stepped_after_the_optimizer(runs):
@@ -385,9 +309,12 @@ def test_norm_and_bias_tuning_keeps_the_pretrained_matrices(runs):
 # Switches
 
 
-def loss_and_state(checkpointed: bool, synchronised: bool = False) -> tuple[float, dict, dict, int]:
+def loss_and_state(
+    checkpointed: bool, synchronised: bool = False, cached: bool = False, **tuning: str
+) -> tuple[float, dict, dict, int]:
     """Loss, gradients, state and bytes kept for the backward pass of one training step."""
-    model = make_model().train()
+    model = make_model(decoder_dropout=0.3, router_noise_std=0.5).train()
+    apply_tuning(model, **{"vision": "full", "text": "full"} | tuning)
     if synchronised:  # as on several GPUs; a single process computes the same with it
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if checkpointed:
@@ -398,19 +325,33 @@ def loss_and_state(checkpointed: bool, synchronised: bool = False) -> tuple[floa
         kept.append(tensor)
         return tensor
 
+    inputs = make_inputs(3)
+    if cached:  # as the feature cache gives them
+        with torch.no_grad():
+            inputs["image_states"] = model.model.vision.encode_states(inputs["pixel_values"])
     torch.manual_seed(0)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = model(**make_inputs(3), labels=torch.rand(3, 56, 56)).loss
+        loss = model(**inputs, labels=torch.rand(3, 56, 56)).loss
     size = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}.values())
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return loss.item(), gradients, model.state_dict(), size
 
 
-@pytest.mark.parametrize("synchronised", [False, True])
-def test_activation_checkpointing_changes_memory_alone(synchronised):
-    loss, gradients, state, size = loss_and_state(checkpointed=False)
-    other_loss, other_gradients, other_state, other_size = loss_and_state(True, synchronised)
+@pytest.mark.parametrize(
+    ("synchronised", "tuning"),
+    [
+        (False, {}),
+        (True, {}),
+        (False, {"vision": "norm_bias", "text": "norm_bias"}),
+        (False, {"vision": "frozen", "text": "frozen"}),
+        (False, {"vision": "frozen"}),
+        (False, {"vision": "frozen", "cached": True}),
+    ],
+)
+def test_activation_checkpointing_changes_memory_alone(synchronised, tuning):
+    loss, gradients, state, size = loss_and_state(checkpointed=False, **tuning)
+    other_loss, other_gradients, other_state, other_size = loss_and_state(True, synchronised, **tuning)
     assert other_loss == loss and other_gradients.keys() == gradients.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(other_gradients[name], gradient, msg=name)
@@ -449,7 +390,8 @@ def test_a_run_with_a_tracker_and_activation_checkpointing(tmp_path, monkeypatch
     assert logged == pytest.approx({step["step"]: step["loss"] for step in steps})
     scores = [event.value for event in events.Scalars("val/mIoU")]
     assert scores == pytest.approx([record["val"]["mIoU"] for record in history_of(folder)])
-    assert {f"routing/taps/{tap}/entropy" for tap in ("1", "2")} <= set(events.Tags()["scalars"])
+    figures = ("entropy", "deviation", "mutual_information", "dead_units", "added/shape", "shares/shape")
+    assert {f"routing/taps/{tap}/{name}" for tap in ("1", "2") for name in figures} <= set(events.Tags()["scalars"])
 
 
 def test_a_compiled_run_trains_and_saves_as_any_other(tmp_path, monkeypatch):
@@ -519,8 +461,8 @@ def test_what_a_run_cannot_use_is_said_before_any_work(say, tmp_path, monkeypatc
         patch.setattr(splits, "generate_scenes", lambda *args, **options: pytest.fail("a split was drawn"))
         assert "'nope'" in say("--data.val_split", "nope")
         assert "'nope'" in say("--data.train_split", "nope")
+    (tmp_path / "vision").mkdir()
     assert "vision_config" in say("--model.vision_model", tmp_path / "vision")
-    assert str(tmp_path / "no-model") in say("--model.pretrained", tmp_path / "no-model", "--model.config", "{}")
     config = json.dumps(TINY.model.config | {"fusion_dims": 3})
     assert "'fusion_dims'" in say("--model.config", config)
     assert "five" in say("--model.config", json.dumps(TINY.model.config | {"decoder_num_layers": "five"}))
@@ -533,6 +475,46 @@ def test_what_a_run_cannot_use_is_said_before_any_work(say, tmp_path, monkeypatc
     with monkeypatch.context() as patch:  # a launcher whose processes do not find each other
         patch.setenv("WORLD_SIZE", "2")
         assert "ACCELERATE_USE_CPU" in say()
+
+
+@pytest.mark.parametrize("option", ["pretrained", "vision_model", "text_model", "tokenizer"])
+@pytest.mark.parametrize("folder", ["/no/such/folder", "./no-such-folder", "outputs/no/folder"])
+def test_a_folder_that_is_not_there_is_named_before_any_work(say, option, folder, monkeypatch):
+    monkeypatch.setattr(train, "load_training_splits", lambda data: pytest.fail("the data were read"))
+    assert f"model.{option}: There is no folder {folder}." in say(f"--model.{option}", folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optimization": {"learning_rate": float("inf")}}, "learning_rate is inf"),
+        ({"optimization": {"max_grad_norm": float("inf")}}, "max_grad_norm is inf"),
+        ({"optimization": {"milestones": [0.5, 70]}}, "milestones are .*70.*from 0 to 1"),
+        ({"data": {"image_size": (0, 64)}}, r"image_size is \[0, 64\]"),
+        ({"data": {"copy_paste": 3}}, "data.copy_paste needs the feature cache"),
+        ({"data": {"cached_versions": 2}}, "frozen vision tower, but model.vision_tuning is 'full'"),
+        (
+            {"data": {"cached_versions": 2, "streaming": True}, "model": {"vision_tuning": "frozen"}},
+            "exclude each other",
+        ),
+        ({"augmentation": {"feature_dropout": 1.0}}, "feature_dropout is 1"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(options, message):
+    groups = {name: replace(getattr(TINY, name), **changes) for name, changes in options.items()}
+    with pytest.raises(ValueError, match=message):
+        check_settings(replace(TINY, **groups))
+
+
+def test_settings_that_make_sense_are_kept(tmp_path, monkeypatch):
+    assert check_settings(TINY) == TINY
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "text").mkdir()
+    given = replace(TINY, model=replace(TINY.model, text_model="~/text"))
+    assert check_settings(given).model.text_model == str(tmp_path / "text")
+    (tmp_path / "out").touch()
+    with pytest.raises(ValueError, match=r"output_dir is .*out, a file"):
+        check_settings(replace(TINY, output_dir=str(tmp_path / "out")))
 
 
 def test_a_refer_folder_without_a_tokenizer_or_split_is_named(say, tmp_path):

@@ -1,4 +1,4 @@
-"""What an ablation consists of: a base configuration, named variants of it, seeds; and the runs of it that are done (ours)."""
+"""The grid of an ablation: a base configuration, its named variants and seeds; and the records of finished runs (ours)."""
 
 import hashlib
 import json
@@ -33,8 +33,8 @@ class Run:
 
     Attributes:
         variant: Name of its variant.
-        overrides: What the variant changes, by dotted name.
-        settings: All of its settings; `output_dir` is left as it is by default.
+        overrides: The settings that the variant changes, by dotted name.
+        settings: All of its settings. `output_dir` keeps its default.
         evaluation: How masks are selected: options of `evaluation.py`, without their dashes.
     """
 
@@ -50,9 +50,9 @@ class Run:
 
     @property
     def recipe(self) -> str:
-        """Names what is trained and scored and how, but for the seed: runs of equal recipes may be averaged.
+        """A name for everything that is trained and scored, except for the seed. Runs of equal recipes may be averaged.
 
-        Made of what differs from the defaults, so that a setting that is added later does not make other runs of the old ones.
+        It depends only on settings that differ from the defaults, so a setting that is added later does not change old names.
         """
         chosen = _difference(asdict(self.settings), asdict(TrainingSettings()))
         chosen = {name: value for name, value in chosen.items() if name not in FREE | {"seed"}}
@@ -63,7 +63,7 @@ class Run:
 
     @property
     def key(self) -> str:
-        """Names the run: its folder, and its line among the finished ones."""
+        """The name of the run, of its folder and of its record."""
         return f"{self.recipe}-seed{self.seed}"
 
 
@@ -73,7 +73,7 @@ class Grid:
 
     Attributes:
         path: The file that it was read from.
-        extra: Options of `train.py` that were given beside it, for every variant.
+        extra: Further options of `train.py` for every variant.
         split: Split that finished models are scored on.
         baseline: Variant that the others are compared with.
         seeds: Seeds of every variant.
@@ -88,7 +88,7 @@ class Grid:
     variants: dict[str, Run]
 
     def runs(self, only: list[str] | None = None, seeds: list[int] | None = None) -> list[Run]:
-        """The runs, seed by seed, so that the first seed of all variants is there first; `ValueError` for an unknown variant."""
+        """The runs, seed by seed: the first seed of all variants comes first. Raises a `ValueError` for an unknown variant."""
         for name in only or []:
             if name not in self.variants:
                 raise ValueError(f"{self.path} has no variant {name!r}; it has {', '.join(self.variants)}.")
@@ -98,24 +98,24 @@ class Grid:
         ]
 
     def finished(self, records: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        """Those of the records that were scored on the grid's split."""
+        """The records that were scored on the grid's split."""
         return {key: record for key, record in records.items() if record["split"] == self.split}
 
 
 def read_grid(path: Path, extra: list[str] | None = None) -> Grid:
     """Read an ablation and check every variant's settings.
 
-    The file holds `config`, a file of training settings, found from the grid's own folder; `variants`, per name what it changes
-    of them by dotted name (`{model.config.num_selected_experts: 2}`); `baseline`, one of the names; `seeds`; `split`, that
-    models are scored on; and, if any, `options`, changes for all variants, and `evaluation`, how masks are
-    selected (`{tta: flip, threshold: 0.4}`, options of `evaluation.py`).
+    The file must hold `config`, a file of training settings, relative to the grid's own folder; `variants`, which maps names to the
+    settings that they change (`{model.config.num_selected_experts: 2}`); `baseline`, one of the names; `seeds`; and `split`, the
+    split that models are scored on. It may hold `options`, changes for all variants, and `evaluation`, options of `evaluation.py`
+    that select masks (`{tta: flip, threshold: 0.4}`).
 
     Args:
         path: The file.
-        extra: Options of `train.py` for every variant, such as `["--data.root", "refer"]`; they outrank the file.
+        extra: Options of `train.py` for every variant, such as `["--data.root", "refer"]`. They override the file.
 
     Raises:
-        ValueError, OSError: Where the file is not such a file, or a variant's settings are not accepted.
+        ValueError, OSError: The file is not a grid, or a variant's settings are not accepted.
     """
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict) or set(content) - FIELDS - OPTIONAL_FIELDS or FIELDS - set(content):
@@ -124,13 +124,15 @@ def read_grid(path: Path, extra: list[str] | None = None) -> Grid:
         )
     names, seeds, evaluation = content["variants"], content["seeds"], content.get("evaluation") or {}
     if not isinstance(names, dict) or not names or not all(re.fullmatch(NAME, str(name)) for name in names):
-        raise ValueError(f"{path}: variants must map names of letters, digits, '-', '_' and '.' to what they change.")
+        raise ValueError(
+            f"{path}: variants must map names of letters, digits, '-', '_' and '.' to the settings that they change."
+        )
     if content["baseline"] not in names:
         raise ValueError(f"{path}: baseline is {content['baseline']!r}; the variants are {', '.join(names)}.")
     if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
-        raise ValueError(f"{path}: seeds is {seeds!r}; it must be a list of whole numbers from 0 on.")
+        raise ValueError(f"{path}: seeds is {seeds!r}; it must be a list of whole numbers that are 0 or more.")
     if not isinstance(content["split"], str):
-        raise ValueError(f"{path}: split is {content['split']!r}; it must be the name of one.")
+        raise ValueError(f"{path}: split is {content['split']!r}; it must be the name of a split.")
     _check_evaluation(path, evaluation)
     base = path.parent / content["config"]
     if not base.is_file():
@@ -154,7 +156,9 @@ def _check_evaluation(path: Path, evaluation: Any) -> None:
             accepted = {bool: "true", str: "flip", float: "a number between 0 and 1"}[kind] + ", or be left out"
             raise ValueError(f"{path}: evaluation.{name} is {value!r}; it must be {accepted}.")
     if {"expected_iou", "threshold"} <= set(evaluation):
-        raise ValueError(f"{path}: evaluation has a threshold and expected_iou, which exclude each other.")
+        raise ValueError(
+            f"{path}: evaluation has a threshold and expected_iou, which exclude each other; leave one of them out."
+        )
 
 
 def _settings(path: Path, variant: str, base: Path, changes: dict[str, Any], extra: list[str]) -> TrainingSettings:
@@ -170,7 +174,7 @@ def _settings(path: Path, variant: str, base: Path, changes: dict[str, Any], ext
         merged.write_text(yaml.safe_dump(tree))
         try:
             settings = read_settings(["--config", str(merged), *extra])
-        except SystemExit as error:  # the parser has said what it does not take
+        except SystemExit as error:  # the parser has printed the reason
             raise ValueError(f"{path}: the settings of the variant {variant!r} are not accepted, see above.") from error
     unknown = sorted(set(settings.model.config) - set(SeraConfig.__annotations__))
     if unknown:
@@ -179,7 +183,7 @@ def _settings(path: Path, variant: str, base: Path, changes: dict[str, Any], ext
 
 
 def _difference(tree: dict, default: dict) -> dict:
-    """What of nested settings is not as by default."""
+    """The part of nested settings that differs from the defaults."""
     changed = {name: value for name, value in tree.items() if name not in default or value != default[name]}
     return {
         name: _difference(value, default[name])
@@ -190,18 +194,18 @@ def _difference(tree: dict, default: dict) -> dict:
 
 
 class Records:
-    """The finished runs of an ablation, one JSON object in each line of a file."""
+    """The finished runs of an ablation, one JSON object per line of a file."""
 
     def __init__(self, path: Path):
         self.path = path
 
     def read(self) -> dict[str, dict[str, Any]]:
-        """The records by the runs' keys, in the order in which they were finished."""
+        """The records by the keys of their runs, in the order in which the runs finished."""
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
         return {record["key"]: record for record in map(json.loads, lines)}
 
     def add(self, record: dict[str, Any]) -> None:
-        """Add a run; whatever happens meanwhile, a reader finds whole lines, with it or without it."""
+        """Add a run. A reader always finds whole lines, with or without it."""
         records = self.read() | {record["key"]: record}
         write_text(self.path, "".join(json.dumps(each) + "\n" for each in records.values()))
 

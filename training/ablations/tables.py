@@ -1,4 +1,4 @@
-"""Tables and figures of an ablation's finished runs: means over seeds, paired comparison with the baseline, curves (ours)."""
+"""Tables and figures of an ablation's finished runs: means over seeds, paired comparisons with the baseline, curves (ours)."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from training.support.files import write_binary, write_text
 Record = dict[str, Any]
 METRICS = ("mIoU", "oIoU", "Pr@0.5", "Pr@0.7", "boundary_F")
 SIZES = ("small", "medium", "large")
-# Student's t for the middle 95 %, from 1 degree of freedom on
+# Student's t for the middle 95 %, for 1, 2, … degrees of freedom
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 
 
 def write_results(grid: Grid, records: Sequence[Record], output: Path, command: str) -> None:
-    """Write `results.md` and, in `figures/`, `bars.png` and `curves.png`, of what is finished; nothing where nothing is.
+    """Write `results.md`, `figures/bars.png` and `figures/curves.png` for the finished runs. Without any, nothing is written.
 
     Args:
-        grid: The ablation; records of other recipes (of a file that was changed since, say) are left out.
+        grid: The ablation. Records of other recipes are left out, for example if the file was changed since.
         records: Its finished runs.
-        output: Folder that holds their evaluations, and where the results go.
-        command: That made them.
+        output: Folder that holds their evaluations and takes the results.
+        command: The command of the ablation.
     """
     runs = {
         name: [record for record in records if record["recipe"] == run.recipe] for name, run in grid.variants.items()
@@ -49,7 +49,7 @@ def write_results(grid: Grid, records: Sequence[Record], output: Path, command: 
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and its standard error; no error of a single value."""
+    """Mean and its standard error. The error of a single value is `None`."""
     mean = math.fsum(values) / len(values)
     if len(values) < 2:
         return mean, None
@@ -58,23 +58,23 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def fresh_seed_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """Where the score of one more seed lies in 95 of 100 cases (prediction interval after Student); `None` for a single value."""
+    """The score of one more seed lies in this interval in 95 of 100 cases (Student's prediction interval). `None` for one value."""
     mean, error = mean_and_error(values)
     if error is None:
         return None
     freedom = len(values) - 1
-    # beyond the table the normal distribution's, corrected (Cornish and Fisher)
+    # beyond the table: the normal quantile with a correction (Cornish and Fisher)
     quantile = STUDENT[freedom - 1] if freedom <= len(STUDENT) else 1.96 + 2.37 / freedom + 2.82 / freedom**2
     half = quantile * error * math.sqrt(len(values) + 1)
     return mean - half, mean + half
 
 
 def compare(runs: Sequence[Record], baseline: Sequence[Record], output: Path) -> Record | None:
-    """How much higher a variant's metrics are than the baseline's, over the seeds that both have; `None` where there are none.
+    """The differences between a variant's metrics and the baseline's, over the seeds that both have. `None` if they share no seed.
 
     Returns:
-        Per metric of METRICS "difference", its mean over seeds; "error", the standard error of that over seeds (`None` for one
-        seed); "interval", LEVEL of the differences of the seeds' means that resampled images give.
+        Per metric of METRICS: "difference", the mean over seeds; "error", its standard error over seeds (`None` for one seed); and
+        "interval", which holds LEVEL of the differences of the means over seeds in resamples of images.
     """
     shared = sorted({record["seed"] for record in runs} & {record["seed"] for record in baseline})
     if not shared or list(runs) == list(baseline):
@@ -83,7 +83,7 @@ def compare(runs: Sequence[Record], baseline: Sequence[Record], output: Path) ->
     mine, theirs = ([_terms(group[seed], output) for seed in shared] for group in chosen)
     images = np.concatenate([images for _, images in mine])
     if not np.array_equal(images, np.concatenate([images for _, images in theirs])):
-        return None  # scored on other sentences: nothing to pair
+        return None  # scored on other sentences, so they cannot be paired
     joined = [
         {
             name: tuple(np.concatenate(sides) for sides in zip(*(t[name] for t, _ in group), strict=True))
@@ -101,18 +101,18 @@ def compare(runs: Sequence[Record], baseline: Sequence[Record], output: Path) ->
 
 
 def format_results(grid: Grid, runs: dict[str, list[Record]], compared: dict[str, Record | None], command: str) -> str:
-    """Everything as Markdown."""
+    """The whole result as Markdown."""
     first = next(iter(runs.values()))[0]
     counts = first["counts"]
     lines = [
         f"# Ablation {grid.path.stem}",
         "",
         f"Split {grid.split}: {counts['expressions']} expressions about {counts['objects']} objects in {counts['images']} "
-        f"images. {selection_note(first)} Percentages. "
-        "± is the standard error over seeds of training; the data are the same. "
-        f"Δ: difference from {grid.baseline} with the same seeds; in brackets "
-        f"{LEVEL:.0%} of the differences of means over seeds in {RESAMPLES} paired resamples of images. Fresh seed: where one "
-        "more seed's mIoU lies in 95 of 100 cases. Shuffled: mIoU where each object is asked the sentences of another.",
+        f"images. {selection_note(first)} All values are percentages. "
+        "±: standard error over seeds of training, on the same data. "
+        f"Δ: difference from {grid.baseline} with the same seeds. In brackets: "
+        f"{LEVEL:.0%} of the differences of means over seeds in {RESAMPLES} paired resamples of images. Fresh seed: the mIoU of "
+        "one more seed lies in this interval in 95 of 100 cases. Shuffled: mIoU with each object given the sentences of another.",
         "",
         _table(
             [
@@ -140,9 +140,9 @@ def format_results(grid: Grid, runs: dict[str, list[Record]], compared: dict[str
     ):
         lines += [
             "",
-            "Routing at the end of training, on the validation split. Least and greatest: mean shares of the fusion experts, "
-            "of whichever expert and tap. Entropy: mean over samples and taps, as a share of what equal weights have. Adapter "
-            "boundary: mean share of the boundary expert, of each adapter.",
+            "Routing at the end of training, on the validation split. Least and greatest: the smallest and the largest mean share "
+            "of any fusion expert at any tap. Entropy: mean over samples and taps, as a share of the entropy of equal weights. "
+            "Adapter boundary: mean share of the boundary expert in each adapter.",
             "",
             _routing(runs),
         ]
@@ -209,7 +209,7 @@ def _routing(runs: dict[str, list[Record]]) -> str:
         boundary: dict[str, list[float]] = defaultdict(list)
         for one in routing:
             for block, adapter in one["adapters"].items():
-                boundary[block].append(adapter["boundary"])
+                boundary[block].append(adapter["shares"]["boundary"])
         fused = ["–"] * 3
         if all(shares):
             values = ([min(s) for s in shares], [max(s) for s in shares], [sum(e) / len(e) for e in entropy])
@@ -262,7 +262,7 @@ def _machine(record: Record) -> str:
 
 
 def _draw_bars(runs: dict[str, list[Record]], path: Path) -> None:
-    """mIoU and boundary F of each variant: the mean, its standard error, and a dot per seed."""
+    """mIoU and boundary F of each variant: mean, standard error, and a dot per seed."""
     figure = new_figure(13, 0.4 * len(runs) + 1.4)
     for place, name in enumerate(("mIoU", "boundary_F")):
         axis = figure.add_subplot(1, 2, place + 1)
@@ -282,7 +282,7 @@ def _draw_bars(runs: dict[str, list[Record]], path: Path) -> None:
 
 
 def _draw_curves(runs: dict[str, list[Record]], path: Path) -> None:
-    """Training loss over steps and, where it was taken more than once a run, validation mIoU over epochs; means over seeds."""
+    """Training loss over steps, and validation mIoU over epochs if a run has several of them. Means over seeds."""
     scored = {
         name: [
             [(epoch["epoch"], epoch["val"]["mIoU"]) for epoch in record["curve"] if "val" in epoch] for record in found

@@ -1,4 +1,4 @@
-"""The model in training: how it is built, what of it is trained, its optimizers, checkpoints and routing health.
+"""The model in training: how it is built, which weights are trained, optimizers, steps, losses, checkpoints, routing health.
 
-Nothing here knows of rows or batches. May import `support`, `sources`, `configuration` and the two packages.
+Nothing here reads data. May import `support`, `sources`, `configuration` and the two packages.
 """

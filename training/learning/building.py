@@ -1,4 +1,4 @@
-"""Processor and model as a run's settings describe them, or as they were saved."""
+"""The processor and the model that the settings of a run describe, and those of a saved model."""
 
 from pathlib import Path
 
@@ -13,22 +13,24 @@ from processing_sera.processing_sera import token_limit
 from training.configuration import TrainingSettings
 from training.sources.scenes.dataset import train_tokenizer
 from training.support.commands import in_one_line
+from training.support.hub_ids import folder_or_id
+from training.support.model_location import locate_model
 
 IMAGE_SIZE = (448, 448)  # the paper's
-NUM_BYTES = 256  # every one of them is in a CLIP tokenizer's vocabulary
-# of a saved model's configuration: its weights are of these, and image_size follows the data
+NUM_BYTES = 256  # the vocabulary of a CLIP tokenizer holds each of them
+# fields of a saved model's configuration that cannot be changed: its weights depend on them, and image_size follows the data
 KEPT_FIELDS = {"vision_config", "text_config", "tap_layers", "image_size"}
 
 
 def build_processor(settings: TrainingSettings, train_rows: datasets.Dataset) -> SeraProcessor:
-    """The processor: a saved one, or a letterbox to `data.image_size` and the tokenizer that the settings name.
+    """The processor: that of `model.pretrained`, or a letterbox to `data.image_size` with the tokenizer that the settings name.
 
     Raises:
-        ValueError: Where the settings name no tokenizer for data that does not bring one.
+        ValueError: Where the settings name no tokenizer. Only scenes need none.
     """
     model = settings.model
     if model.pretrained:
-        processor = SeraProcessor.from_pretrained(model.pretrained)
+        processor = SeraProcessor.from_pretrained(locate_model(model.pretrained).source)
         if settings.data.image_size:
             processor.image_processor.size = _size(settings.data.image_size)
         return processor
@@ -44,15 +46,15 @@ def build_processor(settings: TrainingSettings, train_rows: datasets.Dataset) ->
 
 
 def build_model(settings: TrainingSettings, processor: SeraProcessor) -> SeraForReferringSegmentation:
-    """The model: a saved SERA, or pretrained or fresh towers with fresh experts around them, for images of the processor's size.
+    """The model, for images of the processor's size: a saved SERA, or towers, pretrained or new, with new experts.
 
     Raises:
-        ValueError: Where a side is no multiple of the patch, or what the settings name does not fit together.
+        ValueError: Where a side is no multiple of the patch, or the settings do not fit together.
     """
     model = settings.model
     height, width = processor.image_processor.frame_size
     if model.pretrained:
-        built = _go_on(model.pretrained, model.config)
+        built = _go_on(locate_model(model.pretrained).source, model.config)
         built.config.image_size = max(height, width)
     else:
         overrides = {"image_size": max(height, width)} | model.config
@@ -71,19 +73,22 @@ def build_model(settings: TrainingSettings, processor: SeraProcessor) -> SeraFor
 def load_whole(
     source: str | Path, dtype: torch.dtype | str = "auto"
 ) -> tuple[SeraForReferringSegmentation, SeraProcessor]:
-    """Model, in evaluation mode, and processor of a folder or Hub id.
+    """The model, in evaluation mode, and the processor of a folder or Hub id.
 
     Raises:
-        ValueError: Where a part is missing, damaged or not safetensors: transformers would fill it with random numbers.
+        FileNotFoundError: Where there is no such folder.
+        ValueError: Where a part is missing or damaged, or the weights are not safetensors. transformers would fill missing weights
+            with random numbers.
     """
+    source = folder_or_id(source)
     try:
         model, loading = SeraForReferringSegmentation.from_pretrained(
             source, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
         processor = SeraProcessor.from_pretrained(source)
-    except Exception as error:  # what transformers raises on a damaged file is not of one kind
+    except Exception as error:  # damaged files make transformers raise errors of many kinds
         raise ValueError(f"{source} holds no whole model: {in_one_line(error)}") from error
-    if len(processor.tokenizer) < NUM_BYTES:  # transformers makes an empty one up where there is no file
+    if len(processor.tokenizer) < NUM_BYTES:  # transformers makes an empty tokenizer where there is no file
         raise ValueError(f"{source} holds no whole model: its tokenizer has no vocabulary; is tokenizer.json missing?")
     missing = sorted(loading["missing_keys"]) + sorted(map(str, loading["mismatched_keys"]))
     if missing:
@@ -92,8 +97,10 @@ def load_whole(
 
 
 def _go_on(pretrained: str, overrides: dict) -> SeraForReferringSegmentation:
-    """A saved SERA with some fields of its configuration changed. It may gain decoder layers, adapters, sentences for its routers
-    and a presence head, and all of these begin without effect (ours)."""
+    """A saved SERA with some fields of its configuration changed (ours).
+
+    It may gain decoder layers, adapters, routers that see the sentence, and a presence head. All of these begin without effect.
+    """
     saved = SeraConfig.from_pretrained(pretrained)
     changeable = set(SeraConfig.__annotations__) - KEPT_FIELDS
     unknown = sorted(set(overrides) - changeable)
@@ -102,7 +109,7 @@ def _go_on(pretrained: str, overrides: dict) -> SeraForReferringSegmentation:
             f"model.config has {unknown[0]!r}, which cannot be changed in a saved model; {', '.join(sorted(changeable))} can be."
         )
     config = SeraConfig.from_dict(saved.to_dict() | overrides)
-    # whatever it was saved in: steps as small as training's are lost in half precision
+    # float32, whatever it was saved in: the small steps of training are lost in half precision
     built, info = SeraForReferringSegmentation.from_pretrained(
         pretrained,
         config=config,
@@ -113,17 +120,17 @@ def _go_on(pretrained: str, overrides: dict) -> SeraForReferringSegmentation:
     gains = [f"decoder.layers.{i}." for i in range(saved.decoder_num_layers, config.decoder_num_layers)]
     gains += [f"model.vision.adapted_blocks.{i}." for i in set(config.adapter_layers) - set(saved.adapter_layers)]
     gains += ["decoder.presence_head."] if config.predict_presence and not saved.predict_presence else []
-    gains += [".hidden_sentence.", ".score_sentence."] if not saved.expression_aware_routing else []
+    gains += [".hidden_sentence.", ".score_sentence.", ".sentence_norm."] if not saved.expression_aware_routing else []
     unfit = [name for name in sorted(info["missing_keys"]) if not any(gain in name for gain in gains)]
     unfit += [*(key[0] for key in info["mismatched_keys"]), *info["unexpected_keys"]]
     if unfit:
         raise ValueError(
             f"{len(unfit)} weights of {pretrained}, such as {unfit[0]}, do not fit"
             + (f" with model.config {overrides}" if overrides else "")
-            + ". A saved model may gain decoder layers, adapters, expression_aware_routing and predict_presence, and loses nothing."
+            + ". A saved model may gain decoder layers, adapters, expression_aware_routing and predict_presence, but lose nothing."
         )
 
-    # an adapter's last layer and what its router reads start at zero by themselves
+    # a new adapter needs nothing: its last layer and its router's input start at zero
     ends = [
         last
         for layer in built.decoder.layers[saved.decoder_num_layers :]
@@ -145,7 +152,7 @@ def _size(image_size: tuple[int, int]) -> dict[str, int]:
 
 
 def _text_config(overrides: dict, tokenizer: CLIPTokenizer) -> dict:
-    """A fresh text tower's configuration, its vocabulary and special tokens those of the tokenizer."""
+    """The configuration of a new text tower, with the vocabulary and the special tokens of the tokenizer."""
     return {
         "model_type": "clip_text_model",
         "vocab_size": len(tokenizer),

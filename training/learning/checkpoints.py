@@ -1,11 +1,13 @@
-"""What a run leaves behind so that the same command goes on, to the last bit, after it was stopped at any moment (ours).
+"""The checkpoint of a run. With it the same command continues a run that was stopped at any moment (ours).
 
-A checkpoint is a folder written by Accelerate (optimiser, schedule, random states of every process) plus the weights that
-training changes and `run.json`. The optimiser's file is a pickle of tensors and plain values, read with `weights_only=True`.
+A checkpoint is a folder. Accelerate writes the optimizer, the schedule and the random states of every process to it; the
+weights that training changes and `run.json` are added. The optimizer's file is a pickle of tensors and plain values;
+`weights_only=True` reads it.
 """
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,11 +17,27 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from training.configuration import TrainingSettings
-from training.support.files import partial_folder, partial_path, recover_folder, replace_folder, write_text, writing
+from training.configuration import TrainingSettings, load_settings
+from training.support.files import (
+    partial_folder,
+    partial_path,
+    previous_path,
+    recover_folder,
+    replace_folder,
+    write_json,
+    writing,
+)
 
 WEIGHTS = "model.safetensors"
-# settings that may change when a run goes on: where it lies, and what changes its speed, its memory or what it keeps
+WRITTEN = (
+    "settings.yaml",
+    "tuning.json",
+    "losses.jsonl",
+    "history.json",
+    "model",
+    "logs",
+)  # by a run, beside its checkpoint
+# settings that may change when a run goes on: its folder, and what changes only its speed, its memory or what it keeps
 FREE = {"output_dir", "num_workers", "activation_checkpointing", "compile"}
 FREE |= {"checkpoint_every", "checkpoint_contents", "log_every", "cache_dir", "tracker"}
 
@@ -30,11 +48,11 @@ class Progress:
 
     Attributes:
         epoch: Whole epochs done.
-        batch: Batches done of the epoch under way, in each process.
-        step: Steps of the optimiser done.
-        loss_sum: Sum of the losses of the steps of the epoch under way.
-        aux_loss_sum: Sum of their routers' auxiliary losses.
-        epoch_steps: Number of those steps.
+        batch: Batches done in the present epoch, in each process.
+        step: Steps of the optimizer done.
+        loss_sum: Sum of the losses of all steps in the present epoch.
+        aux_loss_sum: Sum of the routers' auxiliary losses of these steps.
+        epoch_steps: Number of these steps.
         best_miou: Best mIoU on the validation split so far; -1 before the first evaluation.
         history: One record per whole epoch.
     """
@@ -49,7 +67,7 @@ class Progress:
     history: list[dict] = field(default_factory=list)
 
     def end_epoch(self) -> dict:
-        """The record of the epoch that has just ended; the counters start anew."""
+        """The record of the epoch that has just ended. The counters of the epoch return to zero."""
         record = {
             "epoch": self.epoch + 1,
             "loss": self.loss_sum / self.epoch_steps,
@@ -61,29 +79,61 @@ class Progress:
 
 
 def check_same_run(now: TrainingSettings, before: TrainingSettings) -> None:
-    """`ValueError` where a run would go on under other settings than it began with, but for those of [`FREE`]."""
+    """Refuse to continue a run with other settings than it began with. Only the settings in `FREE` may change.
+
+    Raises:
+        ValueError: Names the setting.
+    """
     for name, value in asdict(now).items():
         if name not in FREE and value != asdict(before)[name]:
             raise ValueError(
-                f"{now.output_dir} holds a run begun with other settings: {name} was {asdict(before)[name]}, now it is {value}. "
-                "Choose another output_dir, or remove that one."
+                f"{now.output_dir} holds a run with other settings: {name} was {asdict(before)[name]}, now it is {value}. "
+                "Choose another output_dir, or remove this folder."
             )
 
 
-class Checkpoints:
-    """Saves and loads a run's state at `folder`; a checkpoint is complete or absent.
+def clear_output(settings: TrainingSettings, accelerator: Accelerator) -> None:
+    """Remove what an earlier run left in a folder that has no checkpoint. A new run then finds nothing of it there.
 
-    With `contents` "trained" a checkpoint holds the trained parameters and all buffers. The frozen parameters come from the
-    towers that the settings name; a checksum of them is kept, and a run does not go on upon others.
+    A model in the folder, or scores of one, must be of a run with the same settings: the new run makes them again. Every process
+    calls this.
+
+    Raises:
+        ValueError: Where the folder holds a model, or scores of one, of another run. Then nothing is removed.
+    """
+    output = Path(settings.output_dir)
+    results = [path for path in (output / "model", *sorted(output.glob("evaluation-*"))) if path.exists()]
+    if results:
+        written = output / "settings.yaml"
+        if not written.is_file():
+            raise ValueError(
+                f"{results[0]} is there already, and no {written} says of which run. Choose another output_dir."
+            )
+        check_same_run(settings, load_settings(written))
+    accelerator.wait_for_everyone()  # all have looked
+    if accelerator.is_main_process:
+        for path in (output / name for name in WRITTEN):
+            for place in (path, partial_path(path), previous_path(path)):
+                if place.is_dir():
+                    shutil.rmtree(place)
+                else:
+                    place.unlink(missing_ok=True)
+
+
+class Checkpoints:
+    """Saves and loads the state of a run in `folder`. A checkpoint is complete or absent.
+
+    With `checkpoint_contents` "trained", a checkpoint holds the trained parameters and all buffers. The frozen parameters come from
+    the towers that the settings name. The checkpoint holds a checksum of them, and a run does not go on with others.
     """
 
     def __init__(self, accelerator: Accelerator, model: nn.Module, folder: Path, settings: TrainingSettings):
         """
         Args:
-            accelerator: Knows the optimiser and what else is to be saved.
-            model: The model, as it was before `accelerator.prepare`, with `requires_grad` set.
-            folder: Where the checkpoint stands; in a run of several machines, one that all of them see.
-            settings: Of the run.
+            accelerator: Knows the optimizer and everything else that is to be saved.
+            model: The model before `accelerator.prepare`, with `requires_grad` set.
+            folder: The folder of the checkpoint. In a run on several machines, all of them must see it.
+            settings: The settings of the run.
         """
         self.accelerator, self.model, self.folder = accelerator, model, folder
         self.contents = settings.checkpoint_contents
@@ -98,7 +148,7 @@ class Checkpoints:
         """Write a checkpoint in place of the last one. Every process calls this.
 
         Raises:
-            OSError: Where it cannot be written; the last one is then still whole.
+            OSError: Where it cannot be written. The last checkpoint is then still whole.
         """
         accelerator = self.accelerator
         with writing(self.folder):
@@ -113,33 +163,33 @@ class Checkpoints:
             accelerator.save_state(str(partial))  # every process adds its random states
             if accelerator.is_main_process:
                 run = {"processes": accelerator.num_processes, "contents": self.contents, "towers": self.towers}
-                write_text(partial / "run.json", json.dumps(run | {"progress": asdict(progress)}, indent=1))
+                write_json(partial / "run.json", run | {"progress": asdict(progress)})
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
                 replace_folder(self.folder)
 
     def exist(self) -> bool:
-        """Whether there is a checkpoint, after undoing what was interrupted half-way. Every process calls this."""
+        """Whether there is a checkpoint. A replacement that was interrupted is undone before. Every process calls this."""
         if self.accelerator.is_main_process:
             recover_folder(self.folder)
         self.accelerator.wait_for_everyone()
         return self.folder.is_dir()
 
     def load(self) -> Progress:
-        """Take up the last checkpoint. Every process calls this.
+        """Load the last checkpoint. Every process calls this.
 
         Raises:
-            ValueError: Where it was made by another number of processes, or upon other frozen weights.
+            ValueError: Where it was made by another number of processes, or with other frozen weights.
         """
         run = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
         if run["processes"] != self.accelerator.num_processes:
             raise ValueError(
-                f"{self.folder} was made by {run['processes']} processes, now there are {self.accelerator.num_processes}: go on "
-                "with as many, or choose another output_dir."
+                f"{self.folder} was made by {run['processes']} processes, now there are {self.accelerator.num_processes}. Start as "
+                "many as before, or choose another output_dir."
             )
         if run["contents"] == "trained" and run["towers"]["sha256"] != self.towers["sha256"]:
             raise ValueError(
-                f"{self.folder} holds what training changed upon the frozen weights of {run['towers']}; those of {self.towers} are "
+                f"{self.folder} belongs to the frozen weights of {run['towers']}. The frozen weights of {self.towers} are "
                 "not the same."
             )
         self.accelerator.load_state(str(self.folder))
@@ -158,50 +208,12 @@ class Checkpoints:
         missing = set(found.missing_keys) - set(self.frozen)
         if missing or found.unexpected_keys:
             raise ValueError(
-                f"{input_dir} does not fit the model: it lacks {sorted(missing)[:3]} and holds {found.unexpected_keys[:3]} beside."
+                f"{input_dir} does not fit the model: it lacks {sorted(missing)[:3]} and has {found.unexpected_keys[:3]} in excess."
             )
 
 
-class LossLog:
-    """`losses.jsonl`: one line per step of the optimiser, in every process's mean.
-
-    A line that a killed run left half-written is dropped when the run goes on, with all lines after the checkpoint's step.
-    """
-
-    def __init__(self, accelerator: Accelerator, path: Path):
-        self.accelerator, self.path = accelerator, path
-        self.pending: list[tuple[dict, torch.Tensor]] = []
-
-    def go_on_after(self, step: int) -> None:
-        """Keep the lines of the first `step` steps."""
-        if self.accelerator.is_main_process and self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)[:step]
-            write_text(self.path, "".join(lines))
-
-    def add(self, record: dict, losses: torch.Tensor) -> None:
-        """Remember a step's record and this process's (2,) loss and routers' auxiliary loss, without waiting for the device."""
-        self.pending.append((record, losses.float()))
-
-    def write(self, progress: Progress) -> list[dict]:
-        """Append what was added since the last call, count it in `progress`, and return its records. Every process calls this."""
-        if not self.pending:
-            return []
-        means = self.accelerator.reduce(torch.stack([losses for _, losses in self.pending]), "mean").tolist()
-        records = []
-        for (record, _), (loss, aux_loss) in zip(self.pending, means, strict=True):
-            records.append(record | {"loss": loss, "router_aux_loss": aux_loss})
-            progress.loss_sum += loss
-            progress.aux_loss_sum += aux_loss
-            progress.epoch_steps += 1
-        self.pending.clear()
-        if self.accelerator.is_main_process:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(record) + "\n" for record in records))
-        return records
-
-
 def checksum(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, shapes and bytes of tensors."""
+    """SHA-256 of the names, types, shapes and bytes of tensors, in hexadecimal."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

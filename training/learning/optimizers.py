@@ -9,13 +9,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from modeling_sera.routing_sera import SeraAdapterRouter, SeraTopKRouter
 from training.configuration import OptimizationSettings
 
 
 def build_optimizer(model: nn.Module, optimization: OptimizationSettings) -> Optimizer:
     """AdamW on everything that is trained, or Muon on the matrices and AdamW on the rest.
 
-    Matrices and kernels decay, vectors (biases, norms, gains) do not.
+    Matrices and kernels decay, vectors (biases, norms, gains) do not. Routers are always AdamW's, in groups of their own with
+    `optimization.router_rate` times the learning rate: Muon moves all directions of a matrix alike, and most inputs of a router
+    say nothing about the experts.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
@@ -24,13 +27,19 @@ def build_optimizer(model: nn.Module, optimization: OptimizationSettings) -> Opt
         float(optimization.weight_decay),
     )  # checkpoints admit nothing else
     use_muon = optimization.optimizer == "muon"
-    matrices = [p for p in trained if use_muon and p.ndim == 2 and id(p) not in embeddings]
-    chosen = {id(p) for p in matrices}
+    routers = [module for module in model.modules() if isinstance(module, (SeraAdapterRouter, SeraTopKRouter))]
+    of_routers = {id(p) for router in routers for p in router.parameters()}
+    matrices = [p for p in trained if use_muon and p.ndim == 2 and id(p) not in embeddings | of_routers]
+    chosen = {id(p) for p in matrices} | of_routers
     rest = [p for p in trained if id(p) not in chosen]
+    routing = [p for p in trained if id(p) in of_routers]
+    router_rate = learning_rate * float(optimization.router_rate)
     adamw = torch.optim.AdamW(
         [
             {"params": [p for p in rest if p.ndim >= 2], "weight_decay": decay},
             {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+            {"params": [p for p in routing if p.ndim >= 2], "weight_decay": decay, "lr": router_rate},
+            {"params": [p for p in routing if p.ndim < 2], "weight_decay": 0.0, "lr": router_rate},
         ],
         lr=learning_rate,
         fused=True,

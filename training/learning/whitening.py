@@ -1,7 +1,8 @@
-"""A start for what reads the vision tower: principal directions of its features, each scaled to unit variance (ours).
+"""A start for the layers that read the vision tower: principal directions of its features, scaled to unit variance (ours).
 
-A tower's features vary much along a few directions (of a tower made for saliency, figure against ground) and little along those
-that tell one kind of thing from another; from a random start many steps pass before these are heard. Labels play no part.
+The features of a tower vary much along a few directions, often those that separate figure and ground. They vary little along
+the directions that separate kinds of things. Layers that start with random weights need many steps before they use these.
+Labels play no part.
 """
 
 from collections.abc import Iterator
@@ -12,18 +13,18 @@ from torch import Tensor, nn
 
 from modeling_sera import SeraForReferringSegmentation
 
-LEAST = 0.05  # of the first direction's deviation: directions that vary less are scaled as if they varied so much
-BATCH = 16  # images at once
+LEAST = 0.05  # share of the largest deviation: directions that vary less are scaled as if they had this deviation
+BATCH = 16  # images in one forward pass
 
 
 def whiten_projections(model: SeraForReferringSegmentation, states: Tensor, size: tuple[int, int]) -> None:
-    """Set the first projection of every fusion and adapter of a fresh model, in place.
+    """Set the first projection of every fusion and adapter of a new model, in place.
 
-    Where a projection is wider than its input, its further rows stay as they are.
+    Where a projection has more outputs than inputs, the further rows of its weight stay as they are.
 
     Args:
-        model: Its adapters' up-projections are still zero, so that what is read does not depend on the text.
-        states: (M, states, num_prefix + H·W, hidden_size), of `SeraVisionEncoder.encode_states`, of some training images.
+        model: The model. The up-projections of its adapters are still zero, so that no feature depends on the text.
+        states: (M, states, num_prefix + H·W, hidden_size) that `SeraVisionEncoder.encode_states` gave for some training images.
         size: Height and width of the images in pixels.
     """
     read: dict[nn.Linear, list[Tensor]] = {layer: [] for layer in projections(model)}
@@ -49,7 +50,10 @@ def projections(model: SeraForReferringSegmentation) -> Iterator[nn.Linear]:
 
 
 def _whiten(layer: nn.Linear, features: Tensor) -> None:
-    """Have a layer give uncorrelated channels of mean 0 and variance 1 (the least directions less) on (n, channels) features."""
+    """Set a layer so that its outputs for (n, channels) features are uncorrelated, with mean 0 and variance 1.
+
+    Outputs of directions with a small deviation (`LEAST`) have a smaller variance.
+    """
     mean = features.mean(dim=0)
     centred = features - mean
     variances, directions = torch.linalg.eigh(centred.T @ centred / len(features))  # the largest last

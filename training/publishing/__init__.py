@@ -1,4 +1,4 @@
-"""What goes to the Hub beside the weights: the model card and its figures.
+"""The model card that goes to the Hub with the weights, and its figures.
 
 May import `scoring` and everything below it.
 """

@@ -1,7 +1,6 @@
-"""The model card of a model that is pushed: `model_card.md` filled from what its run and its evaluations left behind (ours).
+"""The model card of a model that is pushed: `model_card.md`, filled from the files of its run and of its evaluations (ours).
 
-Every figure on it stands in `evaluation-*.json`, `history.json`, `tuning.json` or `settings.yaml`; what is in none of them is not
-on it.
+Every figure on the card comes from `evaluation-*.json`, `history.json`, `tuning.json` or `settings.yaml`.
 """
 
 import json
@@ -17,14 +16,16 @@ from huggingface_hub.utils import validate_repo_id
 
 from training.configuration import DataSettings, MixedSet, TrainingSettings, dump_settings, load_settings
 from training.learning.building import IMAGE_SIZE
+from training.learning.routing_health import named_routers, routing_warnings
 from training.scoring.metric import SentenceScore, summarize
 from training.scoring.reports import data_name, format_report, model_index
 from training.support.environment import without_folders, without_paths
+from training.support.model_location import locate_model
 
 TEMPLATE = Path(__file__).resolve().parents[2] / "model_card.md"
 NO_RESULTS = "There are no results: this model was published without an evaluation."
-CHOSEN = "Images and expressions were chosen by whoever published the model."
-NOT_CHOSEN = "The first held-out scenes and the first expression about each, not chosen by how they came out."
+CHOSEN = "The publisher of the model chose the images and the expressions."
+NOT_CHOSEN = "The first held-out scenes, each with its first expression. They were not chosen by their results."
 METADATA = {
     "license": "apache-2.0",
     "library_name": "transformers",
@@ -36,7 +37,7 @@ METADATA = {
 
 @dataclass
 class TrainingRun:
-    """What a run keeps about itself: its folder, its settings, and `tuning.json` and `history.json` where they are."""
+    """A run's folder, its settings, and the content of `tuning.json` and `history.json` if they exist."""
 
     folder: Path
     settings: TrainingSettings
@@ -45,10 +46,18 @@ class TrainingRun:
 
 
 def read_run(model_folder: Path) -> TrainingRun | None:
-    """The run that a model folder is `model/` of; `None` where it is of none."""
-    folder = model_folder.absolute().parent
-    if model_folder.absolute().name != "model" or not (folder / "settings.yaml").is_file():
+    """The run that a model comes from; `None` where no settings lie with the model.
+
+    Args:
+        model_folder: The run's folder, or the model's own.
+
+    Raises:
+        ValueError: The folder holds no model.
+    """
+    location = locate_model(model_folder)
+    if location.settings is None or not location.settings.is_file():
         return None
+    folder = location.home.absolute()
     tuning, history = folder / "tuning.json", folder / "history.json"
     return TrainingRun(
         folder,
@@ -59,11 +68,11 @@ def read_run(model_folder: Path) -> TrainingRun | None:
 
 
 def read_evaluation(path: Path, models: set[str]) -> dict[str, Any]:
-    """A record that `training/evaluation.py` wrote about the model that goes by one of the names `models`.
+    """Read a record that `training/evaluation.py` wrote about a model with one of the names `models`.
 
     Raises:
-        ValueError: Where it is none, is about another model, or its figures are not those of its own scores.
-        OSError: Where it cannot be read.
+        ValueError: The file is no such record, is about another model, or its figures do not follow from its scores.
+        OSError: The file cannot be read.
     """
     record = _read_json(path)
     try:
@@ -72,11 +81,11 @@ def read_evaluation(path: Path, models: set[str]) -> dict[str, Any]:
         changed = record["summary"]["as written"] != summarize(scores)
         format_report(record), model_index(record)
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-        raise ValueError(f"{path} is no evaluation that training/evaluation.py wrote ({error!r}).") from error
+        raise ValueError(f"{path} is not an evaluation by training/evaluation.py ({error!r}).") from error
     if name not in models:
         raise ValueError(f"{path} is an evaluation of {name!r}, not of {' or '.join(sorted(models))}.")
     if changed:
-        raise ValueError(f"{path} was changed: its figures are not those of the scores in it; evaluate again.")
+        raise ValueError(f"{path} was changed: its figures do not follow from its scores; evaluate again.")
     return record
 
 
@@ -92,16 +101,16 @@ def model_card(
     """The card as text.
 
     Args:
-        repo_id: "user/name" that the model is pushed to.
-        run: The run that made it, if known.
-        evaluations: Records of [`read_evaluation`]; without any the card says so.
-        examples: (expression, path of the image in the repository) of the gallery; beside an image "1.png", which shows the
-            answer, lies the bare one as "1-image.png".
-        chosen: Whether somebody chose them; otherwise they are the first held-out scenes.
+        repo_id: "user/name", the repository of the model.
+        run: The run that trained it, if known.
+        evaluations: Records of [`read_evaluation`]. If there are none, the card says so.
+        examples: (expression, path of the image in the repository) of the gallery. "1.png" shows the answer; "1-image.png" in the
+            same folder is the image without it.
+        chosen: Whether somebody chose the examples. If not, they are the first held-out scenes.
         predicts_presence: Whether the model has a presence head.
 
     Raises:
-        ValueError: Where two evaluations are of the same split.
+        ValueError: Two evaluations are of the same split.
     """
     name = repo_id.partition("/")[2]
     metadata = dict(METADATA)
@@ -139,26 +148,26 @@ def model_card(
 
 
 def check_card(text: str, folder: Path) -> None:
-    """What can be checked of a card without the Hub: `ModelCard.validate` posts it there, and pushing does so before anything else.
+    """Check a card without the Hub. `ModelCard.validate` asks the Hub; a push does so before it sends anything.
 
     Args:
         text: The card.
-        folder: Folder that goes up with it.
+        folder: The folder that is sent with it.
 
     Raises:
-        ValueError: Where its metadata do not read back as they are, or it shows an image that does not go up.
+        ValueError: The metadata change when they are written and parsed, or the card shows an image that is not sent.
     """
-    metadata = ModelCard(text).data.to_dict()  # raises where the model-index is none
+    metadata = ModelCard(text).data.to_dict()  # raises if the model-index is not valid
     written = yaml.safe_load(text.split("---\n")[1])
     if written != metadata:
-        raise ValueError("The card's metadata do not read back as they were written.")
+        raise ValueError("The card's metadata change when they are written and parsed again.")
     if "model-index" in written:
         results = model_index_to_eval_results(written["model-index"])
         if eval_results_to_model_index(*results) != written["model-index"]:
-            raise ValueError("The card's model-index does not read back as it was written.")
+            raise ValueError("The card's model-index changes when it is written and parsed again.")
     for example in written.get("widget", []):
         if not (folder / example["output"]["url"]).is_file():
-            raise ValueError(f"The card shows {example['output']['url']}, which does not go up.")
+            raise ValueError(f"The card shows {example['output']['url']}, which is not sent.")
 
 
 def _index_results(evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -168,7 +177,7 @@ def _index_results(evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
         place = tuple(result["dataset"].get(key) for key in ("type", "config", "split"))
         if place in seen:
             raise ValueError(
-                f"Two of the evaluations are of {data_name(record)}, split {record['split']}; give one of them."
+                f"Two of the evaluations are of {data_name(record)}, split {record['split']}; give only one of them."
             )
         seen.add(place)
         results.append(result)
@@ -177,7 +186,7 @@ def _index_results(evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _describe_training(run: TrainingRun | None) -> str:
     if run is None:
-        return "How this model was trained is not recorded with it."
+        return "There is no record of this model's training."
     settings, optimization = run.settings, run.settings.optimization
     data, model = settings.data, settings.model
     sets = ", ".join(_set_name(part, data) for part in (data, *data.mix))
@@ -188,7 +197,7 @@ def _describe_training(run: TrainingRun | None) -> str:
         f"{part} from {f'`{without_folders(source)}`' if source else 'random weights'}"
         for part, source in start.items()
     )
-    size = "the size of the model gone on from"
+    size = "the size of the starting model"
     if data.image_size or not model.pretrained:
         size = " x ".join(map(str, data.image_size or IMAGE_SIZE)) + " pixels"
     lines = [f"- Data: {sets}, split {data.train_split}; images letterboxed to {size}."]
@@ -213,16 +222,31 @@ def _describe_training(run: TrainingRun | None) -> str:
             f"- Kept: epoch {best['epoch']} of {len(run.history)}, the best mIoU on {data.val_split} of {len(scored)} evaluated: "
             f"{100 * best['val']['mIoU']:.1f} %."
         )
-    lines.append(
-        "- Hardware: the run keeps no record of its own; that of every evaluation stands with it under Results."
-    )
+        lines += _describe_routing(best.get("routing", {}), data.val_split)
+    lines.append("- Hardware: the run does not record it. The hardware of each evaluation stands under Results.")
     written = yaml.safe_dump(without_paths(yaml.safe_load(dump_settings(settings))), sort_keys=False)
     lines += [
-        "- Command: `accelerate launch training/train.py --config settings.yaml`, the file being",
+        "- Command: `accelerate launch training/train.py --config settings.yaml`, with this file:",
         "",
         f"<details><summary>settings.yaml</summary>\n\n```yaml\n{written}```\n\n</details>",
     ]
     return "\n".join(lines)
+
+
+def _describe_routing(summary: dict[str, Any], split: str) -> list[str]:
+    """How the routers of the kept model decide, with the faults; nothing for a run that has no such figures."""
+    routers = {name: figures for name, figures in named_routers(summary).items() if "deviation" in figures}
+    if not routers:
+        return []
+    listed = ", ".join(
+        f"{name} {100 * figures['deviation']:.1f} % ({figures['mutual_information']:.2f})"
+        for name, figures in routers.items()
+    )
+    line = (
+        f"- Routing on {split}, standard deviation of the weights between samples (mutual information of sample and expert in "
+        f"nats): {listed}."
+    )
+    return [" ".join([line, *routing_warnings(summary)])]
 
 
 def _set_name(part: DataSettings | MixedSet, data: DataSettings) -> str:
@@ -250,9 +274,9 @@ def _base_models(run: TrainingRun) -> list[str]:
 
 
 def _is_hub_id(name: str | None, run: TrainingRun) -> bool:
-    """Whether a setting is a Hub id and not a folder, seen from here or from any folder that the run lies in.
+    """Whether a setting is a Hub id and not a folder. Folders are looked for here and in every folder above the run.
 
-    A folder may be gone by now: what begins like the run's own output, such as "outputs/first", was a run, too.
+    A folder may be gone by now: a name that begins like the run's own output, such as "outputs/first", was a run too.
     """
     if name is None or "/" not in name:
         return False
@@ -266,12 +290,12 @@ def _is_hub_id(name: str | None, run: TrainingRun) -> bool:
 
 
 def _demoted(report: str) -> str:
-    """A report as a section of a card: its heading two levels lower."""
+    """A report as a section of a card, with its heading two levels lower."""
     return f"##{report}"
 
 
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of UTF-8 too
+    except ValueError as error:  # also for wrong UTF-8
         raise ValueError(f"{path} is not JSON: {error}.") from error

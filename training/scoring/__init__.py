@@ -1,4 +1,4 @@
-"""Answers to figures: mask selection, flip averaging, the metrics, intervals, slices, reports and pictures of them.
+"""From answers to figures: mask selection, flip averaging, metrics, intervals, slices, reports and their figures.
 
 May import `examples` and everything below it, never a command.
 """

@@ -1,4 +1,4 @@
-"""How well a mask's outline is met: the boundary F-score (Perazzi et al., "DAVIS", 2016; the definition below is exact)."""
+"""The boundary F-score: how well the outlines of two masks agree (Perazzi et al., "DAVIS", 2016; exact definition below)."""
 
 import math
 
@@ -8,7 +8,7 @@ TOLERANCE = 0.008  # of the image's diagonal, as on DAVIS
 
 
 def mask_outline(mask: np.ndarray) -> np.ndarray:
-    """Pixels of a (H, W) boolean mask of which one of the four neighbours is outside of it, or of the image."""
+    """Pixels of a (H, W) boolean mask with a neighbour (of four) outside of the mask or of the image."""
     padded = np.pad(mask, 1)
     inside = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     return mask & ~inside
@@ -17,9 +17,9 @@ def mask_outline(mask: np.ndarray) -> np.ndarray:
 def boundary_f_score(predicted: np.ndarray, truth: np.ndarray) -> float:
     """Harmonic mean of the outlines' precision and recall, in [0, 1].
 
-    Precision is the share of the predicted mask's outline pixels that lie within r pixels (Euclidean, between pixel centres) of
-    an outline pixel of the truth; recall the converse; r = ⌈0.008 · image diagonal⌉. Two empty masks score 1, an empty and a
-    non-empty one 0.
+    Precision is the share of the predicted outline's pixels that lie within r pixels of a pixel of the true outline. Distances are
+    Euclidean, between pixel centres, and r = ⌈0.008 · image diagonal⌉. Recall is the same with the two outlines exchanged.
+    Two empty masks score 1. An empty and a non-empty mask score 0.
 
     Args:
         predicted: (H, W) boolean mask at the image's own size.
@@ -30,7 +30,7 @@ def boundary_f_score(predicted: np.ndarray, truth: np.ndarray) -> float:
     radius = math.ceil(TOLERANCE * math.hypot(*truth.shape))
     either = predicted | truth
     rows, columns = np.flatnonzero(either.any(axis=1)), np.flatnonzero(either.any(axis=0))
-    window = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]  # both outlines lie in it whole
+    window = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]  # it contains both outlines
     outlines = mask_outline(predicted[window]), mask_outline(truth[window])
     hits = [
         np.count_nonzero(own & dilate(other, radius)) / np.count_nonzero(own)
@@ -40,7 +40,7 @@ def boundary_f_score(predicted: np.ndarray, truth: np.ndarray) -> float:
 
 
 def dilate(mask: np.ndarray, radius: int) -> np.ndarray:
-    """Pixels of a (H, W) grid within `radius` pixels of one of a boolean mask: the disc's rows, from its tip to its middle."""
+    """Pixels within `radius` pixels of a (H, W) boolean mask. The loop runs over the disc's rows, from its tip to its middle."""
     height, width = mask.shape
     widened, reach, result = mask.copy(), 0, np.zeros_like(mask)
     for offset in range(radius, -1, -1):

@@ -1,4 +1,4 @@
-"""What each fusion expert does to an answer: the same image and expression with one expert left out (ours)."""
+"""How each fusion expert changes an answer: the same image and expression with and without the expert (ours)."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,19 +16,19 @@ from processing_sera import SeraProcessor
 from training.scoring.boundary import mask_outline
 from training.scoring.overlay import fit_lines, overlay
 
-# colours: the expert raises a pixel's probability, lowers it
+# colours: the expert raises a pixel's probability, or lowers it
 RAISES, LOWERS = np.array([0.85, 0.1, 0.1]), np.array([0.1, 0.3, 0.9])
-# a change of probability that is drawn in full colour is never smaller, or noise would look like something
+# the smallest change of probability that is drawn in full colour; otherwise noise would be visible
 LEAST_SCALE = 0.05
 CELL, GAP, FONT_SIZE, LINES = 220, 8, 13, 2
 
 
 @contextmanager
 def without_expert(model: SeraForReferringSegmentation, name: str) -> Iterator[None]:
-    """Route, in inference, as if the fusion expert `name` had the least logit possible: the top k are taken of the others.
+    """Route, in inference, as if the logit of the fusion expert `name` were minus infinity. The top k are those of the others.
 
     Raises:
-        ValueError: Where the model has no fusion experts, or none of that name.
+        ValueError: The model has no fusion experts, or none of that name.
     """
     if not model.config.fusion_experts:
         raise ValueError("The model has no fusion experts (fusion_experts is False), so there is nothing to leave out.")
@@ -52,13 +52,13 @@ def without_expert(model: SeraForReferringSegmentation, name: str) -> Iterator[N
 
 @dataclass
 class ExpertMaps:
-    """What the fusion experts did to the answer for one expression.
+    """How the fusion experts changed the answer for one expression.
 
     Attributes:
         text: The expression.
         mask: (H, W) bool, the answer.
-        shares: Per expert its routing weight, the mean over the taps.
-        changes: Per expert (H, W) in [-1, 1]: the probability with it minus the probability without it.
+        shares: Per expert the mean of its routing weights over the taps.
+        changes: Per expert (H, W) in [-1, 1]: the probability with the expert minus the probability without it.
     """
 
     text: str
@@ -74,10 +74,10 @@ def expert_maps(
     texts: Sequence[str],
     threshold: float | None = None,
 ) -> Iterator[ExpertMaps]:
-    """The maps for each expression about an image, one after the other; a forward pass with all experts and one without each.
+    """Yield the maps for each expression about an image. Each costs a forward pass with all experts and one without each expert.
 
     Raises:
-        ValueError: Where the model has no fusion experts.
+        ValueError: The model has no fusion experts.
     """
     for text in texts:
         inputs = processor(images=[image], text=[[text]], return_tensors="pt").to(model.device)
@@ -101,9 +101,9 @@ def expert_maps(
 
 
 def draw_expert_maps(image: Image.Image, maps: Sequence[ExpertMaps]) -> Image.Image:
-    """A row per expression: the image with the answer, and per expert where it raises (red) and lowers (blue) the probability.
+    """One row per expression: the image with the answer, and a map per expert. Red: it raises the probability. Blue: it lowers it.
 
-    Full colour is the greatest change of the row's four maps, or LEAST_SCALE where that is more.
+    Full colour is the greatest change in the row's four maps, but at least LEAST_SCALE.
     """
     small = ImageOps.contain(image.convert("RGB"), (CELL, CELL))
     width, height = small.size

@@ -1,4 +1,4 @@
-"""Images of results: masks laid over photographs, the sheet of examples, curves with the worst and best cases (ours)."""
+"""Figures of results: the sheet of examples, and curves with the worst and best cases (ours)."""
 
 from __future__ import annotations
 
@@ -33,11 +33,12 @@ if TYPE_CHECKING:
 
 YELLOW = (1.0, 0.85, 0.1)
 DPI = 70
+SHEET_TITLE = "Held-out data, at evenly spaced ranks of IoU within each kind."
 SLICES_DRAWN = ("size", "length", "wording", "targets")
 
 
 def spotlight(image: Image.Image, mask: np.ndarray) -> Image.Image:
-    """The image dimmed outside of a (H, W) boolean mask, the mask outlined in yellow."""
+    """The image, darkened outside of a (H, W) boolean mask, with a yellow outline of the mask."""
     canvas = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
     dimmed = 0.35 * canvas.mean(axis=2, keepdims=True) + 0.15 * canvas
     canvas = np.where(mask[..., None], canvas, dimmed)
@@ -54,9 +55,9 @@ def draw_sheet(
     num_examples: int = 12,
     selection: MaskSelection = FIXED_THRESHOLD,
 ) -> None:
-    """One PNG with examples: image, truth, prediction, expression, IoU, and the shares of the fusion experts.
+    """Draw a PNG with examples: image, truth, prediction, expression, IoU, and the shares of the experts.
 
-    The examples stand at evenly spaced ranks of IoU within each kind of expression, the worse before the better: nothing is picked.
+    The examples are at evenly spaced ranks of IoU within each kind of expression, the worst first. None is chosen by hand.
     """
     figure = sheet_figure(model, processor, rows, evenly_ranked(scores, num_examples), selection)
     write_binary(path, lambda partial: figure.savefig(partial, format="png", dpi=DPI))
@@ -68,8 +69,9 @@ def sheet_figure(
     rows: datasets.Dataset,
     chosen: Sequence[SentenceScore],
     selection: MaskSelection = FIXED_THRESHOLD,
+    title: str = SHEET_TITLE,
 ) -> Figure:
-    """The sheet of the given examples, two beside each other; an expression too long for its place ends in "…"."""
+    """The sheet of the given examples, two in a row. An expression that is too long for its place ends in "…"."""
     num_rows = (len(chosen) + 1) // 2
     height = 3.05 * num_rows + 0.5
     figure = new_figure(18, height)
@@ -96,7 +98,7 @@ def sheet_figure(
         _write_above(figure, place, f"“{text}”", fontsize=12)
         _draw_routing(axes[3], outputs)
     figure.suptitle(
-        "Held-out data, at evenly spaced ranks of each kind's IoU. Bars: share of each expert, from shallow (light) to deep",
+        f"{title} Bars: share of each expert, shallow (light) to deep (dark)",
         fontsize=13,
         y=1 - 0.1 / height,
     )
@@ -114,18 +116,18 @@ def draw_report(
     selection: MaskSelection = FIXED_THRESHOLD,
     num_cases: int = 5,
 ) -> None:
-    """One PNG of an evaluation: Pr@X over X, IoU histogram, mIoU by slice, and the worst, the median and the best cases.
+    """Draw a PNG of an evaluation: Pr@X over X, a histogram of IoU, mIoU by slice, and the worst, median and best cases.
 
     Args:
         model: The model that was scored.
         processor: Its processor.
         rows: The split.
-        scores: Of its sentences.
-        shuffled: Of its sentences asked of other objects.
+        scores: The scores of its sentences.
+        shuffled: The scores with each object given the sentences of another.
         record: See `training.scoring.reports.evaluation_record`.
-        path: Of the PNG file.
+        path: The PNG file.
         selection: How masks were selected.
-        num_cases: Worst cases, and as many at the median and best ones, each of another image.
+        num_cases: Number of worst cases, of median cases and of best cases. Each is from a different image.
     """
     figure = new_figure(3.6 * num_cases, 15.6)
     figure.suptitle(
@@ -161,12 +163,12 @@ def draw_report(
             axis.set_axis_off()
             axis.set_anchor("NW")
             _write_above(figure, cases[line, column], f"{name}, IoU {score.iou:.2f}: “{text}”", fontsize=10)
-    figure.text(0.01, 0.715, "Red: prediction. Yellow outline: truth. One expression of each image.", fontsize=10)
+    figure.text(0.01, 0.715, "Red: prediction. Yellow outline: truth. One expression per image.", fontsize=10)
     write_binary(path, lambda partial: figure.savefig(partial, format="png", dpi=DPI))
 
 
 def evenly_ranked(scores: list[SentenceScore], number: int) -> list[SentenceScore]:
-    """`number` scores, of each kind of expression those in the middles of equal parts of its ranking by IoU; of one, the median."""
+    """`number` scores at evenly spaced ranks of IoU, in equal numbers from each kind of expression. One of a kind is its median."""
     kinds = sorted({score.kind for score in scores})
     chosen = []
     for i, kind in enumerate(kinds):
@@ -177,8 +179,8 @@ def evenly_ranked(scores: list[SentenceScore], number: int) -> list[SentenceScor
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of so many inches that is drawn into memory, with no window."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and most commands draw nothing
+    """An empty figure of a size in inches. It is drawn in memory, without a window."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and most commands draw no figure
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=DPI)
@@ -193,7 +195,7 @@ def _predict(
     text: str,
     selection: MaskSelection,
 ) -> tuple[np.ndarray, SeraReferringSegmentationOutput]:
-    """The mask (H, W), bool, and the model's outputs, about the image itself."""
+    """The mask, bool (H, W), and the model's outputs for the unflipped image."""
 
     def ask(image: Image.Image, text: list[str]) -> tuple[dict[str, Any], SeraReferringSegmentationOutput]:
         inputs = processor(images=[image], text=[text], return_tensors="pt").to(model.device)
@@ -216,7 +218,7 @@ def _write_above(figure: Figure, place: SubplotSpec, text: str, fontsize: float)
     box = place.get_position(figure)
     width = box.width * figure.bbox.width
     written = figure.text(box.x0, box.y1 + 0.06 / figure.get_figheight(), "", va="bottom", fontsize=fontsize)
-    written.set_parse_math(False)  # a dollar sign is a dollar sign
+    written.set_parse_math(False)  # a dollar sign does not begin a formula
     renderer = figure.canvas.get_renderer()
 
     def measure(line: str) -> float:
@@ -227,7 +229,7 @@ def _write_above(figure: Figure, place: SubplotSpec, text: str, fontsize: float)
 
 
 def _draw_routing(axis: Axes, outputs: SeraReferringSegmentationOutput) -> None:
-    """Bars of each expert's share: the fusion experts at every tap, the adapter experts in every adapted block."""
+    """Bars with the share of each fusion expert at every tap and of each adapter expert in every adapted block."""
     names = []
     for kind, experts, routed in (
         ("fusion", EXPERT_NAMES, outputs.fusion_router_weights),

@@ -19,7 +19,7 @@ class FlipCollator(Collator):
     """Adds the flipped image after each image, with the same sources. The masks stay those of the unflipped image."""
 
     def __call__(self, examples: list[ImageExample]) -> tuple[BatchFeature, list[ImageExample]]:
-        """Model inputs and examples of twice as many images as there are examples."""
+        """Model inputs and examples, with two images for each of `examples`."""
         both = []
         for example in examples:
             image, text = flip_image(example.image, example.text)
@@ -28,7 +28,7 @@ class FlipCollator(Collator):
 
 
 def average_answers(answer: dict[str, Any], flipped: dict[str, Any]) -> dict[str, Any]:
-    """The mean of two answers: that for an image and that for the flipped image, whose columns run the other way.
+    """The mean of the answers for an image and for its flipped image. The columns of the second are turned back first.
 
     Args:
         answer: What `post_process_referring_segmentation` returned, with "probabilities" (H, W).

@@ -1,4 +1,4 @@
-"""How far a score would move with other images: bootstrap intervals (Efron, 1979), resampled by image."""
+"""Bootstrap intervals of scores (Efron, 1979), resampled by image: how much a score would vary with other images."""
 
 from collections.abc import Sequence
 
@@ -16,16 +16,16 @@ def bootstrap_intervals(
 ) -> dict[str, tuple[float, float]]:
     """Percentile intervals of ratios of sums, from resampled images.
 
-    Expressions about one image share its difficulty, so it is images that are drawn, with replacement and as many as there
-    are, each with all its expressions. A resample without any expression that a metric counts (no-target rows are few, say) has
-    no value of it and is left out of that metric's interval.
+    Expressions about one image share its difficulty. So images are drawn with replacement, each with all its expressions, until
+    there are as many as in the data. A resample may hold no expression that a metric counts, because rows without a target are few,
+    for example. It is then left out of that metric's interval.
 
     Args:
         terms: Per metric the numerators and denominators of N expressions.
         images: The image of each of the N expressions, any integers.
-        resamples: How many times images are drawn.
+        resamples: Number of resamples.
         level: Share of the resamples between the two ends, in (0, 1).
-        seed: Of the draws; the same images are drawn for every metric.
+        seed: Seed of the draws. The same images are drawn for every metric.
 
     Returns:
         Per metric the lower and the upper end.
@@ -34,7 +34,9 @@ def bootstrap_intervals(
     intervals = {}
     for name, over, under in zip(terms, numerators, denominators, strict=True):
         defined = under > 0
-        values = over[defined] / under[defined] if defined.any() else np.ones(1)  # no pixel anywhere: all rightly empty
+        values = (
+            over[defined] / under[defined] if defined.any() else np.ones(1)
+        )  # no pixel anywhere: all masks are correctly empty
         intervals[name] = _ends(values, level)
     return intervals
 
@@ -48,21 +50,21 @@ def paired_intervals(
     level: float = LEVEL,
     seed: int = 0,
 ) -> dict[str, tuple[float, float]]:
-    """Percentile intervals of how much higher each metric is in `terms` than in `other`, asked the same of the same images.
+    """Percentile intervals of each metric in `terms` minus the same metric in `other`, for the same expressions.
 
-    Both are scored on each resample's images, so that what makes an image hard or easy for both does not count.
+    Both are scored on the same resampled images. So an image that is hard for both does not widen the interval.
 
     Args:
-        terms: Per metric the numerators and denominators of N expressions, each of which may stand there several times (once for
-            every seed, say).
-        other: The same of another model.
+        terms: Per metric the numerators and denominators of N expressions. An expression may occur several times, for example once
+            per seed.
+        other: The same for another model.
         images: The image of each of the N expressions, any integers.
-        resamples: How many times images are drawn.
+        resamples: Number of resamples.
         level: Share of the resamples between the two ends, in (0, 1).
-        seed: Of the draws.
+        seed: Seed of the draws.
 
     Returns:
-        Per metric of both the lower and the upper end.
+        Per metric that both have, the lower and the upper end.
     """
     names = [name for name in terms if name in other]
     both = {("terms", name): terms[name] for name in names} | {("other", name): other[name] for name in names}

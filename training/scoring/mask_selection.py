@@ -21,7 +21,7 @@ class MaskSelection:
         largest_component: Keep the connected component of each mask with the largest sum of probabilities.
 
     Raises:
-        ValueError: Where a threshold is given beside `expected_iou`.
+        ValueError: A threshold is given together with `expected_iou`.
     """
 
     threshold: float | None = None
@@ -39,13 +39,13 @@ class MaskSelection:
         return self.expected_iou or self.flip or self.largest_component
 
     def mask(self, answer: dict[str, Any], default: float) -> Tensor:
-        """The mask of an answer, bool (H, W); empty where the answer is that nothing is meant.
+        """The mask of an answer, bool (H, W). It is empty if the model predicts no target.
 
         Args:
-            answer: An answer of `post_process_referring_segmentation` or `average_answers`: "probabilities" (H, W); or, where
-                they are not needed, "mask" alone, made with this selection's threshold; from a model that predicts presence,
-                "no_target".
-            default: Threshold where the selection has none: the processor's.
+            answer: An answer of `post_process_referring_segmentation` or `average_answers`. It holds "probabilities" (H, W), or
+                only "mask" if the selection needs no probabilities and its threshold made the mask. A model that predicts
+                presence adds "no_target".
+            default: The processor's threshold, which is used if the selection has none.
         """
         if "probabilities" not in answer:
             return answer["mask"]
@@ -62,14 +62,14 @@ FIXED_THRESHOLD = MaskSelection()
 def expected_iou_mask(probabilities: Tensor) -> Tensor:
     """The mask with the largest ratio of expected intersection to expected union, if pixels are independent.
 
-    A pixel raises a ratio J where its probability is above J / (1 + J). So the mask is what lies above one threshold. The threshold
-    is low where the model is uncertain, and a half where the model is sure of every pixel.
+    A pixel raises a ratio J if its probability is above J / (1 + J). So the mask consists of the pixels above one threshold.
+    The threshold is low if the model is uncertain, and 0.5 if the model is sure of every pixel.
 
     Args:
         probabilities: (H, W), in [0, 1].
 
     Returns:
-        bool (H, W); without a pixel only where all probabilities are 0.
+        bool (H, W). It is empty only if all probabilities are 0.
     """
     values = probabilities.flatten().sort(descending=True).values
     intersection = values.cumsum(0, dtype=torch.float64)
@@ -88,7 +88,7 @@ def largest_component(mask: Tensor, probabilities: Tensor) -> Tensor:
     Returns:
         bool (H, W); of an empty mask the mask itself.
     """
-    from scipy.ndimage import label, sum_labels  # of the extra "train", which this option alone needs
+    from scipy.ndimage import label, sum_labels  # part of the extra "train"; only this option needs it
 
     components, number = label(mask.cpu().numpy())
     if number < 2:

@@ -1,4 +1,4 @@
-"""What is measured: pixel counts and the boundary score of each sentence, and the scores made of them."""
+"""The metrics: pixel counts and the boundary score of each sentence, and the scores that they give."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -15,17 +15,17 @@ METRIC = Path(__file__).parent / "referring_iou"
 
 @dataclass
 class SentenceScore:
-    """One expression's result: its place in the split, its kind, and what every metric is made of.
+    """The result of one expression: its place in the split, its kind, and the values that every metric needs.
 
     Attributes:
         row: Row of the split.
         sentence: Number of the sentence in that row.
-        kind: What it is reported under, beside "all".
+        kind: Kind of the sentence, under which it is reported too.
         intersection: Pixels in both masks.
-        predicted: Pixels in the predicted mask; 0 says that nothing is meant.
-        truth: Pixels in the true mask; 0 where nothing is meant.
+        predicted: Pixels in the predicted mask; 0 predicts that there is no target.
+        truth: Pixels in the true mask; 0 if there is no target.
         boundary_f: Boundary F-score in [0, 1].
-        no_target: The model's probability that nothing is meant, in [0, 1]; `None` where it does not predict presence.
+        no_target: The model's probability of no target, in [0, 1]. `None` if the model does not predict presence.
     """
 
     row: int
@@ -44,18 +44,18 @@ class SentenceScore:
 
     @property
     def iou(self) -> float:
-        """Intersection over union in [0, 1]; 1 where both masks are empty."""
+        """Intersection over union in [0, 1]; 1 if both masks are empty."""
         return self.intersection / self.union if self.union else 1.0
 
 
 def score_terms(scores: Sequence[SentenceScore]) -> Terms:
-    """Numerators and denominators of every metric, the mean boundary F-score among them."""
+    """Numerators and denominators of every metric, including the mean boundary F-score."""
     terms = ratio_terms(**_counts(scores))
     return terms | {"boundary_F": (np.array([score.boundary_f for score in scores]), np.ones(len(scores)))}
 
 
 def summarize(scores: Sequence[SentenceScore]) -> dict[str, dict[str, float]]:
-    """Every metric and the number of expressions: over all, and per kind of sentence where there are several kinds."""
+    """Every metric and the number of expressions: over all, and per kind of sentence if there are several kinds."""
     metric = evaluate.load(str(METRIC), keep_in_memory=True)
     return {
         name: metric.compute(**_counts(group)) | {"boundary_F": ratio(*score_terms(group)["boundary_F"])}
@@ -64,7 +64,7 @@ def summarize(scores: Sequence[SentenceScore]) -> dict[str, dict[str, float]]:
 
 
 def by_kind(scores: Sequence[SentenceScore]) -> dict[str, list[SentenceScore]]:
-    """The scores under "all" and, where there are several kinds, under each kind."""
+    """The scores under "all" and, if there are several kinds, under each kind."""
     groups = defaultdict(list, all=list(scores))
     if len({score.kind for score in scores}) > 1:
         for score in scores:
@@ -78,7 +78,7 @@ def format_table(
 ) -> str:
     """Markdown table of several summaries (`{"as written": summarize(…), "shuffled": …}`), percentages with one decimal.
 
-    `intervals` belong to the first summary and stand behind its values.
+    `intervals` are those of the first summary. They follow its values.
     """
     first, groups = next(iter(summaries.items()))
     columns = [name for name in groups["all"] if name != "num_expressions"]
@@ -92,7 +92,7 @@ def format_table(
 
 
 def format_value(value: float | None, ends: tuple[float, float] | None = None) -> str:
-    """A share as a percentage, with the ends of its interval where they are given; a dash for what is not defined."""
+    """A share as a percentage, with the ends of its interval if they are given; a dash for an undefined value."""
     if value is None:
         return "–"
     return f"{100 * value:.1f}" + (f" [{100 * ends[0]:.1f}, {100 * ends[1]:.1f}]" if ends else "")

@@ -1,4 +1,4 @@
-"""Masks laid over a photograph, and texts that fit beside it (ours)."""
+"""Masks drawn over an image, and texts that fit beside it (ours)."""
 
 from collections.abc import Callable, Iterable
 
@@ -18,7 +18,7 @@ COLORS = (
 
 
 def overlay(image: Image.Image, masks: Iterable[np.ndarray], opacity: float = 0.55) -> Image.Image:
-    """The image with each (H, W) boolean mask tinted in a colour of its own and outlined in white."""
+    """The image with each (H, W) boolean mask in its own colour and with a white outline."""
     canvas = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
     for i, mask in enumerate(masks):
         color = np.asarray(COLORS[i % len(COLORS)], dtype=np.float32)
@@ -28,9 +28,9 @@ def overlay(image: Image.Image, masks: Iterable[np.ndarray], opacity: float = 0.
 
 
 def fit_lines(text: str, width: float, measure: Callable[[str], float], max_lines: int = 2) -> str:
-    """Wrap a text to lines of at most `width`, as `measure` gives it; what does not fit into `max_lines` becomes "…".
+    """Wrap a text to lines of at most `width`, measured by `measure`. Text beyond `max_lines` becomes "…".
 
-    Words longer than a line are broken; white space is collapsed.
+    Words that are longer than a line are broken. White space is collapsed.
     """
     rest, lines = " ".join(text.split()), []
     while rest and len(lines) < max_lines:
@@ -39,7 +39,7 @@ def fit_lines(text: str, width: float, measure: Callable[[str], float], max_line
             lines.append(rest)
             break
         mark = "…" if last else ""
-        fitting, too_many = 1, len(rest)  # the longest beginning that fits, by bisection
+        fitting, too_many = 1, len(rest)  # find the longest beginning that fits, by bisection
         while too_many - fitting > 1:
             middle = (fitting + too_many) // 2
             fitting, too_many = (middle, too_many) if measure(rest[:middle] + mark) <= width else (fitting, middle)

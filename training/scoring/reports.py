@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: the record (JSON), its tables (Markdown) and the model card's `model-index` (YAML)."""
+"""The files of an evaluation: the record (JSON), its tables (Markdown) and the model card's `model-index` (YAML)."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,18 +22,18 @@ FLIPPED = (
 )
 EXPECTED_IOU = " Each answer has its own expected-IoU threshold."
 LARGEST_COMPONENT = " The largest connected component of each mask is kept."
-# how masks were selected, in records
+# the fields of a record that say how masks were selected
 SELECTION_FIELDS = ("threshold", "tta", "expected_iou", "largest_component")
 
 
 @dataclass
 class Threshold:
-    """Above which probability a pixel is in the mask.
+    """The probability above which a pixel is in the mask.
 
     Attributes:
-        value: In (0, 1); `None` where no one serves all answers.
-        source: Where it comes from.
-        curve: If it was chosen, the mIoU at each candidate.
+        value: In (0, 1). `None` if each answer has its own threshold.
+        source: How it was chosen.
+        curve: The mIoU at each candidate, if it was chosen among candidates.
     """
 
     value: float | None
@@ -56,28 +56,28 @@ def evaluation_record(
     processes: int,
     precision: str = "no",
 ) -> dict[str, Any]:
-    """All that an evaluation found and how, as plain values; metrics and intervals are shares in [0, 1].
+    """The results of an evaluation and how it was done, as plain values. Metrics and intervals are shares in [0, 1].
 
     Args:
         model: The model's name.
-        data: Where the split comes from.
-        split: Its name.
+        data: The settings of the split's data.
+        split: Name of the split.
         rows: The split.
-        scores: Of every sentence.
-        shuffled: Of every sentence asked of another object.
-        threshold: That both were scored with.
+        scores: The score of every sentence.
+        shuffled: The scores with each object given the sentences of another.
+        threshold: The threshold of both.
         selection: How masks were selected.
-        weights: Checksum of the model's weights, which tells it from another of its name.
-        command: That did it.
-        processes: How many shared the work.
-        precision: Arithmetic of the forward pass, where it is not that of the weights.
+        weights: Checksum of the model's weights. Models of the same name may differ.
+        command: The command of the evaluation.
+        processes: Number of processes that shared the work.
+        precision: Precision of the forward pass. "no": the precision of the weights.
     """
     images = rows["image_id"][:]
 
     def intervals(group: list[SentenceScore]) -> dict[str, tuple[float, float]]:
         shown = [images[score.row] for score in group]
         if len(set(shown)) < 2:
-            return {}  # a single image says nothing about others
+            return {}  # one image does not tell how images differ
         return bootstrap_intervals(score_terms(group), shown)
 
     return {
@@ -115,7 +115,7 @@ def evaluation_record(
         "precision": precision,
         "hardware": describe_hardware(),
         "versions": library_versions(),
-        "image_ids": list(images),  # of each row
+        "image_ids": list(images),  # per row
         "scores": [asdict(score) for score in scores],
     }
 
@@ -128,13 +128,13 @@ def format_report(record: dict[str, Any]) -> str:
         f"# {record['model']} on {data_name(record)}, split {record['split']}",
         "",
         f"{counts['expressions']} expressions about {counts['objects']} objects ({counts['without_target']} expressions without a "
-        f"target) in {counts['images']} images, every mask compared at its image's own size. "
-        f"{selection_note(record)} Percentages; in brackets "
+        f"target) in {counts['images']} images. Every mask is compared at the size of its image. "
+        f"{selection_note(record)} All values are percentages. In brackets: "
         f"{bootstrap['level']:.0%} bootstrap intervals from {bootstrap['resamples']} resamples of images.",
         "",
-        "mIoU is the mean over expressions, oIoU total intersection / total union, Pr@X the share of expressions with IoU > X; "
-        f"boundary_F the mean boundary F-score within {record['boundary_tolerance']:g} of the image's diagonal. Shuffled: each "
-        "object asked the sentences of another.",
+        "mIoU is the mean over expressions. oIoU is total intersection / total union. Pr@X is the share of expressions with "
+        "IoU > X. boundary_F is the mean boundary F-score within "
+        f"{record['boundary_tolerance']:g} of the image's diagonal. Shuffled: each object was given the sentences of another.",
         "",
         format_table(record["summary"], record["intervals"]),
         "",
@@ -148,7 +148,7 @@ def format_report(record: dict[str, Any]) -> str:
     devices = ", ".join(hardware["gpus"]) or "no GPU"
     lines += ["", f"`{record['command']}`", ""]
     cores, processes = counted(hardware["cores"], "core"), counted(record["processes"], "process")
-    precision = record.get("precision", "no")  # older records do not say
+    precision = record.get("precision", "no")  # older records lack it
     arithmetic = "" if precision == "no" else f", forward pass in {precision}"
     lines += [f"{hardware['processor']}, {cores}, {devices}; {processes}{arithmetic}. "]
     lines[-1] += ", ".join(f"{name} {version}" for name, version in record["versions"].items()) + "."
@@ -164,7 +164,7 @@ def model_index(record: dict[str, Any]) -> str:
             task_name="Referring image segmentation",
             dataset_type=data["dataset"] if data["source"] == "refer" else data_name(record).replace(" ", "-"),
             dataset_name=data_name(record),
-            # the Hub's libraries join results of one type, configuration and split: RefCOCOg has a val of UMD's and of Google's
+            # the Hub's libraries join results of equal type, configuration and split; RefCOCOg has two splits called val
             dataset_config=data["split_by"] if data["source"] == "refer" else None,
             dataset_split=record["split"],
             dataset_args=record["counts"],
@@ -188,7 +188,7 @@ def model_index(record: dict[str, Any]) -> str:
 
 
 def data_name(record: dict[str, Any]) -> str:
-    """A set as a person would name it."""
+    """The usual name of a data set."""
     data = record["data"]
     if data["source"] == "refer":
         return f"{SET_NAMES.get(data['dataset'], data['dataset'])} ({data['split_by']})"
@@ -202,6 +202,6 @@ def selection_note(record: dict[str, Any]) -> str:
 
 
 def threshold_note(record: dict[str, Any]) -> str:
-    """The threshold of an evaluation and where it comes from, as the beginning of a sentence."""
+    """The threshold of an evaluation and its source, as the beginning of a sentence."""
     value, source = record["threshold"]["value"], record["threshold"]["source"]
     return f"Threshold: {source}" if value is None else f"Threshold {value:g}, {source}"

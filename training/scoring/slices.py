@@ -1,32 +1,39 @@
-"""Where a model is good and where not: expressions by object size (COCO's), length, wording, relation, targets, category (ours)."""
+"""Scores by object size (COCO's), length, wording, relation, number of targets and category; thinness of objects (ours)."""
 
 import re
 from collections import defaultdict
 from collections.abc import Sequence
 
 import datasets
+import numpy as np
+from scipy.ndimage import distance_transform_edt
 
 from training.scoring.metric import SentenceScore
 
-# COCO's areas in pixels, at the image's own size: small is below the first, large from the second on
+# COCO's areas in pixels of the image: "small" is below the first, "large" starts at the second
 SIZE_BOUNDS = (32**2, 96**2)
+SIZES = ("small", "medium", "large")
+# share of an object's area that the largest disc inside of it has: 1 for a disc, 0.79 for a square, 0.39 for two squares in a row
+THIN, COMPACT = 0.25, 0.5
+THICKNESSES = ("thin", "medium thick", "compact")
 LENGTHS = ((2, "1-2 words"), (5, "3-5 words"), (10, "6-10 words"))
 LONGEST = "11 words or more"
+NO_TARGET = "no target"
 
-# Words for a place in the image. "left of" and the like name a place beside something else, hence a relation.
+# Words for a place in the image. "left of" and similar words name a place next to something else, so they are relations.
 _LOCATION = re.compile(
     r"\b(?:(?:left|right)(?!\s+of\b)(?:most|hand)?|(?:far|very)\s+(?:left|right)|top|bottom|upper|lower|middle|cent(?:er|re)"
     r"|front|back|foreground|background|corner|edge|side|closest|nearest|furthest|farthest|first|second|third|fourth|last)\b",
     re.IGNORECASE,
 )
-# Words that tie the thing meant to another thing. Bare "in", "on" and "with" mostly name clothes and places, so they do not count.
+# Words that relate the target to another thing. "in", "on" and "with" alone mostly name clothes and places, so they do not count.
 _RELATION = re.compile(
     r"\b(?:(?:left|right)\s+of|next\s+to|in\s+front\s+of|on\s+top\s+of|close\s+to|beside|besides|behind|between|among|near|by"
     r"|under|underneath|beneath|below|above|over|against|around|inside|outside|across|facing|holding|riding|touching|carrying"
     r"|pulling|pushing|leaning|attached|surrounded|than)\b",
     re.IGNORECASE,
 )
-# The relations by what a reader must do; of several in a sentence the first of these counts.
+# Kinds of relations. If a sentence has several, the first of this list counts.
 _RELATION_WORDS = {
     "nearest or farthest": r"closest|nearest|furthest|farthest",
     "in front or behind": r"in\s+front\s+of|behind|covering|covers|(?:hidden|covered)\s+by",
@@ -45,40 +52,47 @@ _WORDINGS = {
 
 
 def size_of(area: int) -> str:
-    """COCO's size of an object of `area` pixels."""
-    if area == 0:
-        return "no target"
-    return "small" if area < SIZE_BOUNDS[0] else "medium" if area < SIZE_BOUNDS[1] else "large"
+    """COCO's size class of an object of `area` pixels."""
+    return SIZES[sum(area >= bound for bound in SIZE_BOUNDS)] if area else NO_TARGET
+
+
+def thickness_of(mask: np.ndarray) -> str:
+    """How thin the object of a (H, W) boolean mask is, by the share of its area that the largest disc inside of it has."""
+    if not mask.any():
+        return NO_TARGET
+    # from the centre of a pixel to the nearest edge of a pixel outside
+    radius = distance_transform_edt(np.pad(mask, 1)).max() - 0.5
+    share = np.pi * radius**2 / np.count_nonzero(mask)
+    return THICKNESSES[sum(share >= bound for bound in (THIN, COMPACT))]
 
 
 def length_of(sentence: str) -> str:
-    """Range of the number of words, between white space."""
+    """Range of the number of words, which are separated by white space."""
     words = len(sentence.split())
     return next((name for most, name in LENGTHS if words <= most), LONGEST)
 
 
 def wording_of(sentence: str) -> str:
-    """Whether there are words for a location in the image, for a relation to another thing, for both or neither."""
+    """Whether a sentence has words for a location in the image, for a relation to another thing, for both or for neither."""
     relations = bool(_RELATION.search(sentence))
-    rest = _RELATION.sub(" ", sentence)  # the front of "in front of" is no place in the image
+    rest = _RELATION.sub(" ", sentence)  # "front" in "in front of" is not a place in the image
     return _WORDINGS[bool(_LOCATION.search(rest)), relations]
 
 
 def relation_of(sentence: str) -> str:
-    """Which kind of relation to another thing there are words for."""
+    """The kind of relation to another thing that a sentence has words for."""
     return next((name for name, words in _RELATIONS.items() if words.search(sentence)), NO_RELATION)
 
 
 def slice_scores(rows: datasets.Dataset, scores: Sequence[SentenceScore]) -> dict[str, dict[str, list[SentenceScore]]]:
-    """Scores by "size", "length", "wording", "relation", "category" and, where some expressions mean several things or none,
-    "targets".
+    """Scores by "size", "length", "wording", "relation" and "category"; and by "targets", if some expressions have several or none.
 
     Args:
         rows: The split that was scored.
-        scores: Of its sentences.
+        scores: The scores of its sentences.
 
     Returns:
-        Per dimension the labels that occur, in a fixed order, with their scores; each dimension holds every score once.
+        Per dimension the labels that occur, in a fixed order, with their scores. Each dimension holds every score once.
     """
     sentences, categories, annotations = rows["sentences"][:], rows["category"][:], rows["ann_ids"][:]
     sliced: dict[str, dict[str, list[SentenceScore]]] = defaultdict(lambda: defaultdict(list))
@@ -90,16 +104,16 @@ def slice_scores(rows: datasets.Dataset, scores: Sequence[SentenceScore]) -> dic
             "length": length_of(sentence),
             "wording": wording_of(sentence),
             "relation": relation_of(sentence),
-            "targets": several if score.truth else "no target",
+            "targets": several if score.truth else NO_TARGET,
             "category": categories[score.row] or "(none)",
         }
         for dimension, label in labels.items():
             sliced[dimension][label].append(score)
     if len(sliced["targets"]) < 2:
         del sliced["targets"]
-    order = [*("small", "medium", "large"), *(name for _, name in LENGTHS), LONGEST, *_WORDINGS.values()]
+    order = [*SIZES, *(name for _, name in LENGTHS), LONGEST, *_WORDINGS.values()]
     order += [*_RELATIONS, NO_RELATION]
-    order += ["one target", "several targets", "no target"]
+    order += ["one target", "several targets", NO_TARGET]
     rank = {label: i for i, label in enumerate(order)}
     return {
         dimension: dict(sorted(groups.items(), key=lambda item: (rank.get(item[0], len(rank)), item[0])))

@@ -1,4 +1,4 @@
-"""What every command uses: the command line's errors, files written whole, child processes, the environment.
+"""What every command uses: messages about errors, files, locks, folders and Hub ids, child processes, the environment.
 
-Nothing here knows of images, models or training. It may import the standard library and `huggingface_hub` alone.
+Nothing here knows images, models or training. Modules here import no other room of `training`.
 """

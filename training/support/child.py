@@ -1,8 +1,8 @@
-"""Run a script so that nothing of it outlives the process that started it.
+"""Run a script whose processes all end with the process that started it.
 
     python training/support/child.py PARENT SCRIPT [arguments]
 
-The script, and whatever processes it starts, are one group. The group ends with the parent, even with one that was killed. (Ours.)
+The script and the processes that it starts are one group. The group ends with the parent, also when the parent is killed. (Ours.)
 """
 
 import os
@@ -14,7 +14,11 @@ import time
 
 
 def end_group_with(parent: int) -> None:
-    """Kill this process's group, which must be its own, within a second of the end of the parent with that id."""
+    """Kill the group of this process within a second after its parent has ended. The group must be the process's own.
+
+    Args:
+        parent: The id of the parent.
+    """
 
     def watch() -> None:
         while os.getppid() == parent:

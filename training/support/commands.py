@@ -1,4 +1,4 @@
-"""How the commands of this room end when something given to them is wrong: with a sentence, not a traceback (ours)."""
+"""How a command ends when its input is wrong: with one sentence, not with a traceback (ours)."""
 
 import logging
 import pickle
@@ -7,14 +7,14 @@ from collections.abc import Callable
 
 from huggingface_hub.errors import StrictDataclassError
 
-# what bad input raises, the last of them in a configuration
+# errors that bad input raises; the last one is of a model's configuration
 INPUT_ERRORS = (ValueError, OSError, pickle.UnpicklingError, StrictDataclassError)
 
 
 def describe_error(error: Exception) -> str | None:
-    """What went wrong, in a sentence; `None` where it is a fault of ours, not of the input.
+    """One sentence about an error; `None` where the code is at fault, not the input.
 
-    What a check of the configuration or a process that prepares batches passes on is told in its own words.
+    A check of a configuration and a process that prepares batches wrap errors. The sentence is then that of the wrapped error.
     """
     if isinstance(error, StrictDataclassError):
         error = error.__cause__ or error
@@ -31,14 +31,14 @@ def run_command(
     describe: Callable[[Exception], str | None] = describe_error,
     also: tuple[type[Exception], ...] = (),
 ) -> None:
-    """Run a command; an error about its input ends the process with "error: …" on stderr and exit code 1.
+    """Run a command. An error about its input ends the process with "error: …" on stderr and exit code 1.
 
-    The traceback is logged at the level DEBUG. Any other error is a fault of ours and keeps its traceback.
+    The traceback of such an error is logged at the level DEBUG. All other errors keep their traceback.
 
     Args:
         main: The command.
-        describe: The error in a sentence; `None` for one that is a fault of ours after all.
-        also: Further kinds of error that may be about the input.
+        describe: Gives the sentence about an error, or `None` where the code is at fault.
+        also: Further kinds of errors that may be about the input.
     """
     try:
         main()
@@ -51,5 +51,5 @@ def run_command(
 
 
 def in_one_line(error: object) -> str:
-    """An error's text, without its line breaks; its type where it has none."""
+    """The text of an error in one line; the name of its type where it has no text."""
     return " ".join(str(error).split()) or type(error).__name__

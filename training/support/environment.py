@@ -1,4 +1,4 @@
-"""What a figure was measured with: command, hardware, library versions; without a path of the machine (ours)."""
+"""The command, hardware and library versions of a measurement, without paths of the machine (ours)."""
 
 import importlib.metadata
 import os
@@ -14,32 +14,32 @@ LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "evaluate", "num
 
 
 def describe_hardware() -> dict[str, Any]:
-    """Processor, its cores that this process may use, and GPUs, by name."""
+    """The processor, the number of cores that this process may use, the GPUs and the operating system."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {"processor": _processor_name(), "cores": usable, "gpus": gpus, "system": platform.system()}
 
 
 def counted(number: int, noun: str) -> str:
-    """A number and what it counts: "1 core", "2 cores", "2 processes"."""
+    """A number with its noun: "1 core", "2 cores", "2 processes"."""
     return f"{number} {noun}" + ("" if number == 1 else "es" if noun.endswith("s") else "s")
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that figures depend on."""
+    """Versions of Python and of the libraries that results depend on."""
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in LIBRARIES}
 
 
 def command_line(script: str, arguments: list[str] | None = None) -> str:
-    """The command that ran `script`, a path in the repository, with `arguments` (`None`: the process's own)."""
+    """The command line of `script`, a path in the repository, with `arguments` (`None`: those of this process)."""
     arguments = sys.argv[1:] if arguments is None else arguments
     return shlex.join(["python", script, *(without_folders(argument) for argument in arguments)])
 
 
 def without_folders(value: Any) -> Any:
-    """A setting or an argument (`--name=value` too) with absolute paths shortened to their last part; lists item by item.
+    """A setting or an argument (also `--name=value`) whose absolute paths are shortened to their last part; lists item by item.
 
-    Runs call all of their models "model": of these the run's name stays, too.
+    Every run calls its model "model". The name of the run's folder stays in these paths.
     """
     if isinstance(value, (list, tuple)):
         return [without_folders(item) for item in value]
@@ -55,7 +55,7 @@ def without_folders(value: Any) -> Any:
 
 
 def without_paths(tree: Any) -> Any:
-    """Plain settings with absolute paths shortened to their last part, wherever they stand."""
+    """Settings as dicts and lists, with all absolute paths in them shortened to their last part."""
     if isinstance(tree, dict):
         return {name: without_paths(value) for name, value in tree.items()}
     return [without_paths(item) for item in tree] if isinstance(tree, (list, tuple)) else without_folders(tree)

@@ -6,10 +6,12 @@ import time
 
 
 def end_with_parent(worker: int) -> None:
-    """End this process once the one that it prepares batches for is gone; for `DataLoader(worker_init_fn=…)`.
+    """End this process when the process that it prepares batches for has ended. It is for `DataLoader(worker_init_fn=…)`.
 
-    A worker that waits for room in its queue would otherwise outlive a killed run for ever, and keep what it holds of the memory
-    and of the device.
+    Otherwise a worker of a killed run, which waits for room in its queue, would wait for ever and keep its memory.
+
+    Args:
+        worker: The number of the worker, which `DataLoader` passes; it plays no part.
     """
     parent = os.getppid()
 

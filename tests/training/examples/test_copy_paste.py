@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from builders import disc
 from PIL import Image
-from test_batches import COLORS, make_rows
+from squares import COLORS, make_rows
 
 from training.examples.copy_paste import CopyPaste, CutOut, describe, names_a_place, nouns
 

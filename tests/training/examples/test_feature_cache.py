@@ -12,8 +12,8 @@ from accelerate import Accelerator
 from builders import iou, tiny_tokenizer
 from conftest import make_model
 from PIL import Image
-from test_batches import make_rows, png
-from test_training import ON_CPU, TRAIN, finished, history_of, refer_settings, run, written
+from runs import ON_CPU, TRAIN, finished, history_of, refer_settings, run, written
+from squares import make_rows, png
 
 from processing_sera import SeraImageProcessor, SeraProcessor
 from training.configuration import AugmentationSettings, DataSettings, ModelSettings, TrainingSettings, read_settings

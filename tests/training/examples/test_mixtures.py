@@ -1,6 +1,5 @@
 """Mixtures: no image of another split, no image taken for another, shares of an epoch that hold whatever reads them."""
 
-import io
 import json
 import logging
 import shutil
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 from accelerate import Accelerator
 from builders import Folder, write_hub_copy
+from own_rows import write_own
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -28,40 +28,10 @@ from training.examples.draws import SET_COLUMN, WeightedDraws
 from training.examples.splits import load_training_splits
 from training.examples.streaming import StreamedExamples
 from training.preparation import prepare_refer
-from training.sources.masks import encode_mask
 from training.sources.refer import REFER_FEATURES
 
 PLAIN = AugmentationSettings()
 ONE_EACH = {"objects_per_image": 1, "sentences_per_object": 1, "augmentation": PLAIN, "seed": 0}
-
-
-def write_own(root: Path, **splits: list[int]) -> str:
-    """A folder of rows that a user made: by split the image ids, one row and one image of noise for each."""
-    (root / "data").mkdir(parents=True)
-    rng = np.random.default_rng(len(str(root)))
-    for split, image_ids in splits.items():
-        rows = [own_row(number, image_id, rng) for number, image_id in enumerate(image_ids)]
-        table = datasets.Dataset.from_list(rows, features=REFER_FEATURES)
-        table.to_parquet(root / "data" / f"{split}-00000-of-00001.parquet")
-    return str(root)
-
-
-def own_row(number: int, image_id: int, rng: np.random.Generator) -> dict:
-    buffer = io.BytesIO()
-    Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(buffer, "PNG")
-    return {
-        "image": {"path": None, "bytes": buffer.getvalue()},
-        "image_id": image_id,
-        "ref_id": number,
-        "ann_ids": [],
-        "no_target": False,
-        "category": "",
-        "sentences": [f"thing {number}"],
-        "sentence_ids": [0],
-        "sentence_kinds": ["mine"],
-        "mask": encode_mask(np.eye(20, 30, dtype=bool)),
-        "boxes": [],
-    }
 
 
 # No image of another split

@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from builders import Folder, write_hub_copy
-from test_mixtures import write_own
+from own_rows import write_own
 from torch.utils.data import DataLoader
 
 from training.configuration import AugmentationSettings, DataSettings

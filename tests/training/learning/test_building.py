@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 from builders import tiny_tokenizer
+from runs import TINY
 from safetensors.torch import load_file, save_file
-from test_training import TINY
 
 from modeling_sera import SeraForReferringSegmentation
 from processing_sera import SeraProcessor

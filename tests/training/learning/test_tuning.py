@@ -137,6 +137,29 @@ def test_weight_decay_acts_on_matrices_and_kernels_alone(name):
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_routers_are_adamws_at_a_rate_of_their_own(name):
+    model = make_model()
+    apply_tuning(model, vision="norm_bias", text="norm_bias")
+    settings = OptimizationSettings(optimizer=name, learning_rate=1e-2, weight_decay=0.05, router_rate=0.3)
+    optimizer = build_optimizer(model, settings)
+    routers = {n: p for n, p in model.named_parameters() if ".router." in n}
+    assert {n.split(".router.")[1] for n in routers} == {
+        *("score.weight", "score.bias", "score_sentence.weight"),
+        *("hidden.weight", "hidden.bias", "hidden_sentence.weight"),
+    }
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    for parameter_name, p in model.named_parameters():
+        if p.requires_grad:
+            assert rates[id(p)] == pytest.approx(0.3e-2 if parameter_name in routers else 1e-2), parameter_name
+    muon = [part for part in getattr(optimizer, "parts", []) if isinstance(part, Muon)]
+    assert len(muon) == (name == "muon")
+    orthogonalised = {id(p) for part in muon for group in part.param_groups for p in group["params"]}
+    assert not orthogonalised & {id(p) for p in routers.values()}
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+    assert sorted({round(rate, 6) for rate in schedule.get_last_lr()}) == [0.0015, 0.005]
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_an_optimizer_goes_on_from_its_saved_state(name, tmp_path):
     def start() -> tuple[nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
         model = make_model()  # in eval mode, so that nothing is drawn

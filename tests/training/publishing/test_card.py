@@ -1,14 +1,14 @@
-"""The model card: what of runs and evaluations stands on it, that nothing else does, and that it reads back."""
+"""The model card holds the figures of its run and its evaluations and no others, and can be parsed again."""
 
 import ast
 import json
 import re
-from dataclasses import asdict, replace
-from functools import cache
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
+from evaluations import SCENES, write_evaluation
 from huggingface_hub import ModelCard
 
 from training.configuration import (
@@ -21,55 +21,36 @@ from training.configuration import (
     load_settings,
 )
 from training.publishing.card import NO_RESULTS, check_card, model_card, read_evaluation, read_run
-from training.scoring.metric import SentenceScore
-from training.scoring.reports import Threshold, evaluation_record, model_index
-from training.sources.scenes.dataset import generate_scenes
+from training.scoring.reports import model_index
 from training.support.files import write_text
 
-SCENES = DataSettings(source="scenes", num_scenes=(40, 2, 3), scene_size=64)
 REFCOCOG = {by: DataSettings(source="refer", root="refer", dataset="refcocog", split_by=by) for by in ("umd", "google")}
 CODE = "```python"
 
 
-@cache
-def made_up_record(shift: int) -> str:
-    """An evaluation's JSON about made-up answers to the sentences of two scenes."""
-    rows = generate_scenes(2, 0, 64, split="test")
-    scores = [
-        SentenceScore(i, j, kind, intersection=40 + 7 * (i % 5) + shift, predicted=100 + j, truth=90, boundary_f=0.5)
-        for i, kinds in enumerate(rows["sentence_kinds"])
-        for j, kind in enumerate(kinds)
-    ]
-    record = evaluation_record(
-        model="trial",
-        data=SCENES,
-        split="test",
-        rows=rows,
-        scores=scores,
-        shuffled=scores,
-        threshold=Threshold(0.35, "chosen on val for the highest mIoU"),
-        command="python training/evaluation.py model --split test",
-        processes=1,
-    )
-    return json.dumps(record)
-
-
-def write_evaluation(path: Path, data: DataSettings = SCENES, split: str = "test", shift: int = 0) -> Path:
-    """Such a record, said to be about a split of other data."""
-    write_text(path, json.dumps(json.loads(made_up_record(shift)) | {"data": asdict(data), "split": split}))
-    return path
+ROUTERS = {
+    "taps": {
+        "4": {"deviation": 0.123, "mutual_information": 0.045, "shares": {"spatial": 0.531, "shape": 0.469}}
+        | {"added": {"spatial": 0.034, "shape": 0.8}, "samples": 40, "logit_deviation": 0.6, "dead_units": 0.0}
+    },
+    "adapters": {
+        "3": {"deviation": 0.2, "mutual_information": 0.31, "shares": {"spatial": 0.4, "boundary": 0.6}}
+        | {"added": {"spatial": 0.2, "boundary": 0.2}, "samples": 40, "logit_deviation": 0.9}
+    },
+}
 
 
 def write_run(folder: Path, **settings) -> Path:
-    """A run's folder as training leaves it, without its weights; its model's folder."""
+    """Write a run's folder like training, without weights; returns its model's folder."""
     settings = {"data": SCENES, "optimization": OptimizationSettings(epochs=3, learning_rate=2e-4)} | settings
     write_text(folder / "settings.yaml", dump_settings(TrainingSettings(**settings)))
     tuning = {"vision_trained": 1234, "vision_total": 56789, "text_trained": 4321, "text_total": 98765, "added": 1357}
     write_text(folder / "tuning.json", json.dumps(tuning))
     history = [{"epoch": i, "val": {"mIoU": value}} for i, value in ((1, 0.123), (3, 0.4567), (4, 0.3))]
+    history[1]["routing"] = ROUTERS
     history.insert(1, {"epoch": 2})
     write_text(folder / "history.json", json.dumps(history))
-    (folder / "model").mkdir()
+    write_text(folder / "model" / "config.json", "{}")
     return folder / "model"
 
 
@@ -127,7 +108,7 @@ def test_the_metrics_are_those_of_the_evaluation(record, tmp_path):
     assert record["command"] in card and record["hardware"]["processor"] in card
 
 
-def test_no_figure_is_on_the_card_that_is_in_no_file(record, tmp_path):
+def test_every_figure_on_the_card_comes_from_a_file(record, tmp_path):
     card = make_card([record], write_run(tmp_path / "trial"))
     known = set()
     sources = [
@@ -137,11 +118,20 @@ def test_no_figure_is_on_the_card_that_is_in_no_file(record, tmp_path):
     sources.append(yaml.safe_load((tmp_path / "trial" / "settings.yaml").read_text()))
     for leaf in leaves(sources):
         if isinstance(leaf, float):
-            known |= {f"{100 * leaf:.1f}", f"{leaf:g}", str(round(100 * leaf, 2))}
+            known |= {f"{100 * leaf:.1f}", f"{leaf:g}", str(round(100 * leaf, 2)), f"{leaf:.2f}"}
         known |= decimals(str(leaf))
     shown = decimals(card.split(CODE)[0]) | decimals(section(card, "Training")) | decimals(section(card, "Results"))
-    shown -= {"2603.12538"}  # the paper's number
+    shown -= {"2603.12538"}  # the paper's number on arXiv
     assert len(shown) > 20 and shown <= known
+
+
+def test_the_card_says_how_the_kept_model_routes_and_what_is_idle(tmp_path):
+    training = section(make_card(model_folder=write_run(tmp_path / "trial")), "Training")
+    assert "tap 4 12.3 % (0.04), adapter 3 20.0 % (0.31)" in training
+    assert "The router of tap 4 has 1 idle expert: spatial (adds 3.4 % of the map's norm)." in training
+    assert "The router of adapter 3" not in training
+    (tmp_path / "trial" / "history.json").write_text(json.dumps([{"epoch": 1, "val": {"mIoU": 0.5}}]))
+    assert "Routing" not in section(make_card(model_folder=tmp_path / "trial" / "model"), "Training")
 
 
 def test_without_an_evaluation_the_card_says_so_and_has_no_figures(tmp_path):
@@ -149,18 +139,18 @@ def test_without_an_evaluation_the_card_says_so_and_has_no_figures(tmp_path):
     check_card(card, tmp_path)
     assert section(card, "Results").strip() == NO_RESULTS
     assert "model-index" not in front_matter(card)
-    assert decimals(card) == {"2.0", "2603.12538"}  # of the licence and the paper
-    assert "not recorded" in section(card, "Training")
+    assert decimals(card) == {"2.0", "2603.12538"}  # from the licence and the paper
+    assert "no record" in section(card, "Training")
 
 
-def test_what_the_hub_needs_to_show_and_find_it():
+def test_the_card_has_the_metadata_that_the_hub_needs():
     metadata = front_matter(make_card())
     assert metadata["pipeline_tag"] == "image-segmentation" and metadata["library_name"] == "transformers"
     assert metadata["license"] == "apache-2.0" and metadata["language"] == "en"
     assert "someone/zebra-finder" in make_card() and "{{" not in make_card() and "{%" not in make_card()
 
 
-def test_how_it_was_trained_is_the_runs_own_account(tmp_path):
+def test_the_training_section_comes_from_the_run(tmp_path):
     training = section(make_card([], write_run(tmp_path / "trial")), "Training")
     for account in ("1,234 of 56,789", "4,321 of 98,765", "1,357", "norm_bias", "3 epochs", "0.0002", "64 pixels"):
         assert account in training
@@ -182,11 +172,14 @@ def test_the_settings_on_the_card_are_those_of_the_run(tmp_path):
 def test_limits_are_those_of_the_model(tmp_path):
     scenes = write_run(tmp_path / "scenes")
     photographs = write_run(tmp_path / "photographs", data=REFCOCOG["umd"])
-    assert "knows nothing of photographs" in make_card([], scenes)
+    assert "does not know photographs" in make_card([], scenes)
     onward = make_card([], write_run(tmp_path / "onward", model=ModelSettings(pretrained=str(tmp_path / "first"))))
-    assert "last trained on drawn scenes" in onward and "beginning as `first`, a model that is not published" in onward
+    assert (
+        "last trained only on drawn scenes" in onward
+        and "started from `first`, a model that is not published" in onward
+    )
     published = make_card([], write_run(tmp_path / "further", model=ModelSettings(pretrained="someone/sera-base")))
-    assert "beginning as [someone/sera-base](https://huggingface.co/someone/sera-base)" in published
+    assert "started from [someone/sera-base](https://huggingface.co/someone/sera-base)" in published
     assert "identify or judge people" in make_card([], photographs) and "identify or judge people" in make_card()
     assert "still gets a mask" in make_card() and "still gets a mask" not in make_card(predicts_presence=True)
 
@@ -199,7 +192,7 @@ def test_towers_and_data_are_named_by_their_ids_and_folders_are_not(tmp_path, mo
     further = [MixedSet(source="folder", root=root) for root in ("lmms-lab/RefCOCO", str(tmp_path / "other"))]
     data = DataSettings(source="folder", root="prepared/refcoco", mix=further)
     run = write_run(tmp_path / "outputs" / "trial", model=towers, data=data)
-    monkeypatch.chdir("/")  # the folders are found from the run, too
+    monkeypatch.chdir("/")  # the folders are found from the run too
     card = make_card([], run)
     metadata = front_matter(card)
     assert metadata["base_model"] == ["facebook/dinov2-with-registers-base"] and metadata["datasets"] == [
@@ -224,7 +217,7 @@ def test_towers_and_data_are_named_by_their_ids_and_folders_are_not(tmp_path, mo
     assert "datasets" not in metadata and "base_model" not in metadata
 
 
-def test_splits_of_one_name_stay_apart(tmp_path):
+def test_splits_of_the_same_name_are_told_apart(tmp_path):
     records = [
         read_evaluation(write_evaluation(tmp_path / f"{by}.json", data, "val", shift=i), {"trial"})
         for i, (by, data) in enumerate(REFCOCOG.items())
@@ -243,7 +236,7 @@ def test_splits_of_one_name_stay_apart(tmp_path):
         make_card([records[0], records[0]])
 
 
-def test_examples_stand_in_the_gallery_whatever_their_words(tmp_path):
+def test_examples_with_any_words_are_in_the_gallery(tmp_path):
     texts = ['it\'s: "left" {{ 7 * 7 }} # é — 猫', "left zebra", "- yes", "{% raw %}"]
     examples = [(text, f"examples/{i}.png") for i, text in enumerate(texts)]
     card = make_card(examples=examples)
@@ -251,13 +244,15 @@ def test_examples_stand_in_the_gallery_whatever_their_words(tmp_path):
     assert shown == examples and "<Gallery />" in card and "<Gallery />" not in make_card()
     call = (
         ast.parse(card.split(CODE)[1].split("```")[0]).body[-1].value
-    )  # the image and what is asked are the first example's
+    )  # image and expression are those of the first example
     image, asked = map(ast.literal_eval, call.args)
     assert (
         image == "https://huggingface.co/someone/zebra-finder/resolve/main/examples/0-image.png" and asked == texts[:1]
     )
-    assert "not chosen by how" in card and "were chosen by whoever" in make_card(examples=examples, chosen=True)
-    with pytest.raises(ValueError, match=r"examples/0\.png, which does not go up"):
+    assert "not chosen by their results" in card and "publisher of the model chose" in make_card(
+        examples=examples, chosen=True
+    )
+    with pytest.raises(ValueError, match=r"examples/0\.png, which is not sent"):
         check_card(card, tmp_path)
     for _, path in examples:
         write_text(tmp_path / path, "")
@@ -268,11 +263,11 @@ def test_a_card_with_a_broken_model_index_is_refused(record, tmp_path):
     card = make_card([record])
     with pytest.raises(ValueError):
         check_card(card.replace("      type: image-segmentation\n", "", 1), tmp_path)
-    with pytest.raises(ValueError, match="read back"):
+    with pytest.raises(ValueError, match="written and parsed again"):
         check_card(card.replace("license: apache-2.0", "license: apache-2.0\nmodel_name: other"), tmp_path)
 
 
-def test_evaluations_that_do_not_belong_on_the_card(tmp_path):
+def test_evaluations_of_another_model_and_changed_ones_are_refused(tmp_path):
     path = write_evaluation(tmp_path / "evaluation-test.json")
     record = json.loads(path.read_text())
     with pytest.raises(ValueError, match="an evaluation of 'trial', not of another"):
@@ -280,7 +275,7 @@ def test_evaluations_that_do_not_belong_on_the_card(tmp_path):
 
     record["summary"]["as written"]["all"]["mIoU"] += 0.01
     write_text(path, json.dumps(record))
-    with pytest.raises(ValueError, match="its figures are not those of the scores in it"):
+    with pytest.raises(ValueError, match="its figures do not follow from its scores"):
         read_evaluation(path, {"trial"})
 
     for content in ("{", "[]", "7", '{"model": "trial"}', json.dumps(record | {"scores": [{"row": 1}]})):
@@ -295,8 +290,9 @@ def test_evaluations_that_do_not_belong_on_the_card(tmp_path):
         read_evaluation(tmp_path / "none.json", {"trial"})
 
 
-def test_a_model_of_no_run_has_no_account_of_training(tmp_path):
+def test_a_model_without_a_run_has_no_training_section(tmp_path):
     write_run(tmp_path / "trial")
-    (tmp_path / "trial" / "copy").mkdir()
-    assert read_run(tmp_path / "trial" / "copy") is None and read_run(tmp_path) is None
+    write_text(tmp_path / "trial" / "copy" / "config.json", "{}")
+    assert read_run(tmp_path / "trial" / "copy") is None
     assert read_run(tmp_path / "trial" / "model").settings.data == SCENES
+    assert read_run(tmp_path / "trial").settings.data == SCENES

@@ -1,4 +1,4 @@
-"""Images of results: overlays, and sheets on which every expression stays beside its own images."""
+"""Figures of results: overlays, and sheets that show every expression above its own images."""
 
 import itertools
 import warnings
@@ -9,7 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 from PIL import Image
-from test_evaluation import make_processor, make_rows, tiny_model
+from stand_ins import make_processor, make_rows, tiny_model
 
 from training.examples.batches import image_as_annotated
 from training.scoring.figures import draw_report, draw_sheet, evenly_ranked, fit_lines, overlay, sheet_figure
@@ -31,14 +31,14 @@ def score(row: int, sentence: int = 0, iou: int = 1) -> SentenceScore:
 
 
 def asking(rows: datasets.Dataset, texts: list[str]) -> datasets.Dataset:
-    """The first rows, each with one expression of our choice."""
+    """The first rows, each with one given expression."""
     chosen = rows.select(range(len(texts)))
     for name, value in (("sentences", [[text] for text in texts]), ("sentence_kinds", [["any"]] * len(texts))):
         chosen = chosen.remove_columns(name).add_column(name, value)
     return chosen
 
 
-def test_an_overlay_changes_the_masks_alone(rows):
+def test_an_overlay_changes_only_the_masks(rows):
     photograph = image_as_annotated(rows[0]).crop((0, 0, 64, 40))
     masks = [np.zeros((40, 64), bool) for _ in range(3)]
     masks[0][5:15, 5:25] = True
@@ -51,7 +51,7 @@ def test_an_overlay_changes_the_masks_alone(rows):
     changed = (result != np.asarray(photograph)).any(axis=-1)
     assert changed[covered].mean() > 0.95
     shift = [(result[m].astype(float) - np.asarray(photograph)[m]).mean(axis=0) for m in masks[:2]]
-    assert np.abs(shift[0] - shift[1]).max() > 10  # each in a colour of its own
+    assert np.abs(shift[0] - shift[1]).max() > 10  # each has its own colour
 
 
 @pytest.mark.parametrize(("taps", "adapters"), [([4], []), ([1, 2, 3, 4], [0, 1, 2, 3])])
@@ -74,7 +74,7 @@ EXPRESSIONS = [
 
 
 def extents(figure: Figure) -> tuple[dict[str, Bbox], list[list[Bbox]]]:
-    """Where the drawn expressions lie, and, per example, where its images do."""
+    """The boxes of the drawn expressions and, per example, of its images."""
     figure.canvas.draw()
     renderer = figure.canvas.get_renderer()
     titles = {text.get_text(): text.get_window_extent(renderer) for text in figure.texts if "“" in text.get_text()}
@@ -87,7 +87,7 @@ def overlap(a: Bbox, b: Bbox) -> bool:
 
 
 @pytest.mark.filterwarnings("ignore:The expression .* is cut to 77")
-def test_every_expression_stands_beside_its_own_images_alone(rows, processor):
+def test_every_expression_is_above_its_own_images(rows, processor):
     rows = asking(rows, EXPRESSIONS)
     figure = sheet_figure(tiny_model(), processor, rows, [score(row) for row in range(len(EXPRESSIONS))])
     titles, images = extents(figure)
@@ -113,7 +113,7 @@ def test_every_expression_stands_beside_its_own_images_alone(rows, processor):
     assert "“the $5_$ note”" in short and "“left zebra”" in short
 
 
-def test_no_label_of_the_experts_lies_on_a_image(rows, processor):
+def test_no_label_of_the_experts_overlaps_an_image(rows, processor):
     figure = sheet_figure(tiny_model(), processor, rows, [score(row) for row in range(3)])
     _, images = extents(figure)
     renderer = figure.canvas.get_renderer()
@@ -125,7 +125,7 @@ def test_no_label_of_the_experts_lies_on_a_image(rows, processor):
 
 @pytest.mark.parametrize("text", [*EXPRESSIONS, "", "a", "two words", "x " * 90])
 @pytest.mark.parametrize("max_lines", [1, 2, 3])
-def test_lines_fit_and_hold_as_much_as_they_can(text, max_lines):
+def test_lines_fit_and_are_full(text, max_lines):
     width = 30
     fitted = fit_lines(text, width, len, max_lines)
     lines, whole = fitted.split("\n"), " ".join(text.split())
@@ -137,7 +137,7 @@ def test_lines_fit_and_hold_as_much_as_they_can(text, max_lines):
         assert len(lines[-1]) >= width - 1
     else:
         assert fitted.replace("\n", "").replace(" ", "") == whole.replace(" ", "")
-    for before, after in itertools.pairwise(lines):  # a line ends where the next word would not fit
+    for before, after in itertools.pairwise(lines):  # a line ends only if the next word does not fit
         assert len(before) + 1 + len(after.split(" ")[0]) > width
 
 
@@ -159,7 +159,7 @@ def test_the_report_takes_any_expression_and_any_number_of_cases(rows, processor
     }
     path = tmp_path / "new" / "report.png"
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", module="matplotlib")  # a text that cannot be drawn would only warn
+        warnings.filterwarnings("error", module="matplotlib")  # matplotlib only warns of text that it cannot draw
         draw_report(tiny_model(), processor, rows, scores, scores, record, path)
     image = Image.open(path)
     assert image.width > 800 and np.asarray(image.convert("L")).std() > 5

@@ -1,29 +1,24 @@
-"""Answers averaged with those about the flipped image."""
+"""Test-time augmentation with a horizontal flip."""
 
 import numpy as np
 import pytest
-import torch
 from accelerate import Accelerator
 from PIL import Image
-from test_evaluation import Presence, StandIn, counts_of, make_processor, make_rows, places
+from stand_ins import (
+    Lopsided,
+    LopsidedPresence,
+    counts_of,
+    make_processor,
+    make_rows,
+    places,
+    probabilities_of,
+    swapped,
+)
 
 from training.evaluation import score_sentences, threshold_curve
 from training.examples.batches import image_as_annotated
 from training.scoring.mask_selection import MaskSelection
 from training.sources.masks import decode_mask
-
-
-class Lopsided(StandIn):
-    """A stand-in that sees more at the right, so that a flipped image's answer is not the answer mirrored."""
-
-    def forward(self, **inputs):
-        outputs = super().forward(**inputs)
-        outputs.logits += torch.linspace(-1, 1, outputs.logits.shape[-1])
-        return outputs
-
-
-class LopsidedPresence(Lopsided, Presence):
-    """The same with an opinion on whether the thing meant is there."""
 
 
 @pytest.fixture(scope="module")
@@ -36,21 +31,9 @@ def processor():
     return make_processor()
 
 
-def probabilities_of(model, processor, image: Image.Image, sentence: str) -> tuple[np.ndarray, float]:
-    """What is answered to one sentence asked alone: probabilities (H, W), and that of nothing being meant (or 0)."""
-    inputs = processor(images=[image], text=[[sentence]], return_tensors="pt")
-    (result,) = processor.post_process_referring_segmentation(model(**inputs), inputs, return_probabilities=True)
-    return result["probabilities"].numpy(), result.get("no_target", 0.0)
-
-
-def swapped(sentence: str) -> str:
-    """Left for right and right for left, where the scenes' sentences say them."""
-    return sentence.replace("left", "#").replace("right", "left").replace("#", "right")
-
-
 @pytest.mark.parametrize("model", [Lopsided(), LopsidedPresence()], ids=["masks alone", "with presence"])
 @pytest.mark.parametrize("threshold", [None, 0.45])
-def test_a_mask_is_that_of_the_mean_of_both_answers(rows, processor, model, threshold):
+def test_a_mask_comes_from_the_mean_of_both_answers(rows, processor, model, threshold):
     options = {"batch_size": 2, "max_expressions": 5}
     scores = score_sentences(
         model, processor, rows, Accelerator(cpu=True), MaskSelection(threshold, flip=True), **options

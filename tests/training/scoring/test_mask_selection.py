@@ -5,8 +5,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from test_evaluation import counts_of, make_processor, make_rows
-from test_flip_averaging import Lopsided, LopsidedPresence, probabilities_of, swapped
+from stand_ins import Lopsided, LopsidedPresence, counts_of, make_processor, make_rows, probabilities_of, swapped
 
 from training.evaluation import score_sentences, threshold_curve
 from training.examples.batches import image_as_annotated
@@ -15,7 +14,7 @@ from training.sources.masks import decode_mask
 
 
 class Patchy(Lopsided):
-    """A stand-in whose answers fall apart: every other band of columns is refused."""
+    """A stand-in whose masks have several components: every other band of columns is empty."""
 
     def forward(self, **inputs):
         outputs = super().forward(**inputs)
@@ -24,7 +23,7 @@ class Patchy(Lopsided):
 
 
 def parts_of(mask: np.ndarray) -> list[set[tuple[int, int]]]:
-    """The connected components of a mask, each found by walking from pixel to neighbouring pixel."""
+    """The connected components of a mask, found pixel by neighbouring pixel."""
     left, parts = set(zip(*np.nonzero(mask), strict=True)), []
     while left:
         part, border = set(), [left.pop()]
@@ -39,7 +38,7 @@ def parts_of(mask: np.ndarray) -> list[set[tuple[int, int]]]:
     return parts
 
 
-def expected_part(probabilities: np.ndarray, threshold: float) -> np.ndarray:
+def expected_component(probabilities: np.ndarray, threshold: float) -> np.ndarray:
     mask = probabilities > np.float32(threshold)
     kept = np.zeros_like(mask)
     if parts := parts_of(mask):
@@ -49,15 +48,15 @@ def expected_part(probabilities: np.ndarray, threshold: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize("threshold", [0.3, 0.5, 0.7, 0.999999])
-def test_the_part_is_the_one_that_holds_most(threshold):
+def test_the_component_with_the_largest_sum_is_kept(threshold):
     probabilities = np.random.default_rng(0).random((23, 31), dtype=np.float32)
     probabilities = np.repeat(np.repeat(probabilities, 2, axis=0), 3, axis=1)
     mask = probabilities > np.float32(threshold)
     kept = largest_component(torch.from_numpy(mask), torch.from_numpy(probabilities))
-    assert np.array_equal(kept, expected_part(probabilities, threshold))
+    assert np.array_equal(kept, expected_component(probabilities, threshold))
 
 
-def test_a_small_sure_part_yields_to_a_large_one_and_corners_do_not_connect():
+def test_a_large_component_beats_a_small_sure_one_and_corners_do_not_connect():
     probabilities = torch.tensor([[0.9, 0.0, 0.0], [0.0, 0.6, 0.6], [0.0, 0.0, 0.0]])
     kept = largest_component(probabilities > 0.5, probabilities)
     assert kept.tolist() == [[False, False, False], [False, True, True], [False, False, False]]
@@ -73,7 +72,7 @@ def processor():
     return make_processor()
 
 
-def test_scores_are_those_of_the_parts(rows, processor):
+def test_scores_are_those_of_the_largest_component(rows, processor):
     options = {"batch_size": 2, "max_expressions": 5}
     cpu = Accelerator(cpu=True)
     scores = score_sentences(Patchy(), processor, rows, cpu, MaskSelection(0.45, largest_component=True), **options)
@@ -82,7 +81,7 @@ def test_scores_are_those_of_the_parts(rows, processor):
         probabilities, _ = probabilities_of(
             Patchy(), processor, image_as_annotated(row), row["sentences"][score.sentence]
         )
-        kept, truth = expected_part(probabilities, 0.45), decode_mask(row["mask"])
+        kept, truth = expected_component(probabilities, 0.45), decode_mask(row["mask"])
         assert counts_of(score) == ((kept & truth).sum(), kept.sum(), truth.sum())
     whole = score_sentences(Patchy(), processor, rows, cpu, MaskSelection(0.45), **options)
     fewer = [part.predicted < all_parts.predicted for part, all_parts in zip(scores, whole, strict=True)]
@@ -90,7 +89,7 @@ def test_scores_are_those_of_the_parts(rows, processor):
 
 
 @pytest.mark.parametrize("flip", [False, True])
-def test_a_threshold_is_chosen_for_the_parts(rows, processor, flip):
+def test_a_threshold_is_chosen_for_the_largest_component(rows, processor, flip):
     options = {"batch_size": 2, "max_expressions": 5}
     cpu = Accelerator(cpu=True)
     curve = threshold_curve(Patchy(), processor, rows, cpu, MaskSelection(flip=flip, largest_component=True), **options)
@@ -106,7 +105,7 @@ def expected_iou(mask: np.ndarray, probabilities: np.ndarray) -> float:
     return probabilities[mask].sum() / (mask.sum() + probabilities[~mask].sum())
 
 
-def test_no_mask_has_a_greater_expected_iou():
+def test_no_mask_has_a_larger_expected_iou():
     probabilities = np.random.default_rng(0).random((3, 4), dtype=np.float32) ** 2
     found = expected_iou(expected_iou_mask(torch.from_numpy(probabilities)).numpy(), probabilities)
     every_mask = ((np.arange(1, 2**12)[:, None] >> np.arange(12)) & 1).astype(bool).reshape(-1, 3, 4)
@@ -114,7 +113,7 @@ def test_no_mask_has_a_greater_expected_iou():
 
 
 @pytest.mark.parametrize("power", [0.3, 1, 4])
-def test_the_mask_is_what_lies_above_a_threshold_of_at_most_a_half(power):
+def test_the_mask_lies_above_one_threshold_of_at_most_a_half(power):
     probabilities = np.random.default_rng(1).random((40, 50), dtype=np.float32) ** np.float32(power)
     probabilities = probabilities.round(2)  # many are equal
     mask = expected_iou_mask(torch.from_numpy(probabilities)).numpy()
@@ -123,7 +122,7 @@ def test_the_mask_is_what_lies_above_a_threshold_of_at_most_a_half(power):
     assert greatest / (1 + greatest) <= 0.5
 
 
-def test_a_sure_answer_is_read_as_it_is_and_nothing_from_nothing():
+def test_sure_probabilities_are_the_mask_and_zeros_give_no_mask():
     sure = torch.rand(20, 30) > 0.7
     assert torch.equal(expected_iou_mask(sure.float()), sure)
     assert not expected_iou_mask(torch.zeros(20, 30)).any()
@@ -132,7 +131,7 @@ def test_a_sure_answer_is_read_as_it_is_and_nothing_from_nothing():
 
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("component", [False, True])
-def test_scores_are_those_of_the_greatest_expected_iou(rows, processor, flip, component):
+def test_scores_are_those_of_the_expected_iou_threshold(rows, processor, flip, component):
     model = LopsidedPresence()
     selection = MaskSelection(expected_iou=True, flip=flip, largest_component=component)
     scores = score_sentences(model, processor, rows, Accelerator(cpu=True), selection, batch_size=2, max_expressions=5)
@@ -150,7 +149,7 @@ def test_scores_are_those_of_the_greatest_expected_iou(rows, processor, flip, co
         edge = edges[np.argmax([expected_iou(probabilities >= edge, probabilities) for edge in edges])]
         mask = probabilities >= edge
         if component:
-            mask = expected_part(probabilities, np.nextafter(edge, np.float32(0)))
+            mask = expected_component(probabilities, np.nextafter(edge, np.float32(0)))
         if absent > 0.5:
             found_absent += 1
             mask[:] = False
@@ -159,6 +158,6 @@ def test_scores_are_those_of_the_greatest_expected_iou(rows, processor, flip, co
     assert 0 < found_absent < len(scores)
 
 
-def test_a_threshold_beside_the_greatest_expected_iou_is_refused():
-    with pytest.raises(ValueError, match=r"threshold is 0\.4, but expected_iou gives each answer its own"):
+def test_a_threshold_together_with_expected_iou_is_refused():
+    with pytest.raises(ValueError, match=r"threshold is 0\.4, but expected_iou"):
         MaskSelection(0.4, expected_iou=True)

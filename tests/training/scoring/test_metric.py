@@ -1,4 +1,4 @@
-"""The metric: against a count pixel by pixel, in any order, at the edges, and what it refuses."""
+"""The metric equals a count pixel by pixel, in any order and for extreme counts; impossible counts are refused."""
 
 from fractions import Fraction
 
@@ -17,7 +17,7 @@ def metric() -> evaluate.Metric:
 
 
 def random_masks(seed: int, number: int = 40) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Pairs of masks of several sizes, from disjoint to equal, some of them empty."""
+    """Pairs of masks of several sizes, from disjoint to equal; some are empty."""
     rng = np.random.default_rng(seed)
     pairs = []
     for i in range(number):
@@ -28,7 +28,7 @@ def random_masks(seed: int, number: int = 40) -> list[tuple[np.ndarray, np.ndarr
 
 
 def count_by_pixel(predicted: np.ndarray, truth: np.ndarray) -> tuple[int, int, int]:
-    """Intersection, predicted and true area, one pixel after the other."""
+    """Intersection, predicted and true area, counted pixel by pixel."""
     pairs = list(zip(predicted.ravel().tolist(), truth.ravel().tolist(), strict=True))
     return sum(p and t for p, t in pairs), sum(p for p, _ in pairs), sum(t for _, t in pairs)
 
@@ -58,7 +58,7 @@ def test_it_equals_a_count_by_pixel(metric, seed):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_expressions_without_a_target_are_scored_as_gres_defines(metric, seed):
-    """gIoU, cIoU, N-acc and T-acc in the steps of their definition, over the no-target samples and the others in turn."""
+    """gIoU, cIoU, N-acc and T-acc step by step as defined, first over the samples without a target, then over the others."""
     pairs = random_masks(seed)
     ious, intersection, union = [], 0, 0
     hits = {"N": 0, "T": 0}
@@ -80,14 +80,14 @@ def test_expressions_without_a_target_are_scored_as_gres_defines(metric, seed):
     assert {name: got[name] for name in expected} == pytest.approx(expected, abs=1e-12)
 
 
-def test_the_generalised_scores_are_there_only_where_they_mean_something(metric):
+def test_the_generalised_scores_need_expressions_without_a_target(metric):
     assert "gIoU" not in compute(metric, [(1, 2, 3)]) and "N-acc" not in compute(metric, [(1, 2, 3)])
     absent = compute(metric, [(0, 0, 0), (0, 7, 0)])
     assert absent["N-acc"] == absent["gIoU"] == 0.5 and absent["cIoU"] == 0.0 and "T-acc" not in absent
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_order_and_batching_change_nothing_at_all(metric, seed):
+def test_order_and_batches_change_no_bit(metric, seed):
     rng = np.random.default_rng(seed)
     areas = {name: rng.integers(0, 100_000, 500) for name in ("predicted_areas", "truth_areas")}
     areas["truth_areas"][::50] = 0
@@ -104,7 +104,7 @@ def test_order_and_batching_change_nothing_at_all(metric, seed):
         assert metric.compute() == expected
 
 
-def test_a_precision_counts_what_is_greater_not_equal(metric):
+def test_pr_counts_only_a_greater_iou_not_an_equal_one(metric):
     got = compute(metric, [(same, same, 10) for same in (5, 6, 7, 8, 9)])
     assert [got[f"Pr@{x}"] for x in THRESHOLDS] == [0.8, 0.6, 0.4, 0.2, 0.0]
 
@@ -126,7 +126,7 @@ def test_large_counts_do_not_overflow(metric):
 
 
 @pytest.mark.parametrize("counts", [(3, 2, 9), (3, 9, 2), (-1, 4, 4), (-2, -1, -1), (1, 0, 0)])
-def test_impossible_counts_are_refused_with_their_place(counts):
+def test_impossible_counts_are_refused_with_their_index(counts):
     metric = evaluate.load(str(METRIC), keep_in_memory=True)
     message = f"Expression 1 has intersection {counts[0]}, predicted area {counts[1]} and true area {counts[2]}"
     with pytest.raises(ValueError, match=message):
@@ -134,7 +134,7 @@ def test_impossible_counts_are_refused_with_their_place(counts):
 
 
 def scores(kinds: list[str], counts: list[tuple[int, int]]) -> list[SentenceScore]:
-    """Scores with intersections and unions as given; the truth is the union, the prediction the intersection."""
+    """Scores with the given intersections and unions. The truth is the union, the prediction the intersection."""
     return [
         SentenceScore(row, 0, kind, intersection, intersection, union, row / 4)
         for row, (kind, (intersection, union)) in enumerate(zip(kinds, counts, strict=True))
@@ -164,7 +164,7 @@ def cells_of(table: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
 
 
-def test_the_table_shows_each_group_as_asked_both_ways():
+def test_the_table_shows_each_group_with_both_kinds_of_sentences():
     written = summarize(scores(["a", "b"], [(1, 2), (4, 4)]))
     shuffled = summarize(scores(["a", "b"], [(0, 2), (1, 4)]))
     cells = cells_of(format_table({"as written": written, "shuffled": shuffled}))
@@ -176,7 +176,7 @@ def test_the_table_shows_each_group_as_asked_both_ways():
     assert body["b", "shuffled"][1:] == ["1", "shuffled", "25.0", "25.0", *["0.0"] * 5, "25.0"]
 
 
-def test_the_table_puts_intervals_behind_the_first_summary_and_a_dash_where_nothing_is_defined():
+def test_the_table_has_intervals_for_the_first_summary_and_a_dash_for_undefined_values():
     some = summarize([SentenceScore(0, 0, "a", 1, 1, 2, 0.5), SentenceScore(1, 0, "b", 0, 0, 0, 1.0)])
     ends = {group: dict.fromkeys(summary, (0.25, 0.5)) for group, summary in some.items()}
     cells = cells_of(format_table({"as written": some, "shuffled": some}, ends))

@@ -1,4 +1,4 @@
-"""Slices, bootstrap intervals and the boundary score: against definitions written out, and their properties."""
+"""Slices, bootstrap intervals and the boundary score equal plain implementations and have the expected properties."""
 
 import math
 
@@ -18,7 +18,7 @@ from training.sources.refer import REFER_FEATURES
 
 
 def outline_by_pixel(mask: np.ndarray) -> set[tuple[int, int]]:
-    """Mask pixels with a side towards the outside, one pixel after the other."""
+    """Mask pixels with a side towards the outside, found pixel by pixel."""
     inside = {tuple(place) for place in np.argwhere(mask).tolist()}
     sides = ((0, 1), (1, 0), (0, -1), (-1, 0))
     return {(r, c) for r, c in inside if any((r + dr, c + dc) not in inside for dr, dc in sides)}
@@ -54,7 +54,7 @@ def test_the_boundary_score_of_empty_and_full_masks():
     assert boundary_f_score(point, point) == 1.0
 
 
-def test_a_shift_within_the_tolerance_costs_nothing_and_one_beyond_it_does():
+def test_a_shift_within_the_tolerance_costs_nothing_and_a_larger_one_does():
     square = np.zeros((300, 400), bool)  # diagonal 500, tolerance 4
     square[100:200, 100:200] = True
     assert boundary_f_score(np.roll(square, 4, axis=1), square) == 1.0
@@ -73,7 +73,7 @@ def test_dilation_reaches_exactly_its_radius(radius):
         assert np.array_equal(dilate(mask, radius), reached)
 
 
-def test_an_outline_is_what_a_pixel_by_pixel_look_finds():
+def test_an_outline_equals_one_found_pixel_by_pixel():
     mask = np.random.default_rng(0).random((25, 31)) < 0.7
     assert {tuple(place) for place in np.argwhere(mask_outline(mask)).tolist()} == outline_by_pixel(mask)
 
@@ -112,7 +112,7 @@ def test_lengths_count_words(words, length):
         ("second from top", "location"),
         ("zebra drinking", "neither"),
         ("man in red with hat", "neither"),
-        ("bright shirt", "neither"),  # holds "right" inside a word
+        ("bright shirt", "neither"),  # has "right" inside a word
         ("cup next to the plate", "relation"),
         ("man in front of the bus", "relation"),
         ("cup left of the plate", "relation"),
@@ -144,7 +144,7 @@ def test_relations(sentence, relation):
 
 
 def rows_of(targets: list[int], sentences: list[list[str]]) -> datasets.Dataset:
-    """Rows with as many targets each as given, on images of 100 × 120 pixels."""
+    """Rows with the given numbers of targets, on images of 100 × 120 pixels."""
     rows = []
     for n, (count, asked) in enumerate(zip(targets, sentences, strict=True)):
         mask = np.zeros((100, 120), bool)
@@ -203,7 +203,7 @@ def test_every_dimension_holds_every_score_once():
     assert [score.sentence for score in sliced["length"]["6-10 words"]] == [1, 1]
 
 
-def test_targets_are_a_dimension_only_where_they_differ():
+def test_targets_are_a_dimension_only_if_they_differ():
     assert "targets" not in slice_scores(rows_of([1, 1, 1, 1], SENTENCES), scores_of([1, 1, 1, 1]))
 
 
@@ -211,7 +211,7 @@ def test_targets_are_a_dimension_only_where_they_differ():
 
 
 def random_scores(seed: int, number: int, no_target: float = 0.0) -> tuple[list[SentenceScore], list[int]]:
-    """Scores with the image of each."""
+    """Scores, and the image of each."""
     rng = np.random.default_rng(seed)
     scores = []
     for n in range(number):
@@ -223,7 +223,7 @@ def random_scores(seed: int, number: int, no_target: float = 0.0) -> tuple[list[
 
 
 def naive_metrics(scores: list[SentenceScore]) -> dict[str, float | None]:
-    """Metrics of a list of scores by plain loops; None where there is nothing to count."""
+    """Metrics of a list of scores by plain loops; `None` if there is nothing to count."""
     ious = [s.intersection / s.union if s.union else 1.0 for s in scores]
     unions = sum(s.union for s in scores)
     absent, present = [s for s in scores if s.truth == 0], [s for s in scores if s.truth > 0]
@@ -260,14 +260,14 @@ def test_intervals_equal_a_plain_loop_over_resampled_images(no_target):
         assert got[metric] == pytest.approx(tuple(expected), abs=1e-9), metric
 
 
-def test_intervals_do_not_depend_on_how_many_are_drawn_at_once(monkeypatch):
+def test_intervals_do_not_depend_on_the_size_of_chunks(monkeypatch):
     scores, images = random_scores(0, 60)
     expected = bootstrap_intervals(score_terms(scores), images, resamples=50)
     monkeypatch.setattr("training.scoring.intervals._CHUNK", 3 * len(set(images)))
     assert bootstrap_intervals(score_terms(scores), images, resamples=50) == expected
 
 
-def test_intervals_hold_the_score_and_are_the_same_each_time():
+def test_intervals_contain_the_score_and_are_reproducible():
     scores, images = random_scores(1, 200, 0.2)
     terms = score_terms(scores)
     first, second = (bootstrap_intervals(terms, images) for _ in range(2))
@@ -288,7 +288,7 @@ def test_intervals_narrow_with_more_images():
     assert 2.5 < widths[0] / widths[1] < 6.5  # 16 times as many: about a quarter as wide
 
 
-def test_expressions_of_one_image_are_no_independent_evidence():
+def test_expressions_of_one_image_are_not_independent():
     scores, _ = random_scores(4, 40)
     copies = [s for s in scores for _ in range(10)]
     together = bootstrap_intervals(score_terms(copies), [s.row for s in copies])
@@ -297,7 +297,7 @@ def test_expressions_of_one_image_are_no_independent_evidence():
         assert together[name] == pytest.approx(ends), name
 
 
-def test_rightly_empty_masks_have_a_certain_score():
+def test_correctly_empty_masks_have_an_interval_of_one_point():
     scores = [SentenceScore(n, 0, "any", 0, 0, 0, 1.0) for n in range(5)]
     intervals = bootstrap_intervals(score_terms(scores), list(range(5)))
     assert all(ends == (1.0, 1.0) for ends in intervals.values()) and "T-acc" not in intervals

@@ -1,4 +1,4 @@
-"""The metrics of referring segmentation as a local `evaluate` module: `evaluate.load("training/referring_iou")`."""
+"""The metrics of referring segmentation as a local `evaluate` module: `evaluate.load("training/scoring/referring_iou")`."""
 
 import math
 
@@ -7,17 +7,17 @@ import evaluate
 import numpy as np
 
 _DESCRIPTION = """
-Scores of predicted masks from whole pixel counts, three per expression.
+Scores of predicted masks from three pixel counts per expression.
 
 - mIoU: mean over expressions of intersection / union.
 - oIoU: sum of all intersections / sum of all unions.
 - Pr@X: share of expressions whose IoU is greater than X.
 
-An expression with an empty union (nothing there, nothing predicted) counts as IoU 1. Where some expressions have no target (an
-empty truth), there are also the scores of generalised referring segmentation (Liu et al., "GRES", 2023):
+An expression with an empty union (no target, nothing predicted) counts as IoU 1. If some expressions have no target (an empty
+truth), there are also the scores of generalised referring segmentation (Liu et al., "GRES", 2023):
 
-- gIoU: mean IoU in which an expression without a target counts 1 if the prediction is empty and 0 if not. By the rule above it
-  equals mIoU.
+- gIoU: mean IoU. An expression without a target counts 1 if the prediction is empty and 0 if not. By the rule above it equals
+  mIoU.
 - cIoU: cumulative IoU, over all expressions. It equals oIoU.
 - N-acc: share of the expressions without a target whose prediction is empty.
 - T-acc: share of the expressions with a target whose prediction is not empty.
@@ -26,24 +26,24 @@ empty truth), there are also the scores of generalised referring segmentation (L
 _INPUTS = """
 Args:
     intersections (`list[int]`): pixels in both the prediction and the truth.
-    predicted_areas (`list[int]`): pixels in the prediction; 0 says that nothing is meant.
-    truth_areas (`list[int]`): pixels in the truth; 0 where nothing is meant.
+    predicted_areas (`list[int]`): pixels in the prediction; 0 predicts that there is no target.
+    truth_areas (`list[int]`): pixels in the truth; 0 if there is no target.
 Returns:
-    mIoU, oIoU, Pr@0.5, Pr@0.6, Pr@0.7, Pr@0.8, Pr@0.9 (`float`, in [0, 1]) and num_expressions (`int`); where some truths are
-    empty also gIoU, cIoU, N-acc and, unless all are, T-acc.
+    mIoU, oIoU, Pr@0.5, Pr@0.6, Pr@0.7, Pr@0.8, Pr@0.9 (`float`, in [0, 1]) and num_expressions (`int`). If some truths are
+    empty, also gIoU, cIoU and N-acc; and T-acc, if not all are empty.
 """
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 
-# every metric is a sum over expressions / another sum over expressions: both summands of each expression, (N,) arrays
+# every metric is one sum over expressions divided by another: the two summands of each expression, arrays (N,)
 Terms = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 def ratio_terms(intersections: np.ndarray, predicted_areas: np.ndarray, truth_areas: np.ndarray) -> Terms:
-    """Numerators and denominators whose sums' ratios are the metrics; all (N,), whole numbers of pixels in.
+    """Numerators and denominators of the metrics, from (N,) whole numbers of pixels. A metric is the ratio of their sums.
 
     Raises:
-        ValueError: Where there are no expressions, or counts that no two masks can have.
+        ValueError: There are no expressions, or no two masks can have such counts.
     """
     inter, predicted, truth = (np.asarray(c, dtype=np.int64) for c in (intersections, predicted_areas, truth_areas))
     if not inter.size:
@@ -68,9 +68,9 @@ def ratio_terms(intersections: np.ndarray, predicted_areas: np.ndarray, truth_ar
 
 
 def ratio(numerators: np.ndarray, denominators: np.ndarray) -> float:
-    """The metric of these terms; 1 where the denominators sum to 0, as only those of unions can: every mask is rightly empty.
+    """The metric of these terms. It is 1 if the denominators sum to 0: only unions can, and then all masks are correctly empty.
 
-    The sums are exact, so that the order of the expressions changes nothing.
+    The sums are exact, so the order of the expressions does not matter.
     """
     total = math.fsum(denominators)
     return math.fsum(numerators) / total if total else 1.0

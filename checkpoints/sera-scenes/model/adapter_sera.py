@@ -1,1 +1,0 @@
-../../../modeling_sera/adapter_sera.py

@@ -1,1 +1,0 @@
-../../../modeling_sera/configuration_sera.py

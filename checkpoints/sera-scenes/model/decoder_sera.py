@@ -1,1 +1,0 @@
-../../../modeling_sera/decoder_sera.py

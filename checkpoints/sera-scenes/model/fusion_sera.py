@@ -1,1 +1,0 @@
-../../../modeling_sera/fusion_sera.py

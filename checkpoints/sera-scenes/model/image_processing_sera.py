@@ -1,1 +1,0 @@
-../../../processing_sera/image_processing_sera.py

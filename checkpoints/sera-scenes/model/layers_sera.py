@@ -1,1 +1,0 @@
-../../../modeling_sera/layers_sera.py

@@ -1,1 +1,0 @@
-../../../modeling_sera/modeling_sera.py

@@ -1,1 +1,0 @@
-../../../processing_sera/pipeline_sera.py

@@ -1,1 +1,0 @@
-../../../processing_sera/processing_sera.py

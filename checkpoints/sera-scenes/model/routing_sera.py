@@ -1,1 +1,0 @@
-../../../modeling_sera/routing_sera.py

@@ -1,1 +1,0 @@
-../../../modeling_sera/vision_sera.py

@@ -1,0 +1,171 @@
+"""The one-call form: image and expressions in, masks out."""
+
+import os
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
+from types import GeneratorType
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import Pipeline
+
+from .collation_sera import join_rows
+from .image_decoding_sera import as_image_list, as_list, is_undecoded
+
+
+class ReferringImageSegmentationPipeline(Pipeline):
+    """Segment what expressions refer to in images.
+
+    `pipe(image, "left zebra")`, `pipe(image, ["left zebra", "zebra drinking"])`, `pipe({"image": image, "text": ...})`, or
+    a list, generator or dataset of such dictionaries. With a list of images, one `text` goes to each of them.
+
+    Args:
+        model: a `SeraForReferringSegmentation`.
+        processor: its `SeraProcessor`.
+        text: the expressions, unless each call or input brings its own.
+        threshold: the probability, within (0, 1), above which a pixel is in the mask; by default the processor's.
+        max_expressions: how many expressions go through the model at once, as memory allows. Small models gain from
+            many; on a CPU a large one is fastest with about four.
+
+    Raises:
+        ValueError: no processor, a threshold outside (0, 1), `max_expressions` below 1.
+        TypeError: an unknown argument.
+    """
+
+    _load_processor = True
+    _load_image_processor = False
+    _load_feature_extractor = False
+    _load_tokenizer = False
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if self.processor is None:
+            raise ValueError("The argument processor is missing: give the model's SeraProcessor.")
+        self.model.eval()  # in training mode the model refuses `max_expressions`
+
+    def __call__(self, inputs: Any, text: str | Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """Masks for the expressions about one image or many.
+
+        Args:
+            inputs: an image (see `to_rgb_image`), a dictionary {"image": image, "text": expressions}, or several of either: a
+                list, tuple, array of paths, pandas Series, generator, dataset or Column of a dataset.
+            text: one expression or several in a list, tuple, array, Column or Series, about every image that comes without
+                its own.
+            kwargs: `threshold` and `max_expressions` as at construction; `batch_size`, how many images are processed at
+                once with all their expressions; `num_workers`, as in every pipeline.
+
+        Returns:
+            For one image a list with one dictionary per expression: "label", the expression as given; "score" in [0, 1],
+            see `SeraProcessor.post_process_referring_segmentation`; "mask", a PIL image of mode "L" and the image's own
+            size, 255 on the object. From a model that predicts presence also "no_target", the probability that nothing
+            in the image is meant. Where that is likely, the mask is empty. For a list, tuple, array or Series of inputs a list
+            of those, for a generator, dataset or Column an iterator.
+
+        Raises:
+            ValueError: no expression or an empty one, no image or one that cannot be read.
+            TypeError: an expression that is not a string, an image of a type that is not accepted.
+            FileNotFoundError: no file at a path.
+        """
+        if text is not None:
+            kwargs["text"] = text
+        inputs = _several(inputs)
+        if isinstance(inputs, list) and not inputs:
+            return []
+        return super().__call__(inputs, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Save model and processor, with their code; the base class would save parts of the processor only."""
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory, **kwargs)
+
+    def _sanitize_parameters(
+        self,
+        text: str | Sequence[str] | None = None,
+        threshold: float | None = None,
+        max_expressions: int | None = None,
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        if threshold is not None and not (isinstance(threshold, Real) and 0 < threshold < 1):
+            raise ValueError(f"threshold must be a number between 0 and 1, got {threshold!r}.")
+        if max_expressions is not None and not (isinstance(max_expressions, Integral) and max_expressions > 0):
+            raise ValueError(f"max_expressions must be a positive integer, got {max_expressions!r}.")
+        preprocess_parameters = {} if text is None else {"text": text}
+        forward_parameters = {} if max_expressions is None else {"max_expressions": max_expressions}
+        postprocess_parameters = {} if threshold is None else {"threshold": threshold}
+        return preprocess_parameters, forward_parameters, postprocess_parameters
+
+    def preprocess(self, inputs: Any, text: str | Sequence[str] | None = None) -> dict[str, Any]:
+        image = inputs
+        if isinstance(inputs, Mapping) and not is_undecoded(inputs):
+            image, text = inputs.get("image"), text if inputs.get("text") is None else inputs["text"]
+        missing = "image" if image is None else "text" if text is None else None
+        if missing:
+            usage = 'pipe(image, text="left zebra") or pipe({"image": image, "text": ["left zebra", "zebra drinking"]})'
+            purpose = " (the phrases for what to find in the image)" if missing == "text" else ""
+            raise ValueError(f"The argument {missing} is missing{purpose}: call {usage}.")
+        expressions = [text] if isinstance(text, str) else as_list(text)
+        if expressions is None:
+            raise TypeError(f"text must be a string or a list of strings, got {type(text).__name__}.")
+        features = self.processor(images=[image], text=[expressions], return_tensors="pt")
+        return {"features": dict(features), "text": expressions}
+
+    def _forward(self, model_inputs: dict[str, Any], max_expressions: int = 32) -> dict[str, Any]:
+        # The base class collates a batch into lists and takes them apart again, but reshapes the tensors in them. So the
+        # model's outputs are kept among the features.
+        is_batch = isinstance(model_inputs["features"], list)
+        items = model_inputs["features"] if is_batch else [model_inputs["features"]]
+        outputs = self._run_model(self._join(items), max_expressions)
+        counts = [len(item["input_ids"]) for item in items]
+        for name, values in outputs.items():
+            items = [{**item, name: own} for item, own in zip(items, values.split(counts), strict=True)]
+        return {"text": model_inputs["text"], "features": items if is_batch else items[0]}
+
+    def _join(self, items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """The processor's outputs for single images, as one batch."""
+        batch = join_rows(items, self.processor.tokenizer.pad_token_id)
+        return {**batch, "pixel_values": batch["pixel_values"].to(self.model.dtype)}
+
+    def _run_model(self, features: dict[str, torch.Tensor], max_expressions: int) -> dict[str, torch.Tensor]:
+        """`logits` (N, h, w) and, where the model gives them, `presence_logits` (N,)."""
+        outputs = self.model(**features, max_expressions=max_expressions)
+        return {name: outputs[name] for name in ("logits", "presence_logits") if name in outputs}
+
+    def postprocess(self, model_outputs: dict[str, Any], threshold: float | None = None) -> list[dict[str, Any]]:
+        features = model_outputs["features"]
+        found = self.processor.post_process_referring_segmentation(features, features, threshold=threshold)
+        results = []
+        for label, result in zip(model_outputs["text"], found, strict=True):
+            mask = Image.fromarray(result.pop("mask").numpy().astype(np.uint8) * 255)
+            results.append({"label": label, "mask": mask, **result})  # the rest: score and, if predicted, no_target
+        return results
+
+
+def _several(inputs: Any) -> Any:
+    """What the base class takes: several inputs as a list, those of a dataset as a generator, and one input as it is."""
+    if isinstance(inputs, (np.ndarray, torch.Tensor)):
+        images = as_image_list(inputs)
+        return inputs if images[0] is inputs else images
+    whole = (
+        str,
+        bytes,
+        bytearray,
+        memoryview,
+        os.PathLike,
+        Mapping,
+        Image.Image,
+        list,
+        GeneratorType,
+        torch.utils.data.Dataset,
+    )
+    if isinstance(inputs, whole) or hasattr(inputs, "read"):
+        return inputs
+    if isinstance(inputs, tuple) or hasattr(inputs, "__array__"):  # a Series, say: it is in memory already
+        return inputs if (items := as_list(inputs)) is None else items
+    if hasattr(inputs, "__iter__"):
+        return (item for item in inputs)
+    is_indexed = hasattr(inputs, "__getitem__") and hasattr(inputs, "__len__")
+    return (inputs[i] for i in range(len(inputs))) if is_indexed else inputs
+
+
+__all__ = ["ReferringImageSegmentationPipeline"]

@@ -1,0 +1,277 @@
+"""The vision tower: a DINOv2 with a SERA-Adapter in chosen blocks. Feature maps are taken (tapped) at several depths."""
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+from transformers import AutoModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .adapter_sera import SeraAdapter
+from .configuration_sera import SeraConfig
+from .layers_sera import SeraSampleStatistics, grid_to_tokens, tokens_to_grid
+
+
+class SeraBlockView(NamedTuple):
+    """Results of an adapted block for images, before it sees the text.
+
+    Attributes:
+        hidden_states: (B, num_prefix + H·W, hidden_size) after the block's attention.
+        update: Of the same shape, the feed-forward part's output.
+        maps: Results of [`SeraAdapter.look`].
+    """
+
+    hidden_states: Tensor
+    update: Tensor
+    maps: tuple[Tensor, ...]
+
+
+class SeraImages(NamedTuple):
+    """Results of the tower for images, as far as no text is needed; rows are images (B).
+
+    Attributes:
+        hidden_states: (B, num_prefix + H·W, hidden_size) before the first adapted block. Without adapters: after the last block
+            that runs.
+        view: Results of the first adapted block; `None` without adapters, and in training from pixels.
+        taps: Patch tokens (B, H·W, hidden_size) of the tapped depths before the first adapted block.
+        grid_size: (H, W), in patches.
+    """
+
+    hidden_states: Tensor
+    view: SeraBlockView | None
+    taps: list[Tensor]
+    grid_size: tuple[int, int]
+
+
+class SeraAdaptedBlock(GradientCheckpointingLayer):
+    """One transformer block with an adapter on its feed-forward path: `x + LS2(MLP(norm2 x) + s·Adapter(norm2 x, text))`.
+
+    The block itself stays a part of the tower, with the tower's parameter names; it is an argument of every call.
+    """
+
+    def __init__(self, config: SeraConfig):
+        super().__init__()
+        self.scale = config.adapter_scale
+        self.adapter = SeraAdapter(config)
+
+    def forward(
+        self, hidden_states: Tensor, block: nn.Module, num_prefix: int, image_index: Tensor | None, condition: dict
+    ) -> tuple[Tensor, Tensor | None]:
+        """
+        Args:
+            hidden_states: (B, num_prefix + H·W, hidden_size).
+            block: The DINOv2 block.
+            num_prefix: Number of class and register tokens, which the adapter does not touch.
+            image_index: (N,) row of `hidden_states` each expression is about, or `None` where rows are expressions already.
+            condition: `grid_size`, `text_states`, `text_mask`, `sentence` and `num_images` for the adapter.
+
+        Returns:
+            (N, num_prefix + H·W, hidden_size) and the router weights (N, 2); `None` without experts.
+        """
+        view = self.look(hidden_states, block, num_prefix, condition["grid_size"])
+        return self.attend(view, block, num_prefix, image_index, condition)
+
+    def look(
+        self, hidden_states: Tensor, block: nn.Module, num_prefix: int, grid_size: tuple[int, int]
+    ) -> SeraBlockView:
+        """The part of [`forward`] that does not depend on the text."""
+        attended, normed, update = self.transform(hidden_states, block)
+        return SeraBlockView(attended, update, self.adapter.look(normed[:, num_prefix:], grid_size))
+
+    def keep_statistics_when_recomputed(self) -> None:
+        """Have the second computation, of activation checkpointing, leave all running statistics alone."""
+        checkpoint = self._gradient_checkpointing_func
+        given = getattr(checkpoint, "keywords", {}).get("context_fn", lambda: (nullcontext(), nullcontext()))
+
+        def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+            first, second = given()
+            return first, self._running_statistics_kept(second)
+
+        self._gradient_checkpointing_func = partial(checkpoint, context_fn=contexts)
+
+    @contextmanager
+    def _running_statistics_kept(self, context: AbstractContextManager) -> Iterator[None]:
+        norms = [module for module in self.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        samples = [module for module in self.modules() if isinstance(module, SeraSampleStatistics)]
+        before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+        for norm in norms:
+            norm.momentum = 0.0
+            norm.num_batches_tracked = torch.zeros_like(norm.num_batches_tracked)  # synchronised norms want one
+        for statistics in samples:
+            statistics.is_kept = True
+        try:
+            with context:
+                yield
+        finally:
+            for norm, (momentum, count) in zip(norms, before, strict=True):
+                norm.momentum, norm.num_batches_tracked = momentum, count
+            for statistics in samples:
+                statistics.is_kept = False
+
+    @staticmethod
+    def transform(hidden_states: Tensor, block: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+        """The block without adapter: hidden states after its attention, the same normed, and the feed-forward part's output."""
+        attended = block.attention(block.norm1(hidden_states))
+        if isinstance(attended, tuple):  # transformers 5.20 and later also return the attention weights
+            attended, _ = attended
+        hidden_states = block.drop_path(block.layer_scale1(attended)) + hidden_states
+        normed = block.norm2(hidden_states)
+        return hidden_states, normed, block.mlp(normed)
+
+    def attend(
+        self, view: SeraBlockView, block: nn.Module, num_prefix: int, image_index: Tensor | None, condition: dict
+    ) -> tuple[Tensor, Tensor | None]:
+        """The rest of [`forward`]."""
+        hidden_states, update, maps = view
+        text = {name: value for name, value in condition.items() if name != "grid_size"}
+        correction, weights = self.adapter.attend(maps, image_index=image_index, **text)
+        if image_index is not None:
+            update, hidden_states = update[image_index], hidden_states[image_index]
+        update = torch.cat([update[:, :num_prefix], update[:, num_prefix:] + self.scale * correction], dim=1)
+        return block.drop_path(block.layer_scale2(update)) + hidden_states, weights
+
+
+class SeraVisionEncoder(nn.Module):
+    """DINOv2 with SERA-Adapters. The part before the first adapter runs once per image, the rest once per expression."""
+
+    def __init__(self, config: SeraConfig):
+        super().__init__()
+        self.tower = AutoModel.from_config(config.vision_config)
+        self.adapted_blocks = nn.ModuleDict({str(i): SeraAdaptedBlock(config) for i in config.adapter_layers})
+        self.tap_layers = tuple(config.tap_layers)
+        self.depth = self.tap_layers[-1]  # nothing uses the blocks after it, so they do not run
+        self.first_adapted = min(config.adapter_layers, default=self.depth)
+        self.patch_size = config.patch_size
+        self.has_registers = config.vision_config.model_type == "dinov2_with_registers"
+        self.num_prefix = 1 + (config.vision_config.num_register_tokens if self.has_registers else 0)
+
+    def grid_size(self, pixel_values: Tensor) -> tuple[int, int]:
+        """Rows and columns of patches of (B, 3, H, W) images; `ValueError` where a side is no multiple of the patch."""
+        height, width = pixel_values.shape[-2:]
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(
+                f"pixel_values are {height}×{width} pixels; both sides must be multiples of the patch size {self.patch_size}."
+            )
+        return height // self.patch_size, width // self.patch_size
+
+    def encode_states(self, pixel_values: Tensor) -> Tensor:
+        """Compute all that comes before the first adapter, for (B, 3, H, W) images. A frozen tower always gives the same.
+
+        Returns:
+            (B, states, num_prefix + H·W, hidden_size). The states are the tapped ones before the first adapted block, then the
+            `hidden_states` and the `update` of [`SeraBlockView`] of this block.
+        """
+        hidden_states, kept = self._run_shared(pixel_values)
+        if self.adapted_blocks:
+            attended, _, update = SeraAdaptedBlock.transform(
+                hidden_states, self.tower.encoder.layer[self.first_adapted]
+            )
+            kept += [attended, update]
+        return torch.stack(kept, dim=1)
+
+    def encode_images(self, pixel_values: Tensor, states: Tensor | None = None) -> SeraImages:
+        """Compute all that does not depend on the text.
+
+        Args:
+            pixel_values: (B, 3, H, W) images, normalised; sides are multiples of the patch.
+            states: Cached results of [`encode_states`]. Of the images only the size is then used.
+        """
+        grid_size = self.grid_size(pixel_values)
+        if states is not None:
+            kept = list(states.unbind(1))
+            hidden_states, view = kept[-1], None
+            if self.adapted_blocks:
+                *kept, attended, update = kept
+                normed = self.tower.encoder.layer[self.first_adapted].norm2(attended)
+                adapter = self.adapted_blocks[str(self.first_adapted)].adapter
+                view = SeraBlockView(attended, update, adapter.look(normed[:, self.num_prefix :], grid_size))
+            return SeraImages(hidden_states, view, self._shared_taps(kept), grid_size)
+        hidden_states, kept = self._run_shared(pixel_values)
+        view = None
+        if self.adapted_blocks and not self.training:  # in training the whole block's activations can be checkpointed
+            first = str(self.first_adapted)
+            block = self.tower.encoder.layer[self.first_adapted]
+            view = self.adapted_blocks[first].look(hidden_states, block, self.num_prefix, grid_size)
+        return SeraImages(hidden_states, view, self._shared_taps(kept), grid_size)
+
+    def forward(
+        self, images: SeraImages, *, image_index: Tensor | None, condition: dict
+    ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+        """
+        Args:
+            images: From [`encode_images`].
+            image_index: (N,) row of `images` each expression is about; `None` means one each.
+            condition: What conditions the adapters; see [`SeraAdaptedBlock`].
+
+        Returns:
+            Patch tokens (N, H·W, hidden_size) of the depths that `images.taps` does not hold, and per adapter with experts its
+            router weights (N, 2).
+        """
+        hidden_states, router_weights, taps = images.hidden_states, [], []
+        for i in range(self.first_adapted, self.depth):
+            block = self.tower.encoder.layer[i]
+            if str(i) not in self.adapted_blocks:
+                hidden_states = block(hidden_states)
+            else:
+                adapted, is_first = self.adapted_blocks[str(i)], i == self.first_adapted
+                context = (block, self.num_prefix, image_index if is_first else None, condition)
+                if is_first and images.view is not None:
+                    hidden_states, weights = adapted.attend(images.view, *context)
+                else:
+                    hidden_states, weights = adapted(hidden_states, *context)
+                if weights is not None:
+                    router_weights.append(weights)
+            self._tap(hidden_states, i + 1, taps)
+        return taps, tuple(router_weights)
+
+    def _run_shared(self, pixel_values: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Hidden states (B, num_prefix + H·W, hidden_size) before the first adapted block, and the tapped ones before it."""
+        hidden_states, kept = self._embed(pixel_values), []
+        for i in range(self.first_adapted):
+            hidden_states = self.tower.encoder.layer[i](hidden_states)
+            if i + 1 in self.tap_layers:
+                kept.append(hidden_states)
+        return hidden_states, kept
+
+    def _shared_taps(self, kept: list[Tensor]) -> list[Tensor]:
+        """Patch tokens of the hidden states that [`_run_shared`] kept."""
+        taps: list[Tensor] = []
+        for hidden_states, depth in zip(kept, self.tap_layers, strict=False):
+            self._tap(hidden_states, depth, taps)
+        return taps
+
+    def _tap(self, hidden_states: Tensor, depth: int, taps: list[Tensor]) -> None:
+        """Add the patch tokens after `depth` blocks to `taps`, if `depth` is among the configured depths."""
+        if depth in self.tap_layers:
+            is_last = depth == len(self.tower.encoder.layer)
+            tapped = self.tower.layernorm(hidden_states) if is_last else hidden_states
+            taps.append(tapped[:, self.num_prefix :])
+
+    def _embed(self, pixel_values: Tensor) -> Tensor:
+        """(B, 3, H, W) images to the first hidden states (B, num_prefix + H·W, hidden_size)."""
+        embeddings = self.tower.embeddings
+        if not torch.compiler.is_compiling():
+            return embeddings(pixel_values)
+        # The same without `int()` of the grid's size, which would make the size a constant of a traced graph.
+        positions = embeddings.position_embeddings
+        side = math.isqrt(positions.shape[1] - 1)
+        resized = interpolate(
+            tokens_to_grid(positions[:, 1:].float(), (side, side)),
+            size=self.grid_size(pixel_values),
+            mode="bicubic",
+            align_corners=False,
+            antialias=self.has_registers,
+        ).to(positions.dtype)
+        patches = embeddings.patch_embeddings(pixel_values.to(positions.dtype)) + grid_to_tokens(resized)
+        prefix = embeddings.cls_token + positions[:, :1]
+        if self.has_registers:
+            prefix = torch.cat([prefix, embeddings.register_tokens], dim=1)
+        return embeddings.dropout(torch.cat([prefix.expand(patches.shape[0], -1, -1), patches], dim=1))
+
+
+__all__ = ["SeraAdaptedBlock", "SeraImages", "SeraVisionEncoder"]
