@@ -1,6 +1,7 @@
 """Every way in which an image comes ends in one decoder, and no URL holds a program up."""
 
 import base64
+import contextlib
 import io
 import socket
 import threading
@@ -38,9 +39,13 @@ def image_of(mode: str) -> Image.Image:
 
 
 class Files(BaseHTTPRequestHandler):
-    """Sends the server's files; of `/endless` it sends bytes as long as they are taken, of `/slow` one now and then."""
+    """Sends the server's files, and for `/slow` one byte now and then."""
 
     def do_GET(self) -> None:
+        with contextlib.suppress(ConnectionError):  # a client may leave before the end
+            self.answer()
+
+    def answer(self) -> None:
         self.send_response(200 if self.path in self.server.files else 404)
         self.end_headers()
         if self.path == "/slow":

@@ -33,7 +33,7 @@ ATTEMPTS = 100  # layouts that are drawn before a set of objects is given up as 
 
 # Sentences with these words may be false of an object that stands elsewhere, in other company.
 _PLACE_WORD = re.compile(
-    r"\b(\w*left\w*|\w*right\w*|middle|mid|cent(er|re)|top|bottom|upper|lower|front|back|behind|close(st|r)?|near(est|er)?|far"
+    r"\b(left\w*|right\w*|middle|mid|cent(er|re)|top|bottom|upper|lower|front|back|behind|close(st|r)?|near(est|er)?|far"
     r"|farthest|further|furthest|next|beside|between|side|corner|edge|first|second|third|last|\d(st|nd|rd)|above|below|under|over"
     r"|on|big(ger|gest)?|small(er|est)?|large(r|st)?|tall(er|est)?|other|another|both|most|pic|picture|photo|image|screen|facing"
     r"|looking)\b",
