@@ -165,7 +165,7 @@ def format_figures(record: dict[str, Any]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="checkpoints/sera-scenes/model", help="folder of a SERA")
+    parser.add_argument("--model", default="checkpoints/sera-scenes", help="folder of a SERA")
     parser.add_argument("--images", type=int, default=20_000, help="their number")
     parser.add_argument("--size", type=int, nargs=2, default=(96, 96), help="width and height of the images, pixels")
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="forms of input")

@@ -301,8 +301,10 @@ def test_precision_and_threshold(model, folder, tmp_path):
     half = run(model, folder, tmp_path / "half", "--limit", 3, "--dtype", "bfloat16")
     assert [p.score for p in whole] != [p.score for p in half]
     assert [p.score for p in half] == pytest.approx([p.score for p in whole], abs=0.05)
-    strict = run(model, folder, tmp_path / "strict", "--limit", 3, "--threshold", 0.75)
-    assert sum(p.area for p in strict) < sum(p.area for p in whole)
+    loose, strict = (
+        run(model, folder, tmp_path / str(edge), "--limit", 3, "--threshold", edge) for edge in (0.01, 0.99)
+    )
+    assert sum(p.area for p in strict) < sum(p.area for p in loose)
 
 
 @pytest.mark.parametrize(("form", "limit"), [("CSV", 4), ("Parquet", 6), ("Parquet", 99)])
@@ -502,7 +504,7 @@ def test_the_common_options_fit_one_screen_and_help_needs_no_torch():
 def test_bad_input_ends_with_a_sentence(model, folder, tmp_path, capsys):
     for options, message in (
         (["--limit", "0"], "'0' is no whole number from 1 on"),
-        (["--threshold", "2"], "no number between 0 and 1"),
+        (["--threshold", "2"], "is not a number between 0 and 1"),
         (["--phrases", " "], "is an empty expression"),
     ):
         with pytest.raises(SystemExit) as error:

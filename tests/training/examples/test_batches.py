@@ -347,7 +347,8 @@ def under_label(inputs: dict, processor: SeraProcessor) -> np.ndarray:
     """Mean colour (N, 3), 0-255, of the input under each expression's label."""
     mean, std = (np.array(getattr(processor.image_processor, name)) for name in ("image_mean", "image_std"))
     images = inputs["pixel_values"].numpy() * std[:, None, None] + mean[:, None, None]
-    labels, index = inputs["labels"].numpy(), inputs["image_index"].numpy()
+    labels = inputs["labels"].numpy()
+    index = inputs.get("image_index", np.arange(len(labels)))  # absent: one expression for each image
     sums = np.einsum("nchw,nhw->nc", images[index], labels)
     return 255 * sums / labels.sum(axis=(1, 2))[:, None]
 

@@ -16,13 +16,19 @@ from runs import ON_CPU, TRAIN, finished, history_of, refer_settings, run, writt
 from squares import make_rows, png
 
 from processing_sera import SeraImageProcessor, SeraProcessor
-from training.configuration import AugmentationSettings, DataSettings, ModelSettings, TrainingSettings, read_settings
+from training.configuration import (
+    AugmentationSettings,
+    DataSettings,
+    ModelSettings,
+    TrainingSettings,
+    check_settings,
+    read_settings,
+)
 from training.examples import feature_cache
 from training.examples.augmentation import swap_left_right
 from training.examples.batches import image_as_annotated
 from training.examples.feature_cache import CachedCollator, CachedExamples, FeatureCache
 from training.examples.splits import HIDDEN
-from training.train import start_accelerator
 
 ROWS = [{"red": ["left red", "red one"], "green": ["green a", "green b", "green c"]}, {"blue": ["blue square", "blue"]}]
 AUGMENTATION = AugmentationSettings(flip=0.5, min_crop=0.6, color_jitter=0.2)
@@ -227,7 +233,7 @@ def test_what_does_not_go_together_is_refused(changed, message, store_of, tmp_pa
 )
 def test_what_acts_on_the_feature_cache_wants_some(option, tmp_path):
     with pytest.raises(ValueError, match=f"{option.partition('=')[0]} needs the feature cache"):
-        start_accelerator(read_settings([f"--{option}", "--output_dir", str(tmp_path)]))
+        check_settings(read_settings([f"--{option}", "--output_dir", str(tmp_path)]))
 
 
 def test_a_run_fills_the_cache_and_another_finds_it(tmp_path):
