@@ -1,5 +1,7 @@
 """Where a model, its settings and its scores lie, by whichever of its folders it is named."""
 
+import re
+
 import pytest
 
 from training.support.model_location import locate_model
@@ -62,7 +64,7 @@ def test_a_model_on_the_hub_has_no_folder_here(place):
 
 @pytest.mark.parametrize("given", ["nowhere", "a/b/c", "./nowhere", "../x", "/nowhere/model", "~/x", "a b/c"])
 def test_what_is_neither_a_folder_nor_an_id_is_named(place, given):
-    with pytest.raises(FileNotFoundError, match=rf"no folder {given},.* user/name"):
+    with pytest.raises(FileNotFoundError, match=f"no folder {re.escape(given)}"):
         locate_model(given)
 
 
