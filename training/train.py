@@ -48,7 +48,7 @@ from training.learning.building import build_model, build_processor
 from training.learning.checkpoints import Checkpoints, Progress, check_same_run, clear_output
 from training.learning.losses import FiniteLogits, LossLog
 from training.learning.optimizers import build_optimizer
-from training.learning.routing_health import RoutingHealth
+from training.learning.routing_health import RoutingHealth, routing_warnings
 from training.learning.steps import accumulate_gradients, batches_of_steps
 from training.learning.tuning import apply_tuning, checkpoint_activations
 from training.learning.whitening import whiten_projections
@@ -232,6 +232,8 @@ def train(settings: TrainingSettings, accelerator: Accelerator) -> None:
                 logits.check(accelerator, settings, progress)
                 record["val"] = summarize(scores)["all"]
                 record["routing"] = health.summary(accelerator)
+                for warning in routing_warnings(record["routing"]):
+                    logger.warning(warning)
                 accelerator.log(flat({name: record[name] for name in ("val", "routing")}), step=progress.step)
                 if record["val"]["mIoU"] > progress.best_miou:
                     progress.best_miou = record["val"]["mIoU"]

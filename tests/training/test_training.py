@@ -271,6 +271,9 @@ def test_every_step_and_the_routing_are_logged(runs, name):
         assert ("routing" in record) == ("val" in record)
         for tap in record.get("routing", {"taps": {}})["taps"].values():
             assert sum(tap["shares"].values()) == pytest.approx(1, abs=1e-5) and 0 <= tap["entropy"] <= np.log(4) + 1e-6
+            assert (
+                0 <= tap["mutual_information"] <= np.log(4) and 0 <= tap["dead_units"] <= 1 and len(tap["added"]) == 4
+            )
 
 
 def test_the_schedule_is_stepped_after_the_optimizer(runs):
@@ -387,7 +390,8 @@ def test_a_run_with_a_tracker_and_activation_checkpointing(tmp_path, monkeypatch
     assert logged == pytest.approx({step["step"]: step["loss"] for step in steps})
     scores = [event.value for event in events.Scalars("val/mIoU")]
     assert scores == pytest.approx([record["val"]["mIoU"] for record in history_of(folder)])
-    assert {f"routing/taps/{tap}/entropy" for tap in ("1", "2")} <= set(events.Tags()["scalars"])
+    figures = ("entropy", "deviation", "mutual_information", "dead_units", "added/shape", "shares/shape")
+    assert {f"routing/taps/{tap}/{name}" for tap in ("1", "2") for name in figures} <= set(events.Tags()["scalars"])
 
 
 def test_a_compiled_run_trains_and_saves_as_any_other(tmp_path, monkeypatch):

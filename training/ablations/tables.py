@@ -209,7 +209,7 @@ def _routing(runs: dict[str, list[Record]]) -> str:
         boundary: dict[str, list[float]] = defaultdict(list)
         for one in routing:
             for block, adapter in one["adapters"].items():
-                boundary[block].append(adapter["boundary"])
+                boundary[block].append(adapter["shares"]["boundary"])
         fused = ["–"] * 3
         if all(shares):
             values = ([min(s) for s in shares], [max(s) for s in shares], [sum(e) / len(e) for e in entropy])
