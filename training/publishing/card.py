@@ -16,6 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from training.configuration import DataSettings, MixedSet, TrainingSettings, dump_settings, load_settings
 from training.learning.building import IMAGE_SIZE
+from training.learning.routing_health import named_routers, routing_warnings
 from training.scoring.metric import SentenceScore, summarize
 from training.scoring.reports import data_name, format_report, model_index
 from training.support.environment import without_folders, without_paths
@@ -221,6 +222,7 @@ def _describe_training(run: TrainingRun | None) -> str:
             f"- Kept: epoch {best['epoch']} of {len(run.history)}, the best mIoU on {data.val_split} of {len(scored)} evaluated: "
             f"{100 * best['val']['mIoU']:.1f} %."
         )
+        lines += _describe_routing(best.get("routing", {}), data.val_split)
     lines.append("- Hardware: the run does not record it. The hardware of each evaluation stands under Results.")
     written = yaml.safe_dump(without_paths(yaml.safe_load(dump_settings(settings))), sort_keys=False)
     lines += [
@@ -229,6 +231,22 @@ def _describe_training(run: TrainingRun | None) -> str:
         f"<details><summary>settings.yaml</summary>\n\n```yaml\n{written}```\n\n</details>",
     ]
     return "\n".join(lines)
+
+
+def _describe_routing(summary: dict[str, Any], split: str) -> list[str]:
+    """How the routers of the kept model decide, with the faults; nothing for a run that has no such figures."""
+    routers = {name: figures for name, figures in named_routers(summary).items() if "deviation" in figures}
+    if not routers:
+        return []
+    listed = ", ".join(
+        f"{name} {100 * figures['deviation']:.1f} % ({figures['mutual_information']:.2f})"
+        for name, figures in routers.items()
+    )
+    line = (
+        f"- Routing on {split}, standard deviation of the weights between samples (mutual information of sample and expert in "
+        f"nats): {listed}."
+    )
+    return [" ".join([line, *routing_warnings(summary)])]
 
 
 def _set_name(part: DataSettings | MixedSet, data: DataSettings) -> str:

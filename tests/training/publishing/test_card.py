@@ -28,6 +28,18 @@ REFCOCOG = {by: DataSettings(source="refer", root="refer", dataset="refcocog", s
 CODE = "```python"
 
 
+ROUTERS = {
+    "taps": {
+        "4": {"deviation": 0.123, "mutual_information": 0.045, "shares": {"spatial": 0.531, "shape": 0.469}}
+        | {"added": {"spatial": 0.034, "shape": 0.8}, "samples": 40, "logit_deviation": 0.6, "dead_units": 0.0}
+    },
+    "adapters": {
+        "3": {"deviation": 0.2, "mutual_information": 0.31, "shares": {"spatial": 0.4, "boundary": 0.6}}
+        | {"added": {"spatial": 0.2, "boundary": 0.2}, "samples": 40, "logit_deviation": 0.9}
+    },
+}
+
+
 def write_run(folder: Path, **settings) -> Path:
     """Write a run's folder like training, without weights; returns its model's folder."""
     settings = {"data": SCENES, "optimization": OptimizationSettings(epochs=3, learning_rate=2e-4)} | settings
@@ -35,6 +47,7 @@ def write_run(folder: Path, **settings) -> Path:
     tuning = {"vision_trained": 1234, "vision_total": 56789, "text_trained": 4321, "text_total": 98765, "added": 1357}
     write_text(folder / "tuning.json", json.dumps(tuning))
     history = [{"epoch": i, "val": {"mIoU": value}} for i, value in ((1, 0.123), (3, 0.4567), (4, 0.3))]
+    history[1]["routing"] = ROUTERS
     history.insert(1, {"epoch": 2})
     write_text(folder / "history.json", json.dumps(history))
     write_text(folder / "model" / "config.json", "{}")
@@ -105,11 +118,20 @@ def test_every_figure_on_the_card_comes_from_a_file(record, tmp_path):
     sources.append(yaml.safe_load((tmp_path / "trial" / "settings.yaml").read_text()))
     for leaf in leaves(sources):
         if isinstance(leaf, float):
-            known |= {f"{100 * leaf:.1f}", f"{leaf:g}", str(round(100 * leaf, 2))}
+            known |= {f"{100 * leaf:.1f}", f"{leaf:g}", str(round(100 * leaf, 2)), f"{leaf:.2f}"}
         known |= decimals(str(leaf))
     shown = decimals(card.split(CODE)[0]) | decimals(section(card, "Training")) | decimals(section(card, "Results"))
     shown -= {"2603.12538"}  # the paper's number on arXiv
     assert len(shown) > 20 and shown <= known
+
+
+def test_the_card_says_how_the_kept_model_routes_and_what_is_idle(tmp_path):
+    training = section(make_card(model_folder=write_run(tmp_path / "trial")), "Training")
+    assert "tap 4 12.3 % (0.04), adapter 3 20.0 % (0.31)" in training
+    assert "The router of tap 4 has 1 idle expert: spatial (adds 3.4 % of the map's norm)." in training
+    assert "The router of adapter 3" not in training
+    (tmp_path / "trial" / "history.json").write_text(json.dumps([{"epoch": 1, "val": {"mIoU": 0.5}}]))
+    assert "Routing" not in section(make_card(model_folder=tmp_path / "trial" / "model"), "Training")
 
 
 def test_without_an_evaluation_the_card_says_so_and_has_no_figures(tmp_path):
