@@ -1,8 +1,9 @@
 """Measure and draw what the experts of a trained model do: `python training/experts.py RUN --split test`. (Ours.)
 
-It writes `experts.md` and `experts.json` into the run's folder: the routing weights by kind of expression, how evenly the experts
-are used, and the scores without each fusion expert. It also draws `experts-routing.png`, and `experts-maps.png`, which shows where
-an expert changes the answer.
+It writes `experts.md` and `experts.json` into the run's folder: the routers' health, the scores with other routing weights and
+without each fusion expert, and the weights by group of expressions and by word. It also draws `experts-routing.png`,
+`experts-words.png`, `experts-pairs.png` (expressions about one image that are routed differently) and `experts-maps.png` (where an
+expert changes the answer). docs/evaluation.md explains every figure.
 """
 
 from __future__ import annotations
@@ -10,33 +11,42 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-import torch
 from accelerate import Accelerator
-from accelerate.utils import tqdm
 from jsonargparse import ArgumentParser
+from jsonargparse.typing import NonNegativeInt
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from modeling_sera import SeraForReferringSegmentation
 from modeling_sera.fusion_sera import EXPERT_NAMES
 from processing_sera import SeraProcessor
 from training.configuration import DataSettings, default_data
 from training.evaluation import score_sentences
-from training.examples.batches import Collator, EvaluationExamples, image_as_annotated
+from training.examples.batches import image_as_annotated
 from training.examples.splits import load_splits
 from training.learning.building import load_whole
-from training.learning.routing_health import ADAPTER_EXPERTS, RoutingHealth
+from training.learning.routing_health import RoutingHealth
 from training.scoring.expert_maps import draw_expert_maps, expert_maps, without_expert
-from training.scoring.figures import new_figure
-from training.scoring.intervals import LEVEL, RESAMPLES, paired_intervals
-from training.scoring.metric import SentenceScore, format_value, score_terms
-from training.scoring.slices import wording_of
+from training.scoring.figures import DPI, sheet_figure
+from training.scoring.intervals import paired_intervals
+from training.scoring.metric import SentenceScore, score_terms
+from training.scoring.routing_exchange import RoutingExchange, asked_samples
+from training.scoring.routing_report import COMPARED, Comparison, draw_routing, draw_words, format_experts
+from training.scoring.routing_words import (
+    explained_variance,
+    frequent_words,
+    indicators,
+    mean_weights,
+    most_different_pairs,
+    word_effects,
+)
+from training.scoring.slices import size_of, thickness_of, wording_of
+from training.sources.masks import decode_mask
 from training.support.commands import run_command
 from training.support.environment import command_line, describe_hardware, library_versions
 from training.support.files import write_binary, write_text
@@ -44,147 +54,123 @@ from training.support.model_location import locate_model
 
 logger = logging.getLogger(__name__)
 
-METRICS = ("mIoU", "oIoU", "boundary_F")
-Weights = dict[str, dict[str, float]]  # per router the mean weight of each expert
+PAIRS_TITLE = "Held-out data, two expressions about each image that are routed most differently."
+COCO_AREA = 640 * 480  # pixels
 
 
-def routing_by_kind(
-    model: SeraForReferringSegmentation, processor: SeraProcessor, rows: datasets.Dataset, batch_size: int = 8
-) -> tuple[dict[str, Weights], dict[str, Any]]:
-    """The mean weight of every expert over the expressions of each kind, and the routers' health over all expressions.
+@dataclass
+class Routed:
+    """How the N expressions of a split were routed and scored.
 
-    The kinds are the split's own. If the split has only one kind, they are those of `training.scoring.slices.wording_of`.
-
-    Returns:
-        The experts' weights per kind ("all" first) and per router ("tap 2" with its depth, "adapter 3" with its block), and the
-        result of `RoutingHealth.summary`.
+    Attributes:
+        scores: Of each expression.
+        weights: Per router (N, experts), in the order of `scores`.
+        images: (N,) the image of each expression in the order of an evaluation, as `RoutingExchange` numbers them.
+        exchange: Has recorded the weights.
+        health: See `RoutingHealth.summary`.
     """
-    kinds, sentences = rows["sentence_kinds"][:], rows["sentences"][:]
-    has_kinds = len({kind for group in kinds for kind in group}) > 1
-    sums: dict[str, dict[str, Any]] = defaultdict(lambda: defaultdict(float))
-    counts: dict[str, int] = defaultdict(int)
-    health = RoutingHealth(model)
-    collator = Collator(processor, with_labels=False)
-    with health.watch(), torch.inference_mode():
-        for inputs, batch in tqdm(DataLoader(EvaluationExamples(rows), batch_size, collate_fn=collator), leave=False):
-            outputs = model(**inputs.to(model.device), output_router_weights=True, max_expressions=64)
-            routed = {
-                f"{name} {place}": weights.float().cpu().numpy().astype(np.float64)
-                for name, places, found in (
-                    ("tap", health.fusions, outputs.fusion_router_weights),
-                    ("adapter", health.adapters, outputs.adapter_router_weights),
-                )
-                for place, weights in zip(places, found, strict=True)
-            }
-            for i, (row, sentence) in enumerate(source for example in batch for source in example.sources):
-                kind = kinds[row][sentence] if has_kinds else wording_of(sentences[row][sentence])
-                for group in ("all", kind):
-                    counts[group] += 1
-                    for router, weights in routed.items():
-                        sums[group][router] = sums[group][router] + weights[i]
-    means = {
-        kind: {
-            router: dict(zip(_experts(router), (total / counts[kind]).tolist(), strict=True))
-            for router, total in sums[kind].items()
-        }
-        for kind in sorted(sums, key=lambda kind: (kind != "all", kind))
+
+    scores: list[SentenceScore]
+    weights: dict[str, np.ndarray]
+    images: np.ndarray
+    exchange: RoutingExchange
+    health: dict[str, Any]
+
+
+def route(
+    model: SeraForReferringSegmentation, processor: SeraProcessor, rows: datasets.Dataset, **options: int
+) -> Routed:
+    """Score a split once and keep all that the routers decide. Options as in `score_sentences`."""
+    health, exchange = RoutingHealth(model), RoutingExchange(model)
+    accelerator = Accelerator()
+    with health.watch(), exchange.record():
+        scores = score_sentences(model, processor, rows, accelerator, **options)
+    sources, images = asked_samples(rows)
+    order = sorted(range(len(sources)), key=sources.__getitem__)  # scores are in the order of the rows
+    weights = {name: table[order] for name, table in exchange.by_expression(images).items()}
+    return Routed(scores, weights, images, exchange, health.summary(accelerator))
+
+
+def groups_of(rows: datasets.Dataset, scores: list[SentenceScore]) -> dict[str, list[str]]:
+    """The kind of each expression, and the size and the thickness of what it means.
+
+    The kinds are the split's own. If the split has only one kind, they are those of `training.scoring.slices.wording_of`. Sizes are
+    COCO's in an image that is scaled to the area of most of COCO's. So small images have objects of all sizes, too.
+    """
+    sentences, masks = rows["sentences"][:], rows["mask"][:]
+    has_kinds = len({score.kind for score in scores}) > 1
+    thicknesses = [thickness_of(decode_mask(mask)) for mask in masks]
+    scales = [COCO_AREA / math.prod(mask["size"]) for mask in masks]
+    return {
+        "kind": [score.kind if has_kinds else wording_of(sentences[score.row][score.sentence]) for score in scores],
+        "size": [size_of(score.truth * scales[score.row]) for score in scores],
+        "thickness": [thicknesses[score.row] for score in scores],
     }
-    return means, health.summary(Accelerator())
+
+
+def scores_with_other_weights(
+    model: SeraForReferringSegmentation,
+    processor: SeraProcessor,
+    rows: datasets.Dataset,
+    routed: Routed,
+    **options: int,
+) -> Comparison:
+    """The scores with the weights exchanged at all routers, in each way of EXCHANGES, compared with those as decided.
+
+    Options as given to [`route`], so that the pass meets the same samples in the same order.
+    """
+    found = {}
+    for kind, weights in routed.exchange.exchanged(routed.images).items():
+        with routed.exchange.give(weights):
+            scores = score_sentences(model, processor, rows, Accelerator(), **options)
+        found[kind] = compare(rows, scores, routed.scores)
+    return found
 
 
 def scores_without_experts(
     model: SeraForReferringSegmentation, processor: SeraProcessor, rows: datasets.Dataset, whole: list[SentenceScore]
-) -> dict[str, Any]:
-    """Per fusion expert the METRICS without it: "value", "difference" from `whole`, and the "interval" of the difference."""
-    image_ids = rows["image_id"][:]
-    images = [image_ids[score.row] for score in whole]
+) -> Comparison:
+    """The scores without each fusion expert, compared with the `whole` model's."""
     found = {}
     for name in EXPERT_NAMES:
         with without_expert(model, name):
-            terms = score_terms(score_sentences(model, processor, rows, Accelerator()))
-        before = score_terms(whole)
-        intervals = paired_intervals(terms, before, images)
-        values = {
-            metric: [over.sum() / max(under.sum(), 1) for over, under in (t[metric] for t in (terms, before))]
-            for metric in METRICS
-        }
-        found[name] = {
-            metric: {"value": float(v), "difference": float(v - was), "interval": intervals[metric]}
-            for metric, (v, was) in values.items()
+            found[name] = compare(rows, score_sentences(model, processor, rows, Accelerator()), whole)
+    return found
+
+
+def compare(rows: datasets.Dataset, scores: list[SentenceScore], whole: list[SentenceScore]) -> dict[str, Any]:
+    """Per metric of COMPARED its "value", the "difference" from `whole`, and the "interval" of the difference."""
+    image_ids = rows["image_id"][:]
+    terms, before = score_terms(scores), score_terms(whole)
+    intervals = paired_intervals(terms, before, [image_ids[score.row] for score in whole])
+    found = {}
+    for metric in COMPARED:
+        value, was = (over.sum() / max(under.sum(), 1) for over, under in (terms[metric], before[metric]))
+        found[metric] = {
+            "value": float(value),
+            "difference": float(value - was),
+            "interval": intervals[metric],
         }
     return found
 
 
-def format_experts(record: dict[str, Any]) -> str:
-    """The record as Markdown."""
-    lines = [
-        f"# Experts of {record['model']}, split {record['split']}",
-        "",
-        "Mean routing weight in percent, by kind of expression.",
-    ]
-    lines += ["", f"{record['expressions']} expressions.", ""]
-    routers = [(router, expert) for router, weights in record["routing"]["all"].items() for expert in weights]
-    lines.append("| | " + " | ".join(f"{router}: {expert}" for router, expert in routers) + " |")
-    lines.append("|---|" + "--:|" * len(routers))
-    for kind, weights in record["routing"].items():
-        lines.append(
-            f"| {kind} | " + " | ".join(format_value(weights[router][expert]) for router, expert in routers) + " |"
-        )
-    if record["health"]["taps"]:
-        lines += [
-            "",
-            "How evenly the fusion experts are used. Entropy: entropy of the weights, mean over samples; 100 if all are equal. "
-            "Selected: share of samples that have the expert among their top k.",
-            "",
-        ]
-        lines += ["| tap | least share | greatest share | least selected | entropy |", "|---|--:|--:|--:|--:|"]
-        for tap, health in record["health"]["taps"].items():
-            shares, selected = health["shares"].values(), health["selected"].values()
-            cells = (min(shares), max(shares), min(selected), health["entropy"] / math.log(len(EXPERT_NAMES)))
-            lines.append(f"| {tap} | " + " | ".join(map(format_value, cells)) + " |")
-    if record["without"]:
-        lines += [
-            "",
-            f"Scores without one fusion expert at every tap. The other experts are routed as before. In brackets: {LEVEL:.0%} of "
-            f"the differences in {RESAMPLES} paired resamples of images. A model that is trained without the expert may be better.",
-            "",
-        ]
-        lines += [
-            "| without | " + " | ".join(f"{metric} | Δ" for metric in METRICS) + " |",
-            "|---|" + "--:|--:|" * len(METRICS),
-        ]
-        found = next(iter(record["without"].values()))
-        whole = [format_value(found[metric]["value"] - found[metric]["difference"]) for metric in METRICS]
-        lines.append("| none | " + " | ".join(f"{value} | " for value in whole) + "|")
-        for name, found in record["without"].items():
-            cells = []
-            for metric in METRICS:
-                low, high = (100 * end for end in found[metric]["interval"])
-                cells += [
-                    format_value(found[metric]["value"]),
-                    f"{100 * found[metric]['difference']:+.1f} [{low:+.1f}, {high:+.1f}]",
-                ]
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", f"`{record['command']}`"]) + "\n"
-
-
-def draw_routing(routing: dict[str, Weights], path: Path) -> None:
-    """One panel per router. Rows are kinds of expression, columns are experts; numbers and shades show the mean weights."""
-    routers = list(routing["all"])
-    figure = new_figure(1.5 + sum(0.9 * len(_experts(router)) for router in routers), 1.6 + 0.35 * len(routing))
-    panels = figure.subplots(
-        1, len(routers), squeeze=False, width_ratios=[len(_experts(router)) for router in routers]
-    )[0]
-    for axis, router in zip(panels, routers, strict=True):
-        table = np.array([list(weights[router].values()) for weights in routing.values()])
-        axis.imshow(table, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-        for place, value in np.ndenumerate(table):
-            axis.text(*place[::-1], f"{value:.2f}", ha="center", va="center", color="white" if value > 0.6 else "black")
-        axis.set_title(router, fontsize=10)
-        axis.set_xticks(range(table.shape[1]), _experts(router), rotation=30, ha="right", fontsize=9)
-        axis.set_yticks(range(len(routing)), list(routing) if axis is panels[0] else [""] * len(routing), fontsize=9)
-    figure.tight_layout()
-    write_binary(path, lambda partial: figure.savefig(partial, format="png"))
+def draw_pairs(
+    model: SeraForReferringSegmentation,
+    processor: SeraProcessor,
+    rows: datasets.Dataset,
+    routed: Routed,
+    number: int,
+    path: Path,
+) -> bool:
+    """Draw images with two expressions each that are routed most differently. `False` if all are routed alike."""
+    image_ids = np.unique(np.asarray(rows["image_id"][:]), return_inverse=True)[1]
+    images = image_ids[[score.row for score in routed.scores]]
+    pairs = most_different_pairs(images, routed.weights, number)
+    if pairs:
+        chosen = [routed.scores[place] for pair in pairs for place in pair]
+        figure = sheet_figure(model, processor, rows, chosen, title=PAIRS_TITLE)
+        write_binary(path, lambda partial: figure.savefig(partial, format="png", dpi=DPI))
+    return bool(pairs)
 
 
 def draw_maps(
@@ -211,10 +197,6 @@ def draw_maps(
     write_binary(path, lambda partial: whole.save(partial, format="png"))
 
 
-def _experts(router: str) -> tuple[str, ...]:
-    return EXPERT_NAMES if router.startswith("tap") else ADAPTER_EXPERTS
-
-
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = ArgumentParser(description="Measure and draw what the experts of a trained SERA do on a split.")
@@ -222,6 +204,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--split", type=str, default="test", help="split to measure on")
     parser.add_class_arguments(DataSettings, "data")  # the defaults are the run's
     parser.add_argument("--output", type=str | None, default=None, help="folder for the files (default: the run's)")
+    parser.add_argument(
+        "--pairs", type=NonNegativeInt, default=6, help="images with two differently routed expressions to draw"
+    )
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     location = locate_model(options.model)
@@ -238,22 +223,35 @@ def main(arguments: list[str] | None = None) -> None:
     (rows,) = load_splits(data, [options.split])
     output = Path(options.output) if options.output else location.home
 
-    routing, health = routing_by_kind(model, processor, rows)
-    scores = score_sentences(model, processor, rows, Accelerator())
+    routed = route(model, processor, rows)
+    scores, weights = routed.scores, routed.weights
+    texts = rows["sentences"][:]
+    sentences = [texts[score.row][score.sentence] for score in scores]
+    groups = groups_of(rows, scores)
+    has_word = frequent_words(sentences)
+    explained = {"kind": explained_variance(indicators(groups["kind"]), weights)}
+    if has_word:
+        explained["words"] = explained_variance(np.stack(list(has_word.values()), axis=1).astype(float), weights)
     record = {
         "model": location.name,
         "split": options.split,
         "expressions": len(scores),
-        "routing": routing,
-        "health": health,
+        "routing": mean_weights(weights, groups),
+        "health": routed.health,
+        "exchange": scores_with_other_weights(model, processor, rows, routed),
         "without": scores_without_experts(model, processor, rows, scores) if model.config.fusion_experts else {},
+        "words": word_effects(sentences, weights),
+        "explained": explained,
         "command": command_line("training/experts.py", arguments),
         "hardware": describe_hardware(),
         "versions": library_versions(),
     }
     write_text(output / "experts.json", json.dumps(record, indent=1))
     write_text(output / "experts.md", format_experts(record))
-    draw_routing(routing, output / "experts-routing.png")
+    draw_routing(record["routing"], output / "experts-routing.png")
+    draw_words(record["words"], list(weights), output / "experts-words.png")
+    if options.pairs and not draw_pairs(model, processor, rows, routed, options.pairs, output / "experts-pairs.png"):
+        logger.info("experts-pairs.png is not drawn: the expressions about each image are routed alike.")
     if model.config.fusion_experts:
         draw_maps(model, processor, rows, scores, output / "experts-maps.png")
     logger.info(format_experts(record))

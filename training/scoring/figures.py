@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 YELLOW = (1.0, 0.85, 0.1)
 DPI = 70
+SHEET_TITLE = "Held-out data, at evenly spaced ranks of IoU within each kind."
 SLICES_DRAWN = ("size", "length", "wording", "targets")
 
 
@@ -68,6 +69,7 @@ def sheet_figure(
     rows: datasets.Dataset,
     chosen: Sequence[SentenceScore],
     selection: MaskSelection = FIXED_THRESHOLD,
+    title: str = SHEET_TITLE,
 ) -> Figure:
     """The sheet of the given examples, two in a row. An expression that is too long for its place ends in "…"."""
     num_rows = (len(chosen) + 1) // 2
@@ -96,7 +98,7 @@ def sheet_figure(
         _write_above(figure, place, f"“{text}”", fontsize=12)
         _draw_routing(axes[3], outputs)
     figure.suptitle(
-        "Held-out data, at evenly spaced ranks of IoU within each kind. Bars: share of each expert, shallow (light) to deep (dark)",
+        f"{title} Bars: share of each expert, shallow (light) to deep (dark)",
         fontsize=13,
         y=1 - 0.1 / height,
     )

@@ -1,17 +1,24 @@
-"""Scores by object size (COCO's), length, wording, relation, number of targets and category (ours)."""
+"""Scores by object size (COCO's), length, wording, relation, number of targets and category; thinness of objects (ours)."""
 
 import re
 from collections import defaultdict
 from collections.abc import Sequence
 
 import datasets
+import numpy as np
+from scipy.ndimage import distance_transform_edt
 
 from training.scoring.metric import SentenceScore
 
 # COCO's areas in pixels of the image: "small" is below the first, "large" starts at the second
 SIZE_BOUNDS = (32**2, 96**2)
+SIZES = ("small", "medium", "large")
+# share of an object's area that the largest disc inside of it has: 1 for a disc, 0.79 for a square, 0.39 for two squares in a row
+THIN, COMPACT = 0.25, 0.5
+THICKNESSES = ("thin", "medium thick", "compact")
 LENGTHS = ((2, "1-2 words"), (5, "3-5 words"), (10, "6-10 words"))
 LONGEST = "11 words or more"
+NO_TARGET = "no target"
 
 # Words for a place in the image. "left of" and similar words name a place next to something else, so they are relations.
 _LOCATION = re.compile(
@@ -44,11 +51,19 @@ _WORDINGS = {
 }
 
 
-def size_of(area: int) -> str:
+def size_of(area: float) -> str:
     """COCO's size class of an object of `area` pixels."""
-    if area == 0:
-        return "no target"
-    return "small" if area < SIZE_BOUNDS[0] else "medium" if area < SIZE_BOUNDS[1] else "large"
+    return SIZES[sum(area >= bound for bound in SIZE_BOUNDS)] if area else NO_TARGET
+
+
+def thickness_of(mask: np.ndarray) -> str:
+    """How thin the object of a (H, W) boolean mask is, by the share of its area that the largest disc inside of it has."""
+    if not mask.any():
+        return NO_TARGET
+    # from the centre of a pixel to the nearest edge of a pixel outside
+    radius = distance_transform_edt(np.pad(mask, 1)).max() - 0.5
+    share = np.pi * radius**2 / np.count_nonzero(mask)
+    return THICKNESSES[sum(share >= bound for bound in (THIN, COMPACT))]
 
 
 def length_of(sentence: str) -> str:
@@ -89,16 +104,16 @@ def slice_scores(rows: datasets.Dataset, scores: Sequence[SentenceScore]) -> dic
             "length": length_of(sentence),
             "wording": wording_of(sentence),
             "relation": relation_of(sentence),
-            "targets": several if score.truth else "no target",
+            "targets": several if score.truth else NO_TARGET,
             "category": categories[score.row] or "(none)",
         }
         for dimension, label in labels.items():
             sliced[dimension][label].append(score)
     if len(sliced["targets"]) < 2:
         del sliced["targets"]
-    order = [*("small", "medium", "large"), *(name for _, name in LENGTHS), LONGEST, *_WORDINGS.values()]
+    order = [*SIZES, *(name for _, name in LENGTHS), LONGEST, *_WORDINGS.values()]
     order += [*_RELATIONS, NO_RELATION]
-    order += ["one target", "several targets", "no target"]
+    order += ["one target", "several targets", NO_TARGET]
     rank = {label: i for i, label in enumerate(order)}
     return {
         dimension: dict(sorted(groups.items(), key=lambda item: (rank.get(item[0], len(rank)), item[0])))

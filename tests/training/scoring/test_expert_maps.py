@@ -16,8 +16,11 @@ from modeling_sera.fusion_sera import EXPERT_NAMES
 from training.configuration import DataSettings, TrainingSettings, dump_settings
 from training.examples.batches import image_as_annotated
 from training.examples.splits import load_splits
-from training.experts import main, routing_by_kind
+from training.experts import groups_of, main, route
+from training.learning.routing_health import named_routers
 from training.scoring.expert_maps import draw_expert_maps, expert_maps, without_expert
+from training.scoring.routing_exchange import EXCHANGES
+from training.scoring.routing_words import mean_weights
 from training.support.files import save_model
 
 
@@ -117,7 +120,10 @@ def test_the_command_for_prediction_draws_the_maps_on_request(tmp_path, capsys):
 
 def test_weights_are_averaged_over_each_kind():
     model, processor, rows = tiny_model(expression_aware_routing=True), make_processor(), make_rows(3)
-    means, health = routing_by_kind(model, processor, rows, batch_size=2)
+    routed = route(model, processor, rows, batch_size=2)
+    groups = groups_of(rows, routed.scores)
+    found = mean_weights(routed.weights, groups)
+    means = found["all"] | found["kind"]
     kinds, expected = [], []
     for row in rows:
         image = image_as_annotated(row)
@@ -125,16 +131,20 @@ def test_weights_are_averaged_over_each_kind():
         with torch.inference_mode():
             outputs = model(**inputs, output_router_weights=True)
         kinds += row["sentence_kinds"]
-        routed = [*outputs.fusion_router_weights, *outputs.adapter_router_weights]
-        expected += torch.cat(routed, dim=1).double().tolist()
+        decided = [*outputs.fusion_router_weights, *outputs.adapter_router_weights]
+        expected += torch.cat(decided, dim=1).double().tolist()
     kinds, expected = np.array(kinds), np.array(expected)
     assert set(means) == {"all", *kinds} and len(set(kinds)) > 1
     for kind, weights in means.items():
         found = [value for router in weights.values() for value in router.values()]
         chosen = expected if kind == "all" else expected[kinds == kind]
         assert np.abs(chosen.mean(axis=0) - found).max() < 1e-5
-    for depth, tap in health["taps"].items():
-        assert tap["shares"] == pytest.approx(means["all"][f"tap {depth}"], abs=1e-5)
+    for name, figures in named_routers(routed.health).items():
+        assert figures["shares"] == pytest.approx(means["all"][name], abs=1e-5)
+    assert all(len(labels) == len(kinds) for labels in groups.values())
+    for score, size in zip(routed.scores, groups["size"], strict=True):
+        scaled = score.truth * (640 * 480) / 64**2
+        assert size == ("small" if scaled < 32**2 else "medium" if scaled < 96**2 else "large")
 
 
 def test_the_command_for_experts_writes_tables_and_figures(tmp_path, capsys):
@@ -149,10 +159,20 @@ def test_the_command_for_experts_writes_tables_and_figures(tmp_path, capsys):
     for found in record["without"].values():
         low, high = found["mIoU"]["interval"]
         assert low <= found["mIoU"]["difference"] <= high
+    assert set(record["exchange"]) == set(EXCHANGES) and set(record["explained"]) == {"kind", "words"}
+    assert set(record["routing"]) == {"all", "kind", "size", "thickness"} and set(record["health"]) == {
+        "taps",
+        "adapters",
+    }
+    routers = [*named_routers(record["health"])]
+    assert all(set(found["effects"]) == set(routers) for found in record["words"].values()) and "the" in record["words"]
     text = (tmp_path / "out" / "experts.md").read_text()
-    assert all(f"| {name} |" in text for name in ("all", "none", *EXPERT_NAMES)) and str(tmp_path) not in text
-    for name in ("experts-routing.png", "experts-maps.png"):
-        assert np.asarray(Image.open(tmp_path / "out" / name).convert("L")).std() > 5
+    assert all(f"| {name} |" in text for name in (*EXCHANGES, *routers, "as decided"))
+    assert (
+        all(f"| {name} |" in text for name in ("all", "with all experts", *EXPERT_NAMES)) and str(tmp_path) not in text
+    )
+    for name in ("routing", "words", "pairs", "maps"):
+        assert np.asarray(Image.open(tmp_path / "out" / f"experts-{name}.png").convert("L")).std() > 5
 
     save_model(tiny_model(fusion_experts=False, adapter_experts=False), make_processor(), tmp_path / "model")
     with pytest.raises(ValueError, match="has no experts"):
