@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from training.evaluation import score_sentences
 from training.examples.batches import image_as_annotated
 from training.examples.splits import load_splits
 from training.learning.building import load_whole
-from training.learning.routing_health import RoutingHealth, routing_warnings
+from training.learning.routing_health import RoutingHealth
 from training.scoring.expert_maps import draw_expert_maps, expert_maps, without_expert
 from training.scoring.figures import DPI, sheet_figure
 from training.scoring.intervals import paired_intervals
@@ -54,6 +55,7 @@ from training.support.model_location import locate_model
 logger = logging.getLogger(__name__)
 
 PAIRS_TITLE = "Held-out data, two expressions about each image that are routed most differently."
+COCO_AREA = 640 * 480  # pixels
 
 
 @dataclass
@@ -90,16 +92,18 @@ def route(
 
 
 def groups_of(rows: datasets.Dataset, scores: list[SentenceScore]) -> dict[str, list[str]]:
-    """The kind, the size and the thickness of what each expression means.
+    """The kind of each expression, and the size and the thickness of what it means.
 
-    The kinds are the split's own. If the split has only one kind, they are those of `training.scoring.slices.wording_of`.
+    The kinds are the split's own. If the split has only one kind, they are those of `training.scoring.slices.wording_of`. Sizes are
+    COCO's in an image that is scaled to the area of most of COCO's. So small images have objects of all sizes, too.
     """
-    sentences = rows["sentences"][:]
+    sentences, masks = rows["sentences"][:], rows["mask"][:]
     has_kinds = len({score.kind for score in scores}) > 1
-    thicknesses = [thickness_of(decode_mask(mask)) for mask in rows["mask"]]
+    thicknesses = [thickness_of(decode_mask(mask)) for mask in masks]
+    scales = [COCO_AREA / math.prod(mask["size"]) for mask in masks]
     return {
         "kind": [score.kind if has_kinds else wording_of(sentences[score.row][score.sentence]) for score in scores],
-        "size": [size_of(score.truth) for score in scores],
+        "size": [size_of(score.truth * scales[score.row]) for score in scores],
         "thickness": [thicknesses[score.row] for score in scores],
     }
 
@@ -251,8 +255,6 @@ def main(arguments: list[str] | None = None) -> None:
     if model.config.fusion_experts:
         draw_maps(model, processor, rows, scores, output / "experts-maps.png")
     logger.info(format_experts(record))
-    for warning in routing_warnings(routed.health):
-        logger.warning(warning)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ _WORDINGS = {
 }
 
 
-def size_of(area: int) -> str:
+def size_of(area: float) -> str:
     """COCO's size class of an object of `area` pixels."""
     return SIZES[sum(area >= bound for bound in SIZE_BOUNDS)] if area else NO_TARGET
 

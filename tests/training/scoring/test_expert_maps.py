@@ -142,7 +142,9 @@ def test_weights_are_averaged_over_each_kind():
     for name, figures in named_routers(routed.health).items():
         assert figures["shares"] == pytest.approx(means["all"][name], abs=1e-5)
     assert all(len(labels) == len(kinds) for labels in groups.values())
-    assert set(groups["size"]) <= {"small", "medium", "large"}
+    for score, size in zip(routed.scores, groups["size"], strict=True):
+        scaled = score.truth * (640 * 480) / 64**2
+        assert size == ("small" if scaled < 32**2 else "medium" if scaled < 96**2 else "large")
 
 
 def test_the_command_for_experts_writes_tables_and_figures(tmp_path, capsys):
