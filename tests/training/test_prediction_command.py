@@ -83,6 +83,7 @@ print(sorted(name for name in sys.modules if name.startswith("training.")))
         "support",
         "support.commands",
         "support.files",
+        "support.hub_ids",
         "support.model_location",
     )
     assert done.stdout.endswith(f"{[f'training.{module}' for module in modules]}\n")
@@ -230,7 +231,7 @@ def test_a_folder_without_a_model_or_with_another_one(model, photo, tmp_path, ca
         return refusal(capsys, photo, "left", "--model", folder, "--out", tmp_path / "out")
 
     for folder in (tmp_path / "nowhere", "./nowhere", "a/b/c"):
-        assert f"There is no folder {folder}, and" in said(folder)
+        assert f"There is no folder {folder}." in said(folder)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "someone/nothing is no folder here and could not be loaded from the Hub" in said("someone/nothing")
 

@@ -331,7 +331,10 @@ def test_examples_are_drawn_from_pixels_alone(run_folder, tmp_path, monkeypatch)
         assert b"at home" not in (target / "examples" / name).read_bytes()
         with Image.open(target / "examples" / name) as image:
             assert image.size == (40, 60)
-    assert not (target / "examples" / "2.png").exists() and "chosen by whoever" in (target / "README.md").read_text()
+    assert (
+        not (target / "examples" / "2.png").exists()
+        and "publisher of the model chose" in (target / "README.md").read_text()
+    )
 
 
 def test_a_second_push_to_the_same_place(hub, already_staged, run_folder):
