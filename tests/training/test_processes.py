@@ -58,7 +58,9 @@ runpy.run_path("training/train.py", run_name="__main__")
 WEIGHING = """
 import sys
 from pathlib import Path
+import torch
 from accelerate import Accelerator
+from training.learning.steps import accumulate_gradients
 from weighing import *
 
 every = uneven_batches((1, 4, 2, 3))
