@@ -25,7 +25,7 @@ from jsonargparse import ArgumentParser
 from training.configuration import Orientation
 from training.examples.batches import open_as_annotated
 from training.sources.refer import REFER_FEATURES, load_refer
-from training.sources.row_checks import check_rows
+from training.sources.row_checks import count_doubtful
 from training.support.commands import run_command
 from training.support.files import partial_folder, replace_folder, sha256_of, write_text
 
@@ -87,7 +87,7 @@ def prepare_refer(
         {split: rows.select(np.argsort(rows["image_id"], kind="stable")) for split, rows in splits.items()}
     )
     turned = _check_images(splits, orientation)
-    doubtful = sum(check_rows(rows, f"{dataset} ({split_by}), {split}") for split, rows in splits.items())
+    doubtful = sum(map(count_doubtful, splits.values()))
     if turned:
         logger.warning("%s.", _describe_turned(turned, orientation))
     verdict = compare_with_published({split: len(rows) for split, rows in splits.items()}, dataset, split_by)
