@@ -40,9 +40,12 @@ def photo(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def code_cache(tmp_path, monkeypatch) -> None:
-    """Code of folders that are loaded here goes to a folder of this test."""
+    """Code of folders that are loaded here goes to a folder of this test, whatever code was loaded before."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", [*sys.path])
+    others = [place for place in sys.path if Path(place, "transformers_modules").is_dir()]
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place not in others])
 
 
 @pytest.mark.parametrize("missing", ["routing_sera.py", "modeling_sera.py"])

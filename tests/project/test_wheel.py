@@ -1,6 +1,6 @@
 """The wheel holds every package and every configuration, and its command runs with the declared dependencies alone."""
 
-import importlib.util
+import importlib.metadata
 import re
 import shutil
 import subprocess
@@ -12,13 +12,13 @@ import pytest
 from conftest import REPOSITORY
 from environments import make_environment, run_elsewhere
 
+# by their metadata: a mere search for pip's module switches setuptools' distutils off in this process
+INSTALLED = {distribution.name for distribution in importlib.metadata.distributions()}
 PACKAGES = ("modeling_sera", "processing_sera", "training")
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
 
 pytestmark = [
-    pytest.mark.skipif(
-        importlib.util.find_spec(name) is None, reason=f"{name}, which builds the wheel, is not installed"
-    )
+    pytest.mark.skipif(name not in INSTALLED, reason=f"{name}, which builds the wheel, is not installed")
     for name in ("setuptools", "pip")
 ]
 
