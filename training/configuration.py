@@ -61,6 +61,7 @@ class MixedSet:
         split_by: Whose split of the REFER set.
         image_dir: Folder of the images, where they do not lie under `root`. None: without a `root` of its own `data.image_dir`.
         weight: Share of this set in the draws of an epoch, relative to the other weights. None: every object once an epoch.
+        absent: As `DataSettings.absent`.
     """
 
     source: Literal["refer", "folder"] = "refer"
@@ -69,6 +70,7 @@ class MixedSet:
     split_by: str = "unc"
     image_dir: str | None = None
     weight: PositiveFloat | None = None
+    absent: NonNegativeInt = 0
 
 
 @dataclass
@@ -85,6 +87,10 @@ class DataSettings:
         weight: Share of the set above in the draws of an epoch, where `mix` names further sets. Either all sets have a weight or
             none has one: then an epoch draws every object once.
         mix: Further sets to train on. Images that stand in another split of any of the sets are then left out of training.
+        absent: Sentences about absent things that each image of a REFER set also gets, in a row without a target. They are other
+            images' sentences about categories that the image has none of, so every object of the image must be annotated.
+        held_out: Share of the training images, from 0 to 1, that no run trains on. They are the split "held_out", for choices and
+            for fitting scores.
         orientation: Which pixels masks are drawn on where an image has an orientation tag: "upright" for the image as viewers and
             annotation programs show it, "stored" for the pixels as the file holds them. "by_source": stored for images with one of
             COCO's file names, as COCO's annotations mean them, and upright for all others.
@@ -98,8 +104,10 @@ class DataSettings:
         num_scenes: Number of embedded scenes for training, validation and test.
         scene_size: Side in pixels of the embedded scenes.
         scene_seed: Seed of the embedded scenes.
-        image_size: Height and width in pixels that images are letterboxed to. None: 448×448 or, going on from a whole SERA, its
+        image_size: Height and width in pixels that images are scaled to fit. None: 448×448 or, going on from a whole SERA, its
             own.
+        padding: Pad every image to `image_size`. Without, each image has its own shape, and in the feature cache batches are of one
+            shape. None: padded or, going on from a whole SERA, as it is.
         objects_per_image: Objects of one image that share a forward pass. 1 is the field's usual way: one object, one image.
         sentences_per_object: Sentences drawn for an object in each epoch.
         cached_versions: Versions of every training image in the feature cache: the image, the flipped image (where
@@ -117,6 +125,8 @@ class DataSettings:
     split_by: str = "unc"
     weight: PositiveFloat | None = None
     mix: list[MixedSet] = field(default_factory=list)
+    absent: NonNegativeInt = 0
+    held_out: ClosedUnitInterval = 0.0
     orientation: Orientation = "by_source"
     streaming: bool = False
     train_split: str = "train"
@@ -128,6 +138,7 @@ class DataSettings:
     scene_size: PositiveInt = 96
     scene_seed: NonNegativeInt = 0
     image_size: tuple[int, int] | None = None
+    padding: bool | None = None
     objects_per_image: PositiveInt = 1
     sentences_per_object: PositiveInt = 1
     cached_versions: NonNegativeInt = 0

@@ -9,6 +9,7 @@ piece of text. The texts are the sentences of the training split, in which some 
 vocabulary. The output folder is an ordinary CLIP text tower with its tokenizer, for `--model.text_model`. (Ours.)
 """
 
+import json
 import logging
 import math
 import time
@@ -63,6 +64,8 @@ class DistillationSettings:
         steps: Steps of the optimizer.
         batch_size: Phrases in a step.
         learning_rate: Learning rate after the warm-up; it then falls to zero as a cosine.
+        vocabulary: Entries of the vocabulary that stay: bytes, and the merges that CLIP's tokenizer learned first. Rare words then
+            have more tokens. None: all.
         seed: Seed of all random numbers.
     """
 
@@ -76,6 +79,7 @@ class DistillationSettings:
     steps: PositiveInt = 500
     batch_size: PositiveInt = 96
     learning_rate: PositiveFloat = 1e-3
+    vocabulary: PositiveInt | None = None
     seed: NonNegativeInt = 0
 
 
@@ -149,6 +153,29 @@ def frequent_words(tokenizer: CLIPTokenizer) -> list[str]:
     entries = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
     words = [token.removesuffix("</w>") for token, _ in entries if token.endswith("</w>")]
     return [word for word in words if len(word) > 2 and word.isascii() and word.isalpha()][:WORDS]
+
+
+def shortened(tokenizer: CLIPTokenizer, entries: int) -> CLIPTokenizer:
+    """The tokenizer with its first merges alone. They make the most frequent words; every text still has tokens.
+
+    Args:
+        tokenizer: A CLIP tokenizer.
+        entries: Entries of the vocabulary that stay.
+
+    Raises:
+        ValueError: Where the vocabulary is smaller, or bytes and special tokens alone are more.
+    """
+    merges = [tuple(merge) for merge in json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]]
+    fixed = len(tokenizer) - len(merges)
+    if not fixed <= entries <= len(tokenizer):
+        raise ValueError(f"vocabulary is {entries}; the tokenizer allows {fixed} to {len(tokenizer)}.")
+    kept = merges[: entries - fixed]
+    dropped = {first + second for first, second in merges[len(kept) :]} - {first + second for first, second in kept}
+    names = [
+        token for token, _ in sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1]) if token not in dropped
+    ]
+    vocabulary = {token: number for number, token in enumerate(names)}
+    return CLIPTokenizer(vocab=vocabulary, merges=kept, model_max_length=token_limit(tokenizer))
 
 
 def token_embeddings(teacher: Teacher, tokenizer: CLIPTokenizer) -> Tensor:
@@ -226,6 +253,8 @@ def distil(settings: DistillationSettings) -> None:
     set_seed(settings.seed)
     teacher = Teacher(folder_or_id(settings.teacher, "teacher"))
     tokenizer = CLIPTokenizer.from_pretrained(folder_or_id(settings.tokenizer, "tokenizer"))
+    if settings.vocabulary is not None:
+        tokenizer = shortened(tokenizer, settings.vocabulary)
     rows, _ = load_training_splits(replace(settings.data, streaming=False))
     phrases = Phrases([sentence for group in rows["sentences"] for sentence in group], tokenizer, settings.seed)
     teacher.measure(phrases.draw(settings.batch_size))

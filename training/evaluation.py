@@ -25,6 +25,7 @@ from modeling_sera import SeraForReferringSegmentation
 from processing_sera import SeraProcessor
 from training.configuration import DataSettings, default_data
 from training.examples.batches import Collator, EvaluationExamples, shuffled_sentences
+from training.examples.shapes import ShapeBatches
 from training.examples.splits import load_splits
 from training.learning.building import load_whole
 from training.learning.checkpoints import checksum
@@ -144,12 +145,15 @@ def _answers(
 ) -> Iterator[Answer]:
     """The answers to this process's sentences."""
     examples = EvaluationExamples(rows, asked)
-    mine = Subset(examples, range(accelerator.process_index, len(examples), accelerator.num_processes))
+    numbers = range(accelerator.process_index, len(examples), accelerator.num_processes)
+    mine = Subset(examples, numbers)
+    # a batch has images of one shape: without padding, an image's answer does not depend on the others
+    shapes = [processor.image_processor.frame_of([examples.sizes[number]]) for number in numbers]
     was_training = model.training
     model.eval()
     try:
         wants_probabilities = selection.needs_probabilities or return_probabilities
-        found = _ask(mine, model, processor, accelerator, selection, wants_probabilities, **options)
+        found = _ask(mine, shapes, model, processor, accelerator, selection, wants_probabilities, **options)
         if selection.flip:
             found = _averaged(found)
         yield from found
@@ -169,6 +173,7 @@ def _averaged(found: Iterable[Answer]) -> Iterator[Answer]:
 
 def _ask(
     examples: Dataset,
+    shapes: list[tuple[int, int]],
     model: SeraForReferringSegmentation,
     processor: SeraProcessor,
     accelerator: Accelerator,
@@ -182,7 +187,9 @@ def _ask(
     """The model's own answers. With flips, the answers for a flipped image follow all answers for its image."""
     collator = (FlipCollator if selection.flip else Collator)(processor, with_labels=False)
     images = max(batch_size // 2, 1) if selection.flip else batch_size  # each comes with its flipped image
-    loader = DataLoader(examples, images, collate_fn=collator, num_workers=num_workers, worker_init_fn=end_with_parent)
+    batches = ShapeBatches(lambda: shapes, images, shuffle=False)
+    workers = {"num_workers": num_workers, "worker_init_fn": end_with_parent}
+    loader = DataLoader(examples, batch_sampler=batches, collate_fn=collator, **workers)
     for inputs, batch in tqdm(loader, desc="evaluating", leave=False):
         sources = (source for example in batch for source in example.sources)
         truths = (mask for example in batch for mask in example.masks)

@@ -42,6 +42,7 @@ from training.configuration import (
 from training.evaluation import score_sentences
 from training.examples.batches import Collator, TrainingExamples
 from training.examples.feature_cache import CachedCollator, CachedExamples, FeatureCache
+from training.examples.shapes import ShapeBatches
 from training.examples.splits import load_training_splits
 from training.examples.streaming import StreamedExamples, streamed_loader
 from training.learning.building import build_model, build_processor
@@ -98,6 +99,7 @@ def train(settings: TrainingSettings, accelerator: Accelerator) -> None:
         "augmentation": settings.augmentation,
         "seed": settings.seed,
     }
+    shapes = None  # batches of one shape
     if settings.data.streaming:
         place = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
         examples = StreamedExamples(train_rows, batch_size=batch_size, **drawing, **place)
@@ -106,18 +108,22 @@ def train(settings: TrainingSettings, accelerator: Accelerator) -> None:
         if settings.data.cached_versions:
             store = FeatureCache(settings, train_rows, model, processor, accelerator)
             if settings.model.whitened_start:
-                whiten_projections(model, store.sample(), processor.image_processor.frame_size)
+                whiten_projections(model, store.sample())
             examples = CachedExamples(store, settings)
             collator = CachedCollator(processor)
         else:
             examples = TrainingExamples(train_rows, **drawing)
+        if settings.data.cached_versions and not processor.image_processor.do_pad:
+            shapes = ShapeBatches(lambda: examples.frames, batch_size, shuffle=True, seed=settings.seed)
+            batching = {"batch_sampler": shapes}
+        else:
+            # batch norm needs full batches; a set smaller than one batch for each process is filled up
+            drop_last = len(examples) >= batch_size * accelerator.num_processes
+            batching = {"batch_size": batch_size, "shuffle": True, "drop_last": drop_last}
         loader = accelerator.prepare(
             DataLoader(
                 examples,
-                batch_size,
-                shuffle=True,
-                # batch norm needs full batches; a set smaller than one batch for each process is filled up
-                drop_last=len(examples) >= batch_size * accelerator.num_processes,
+                **batching,
                 collate_fn=collator,
                 num_workers=settings.num_workers,
                 worker_init_fn=end_with_parent,
@@ -144,8 +150,17 @@ def train(settings: TrainingSettings, accelerator: Accelerator) -> None:
     optimization = settings.optimization
     checkpoints = Checkpoints(accelerator, model, output / "checkpoint", settings)
     model, optimizer = accelerator.prepare(model, build_optimizer(model, optimization))
-    steps_per_epoch = math.ceil(len(loader) / optimization.gradient_accumulation_steps)
-    total_steps = optimization.epochs * steps_per_epoch
+
+    def choose_epoch(epoch: int) -> None:
+        examples.set_epoch(epoch)
+        loader.set_epoch(epoch)
+        if shapes is not None:  # Accelerate does not reach it
+            shapes.set_epoch(epoch)
+
+    total_steps = 0
+    for epoch in range(optimization.epochs):
+        choose_epoch(epoch)  # the number of batches of one shape differs between epochs
+        total_steps += math.ceil(len(loader) / optimization.gradient_accumulation_steps)
     scheduler = LambdaLR(optimizer, lambda step: learning_rate_factor(step / total_steps, optimization))
     accelerator.register_for_checkpointing(scheduler)
 
@@ -179,8 +194,7 @@ def train(settings: TrainingSettings, accelerator: Accelerator) -> None:
                 bar.set_postfix(loss=f"{record['loss']:.3f}", epoch=record["epoch"])
 
         for epoch in range(progress.epoch, optimization.epochs):
-            examples.set_epoch(epoch)
-            loader.set_epoch(epoch)
+            choose_epoch(epoch)
             model.train()
             batches = loader
             if progress.batch and settings.data.streaming:

@@ -222,6 +222,8 @@ class EvaluationExamples(Dataset):
         """
         self.rows = rows
         self.groups = group_by_image(rows, None)
+        masks = rows.select_columns("mask")
+        self.sizes = [tuple(masks[group[0]]["mask"]["size"]) for group in self.groups]  # of the images, (H, W)
         self.sentences = sentences
 
     def __len__(self) -> int:

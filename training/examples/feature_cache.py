@@ -2,14 +2,16 @@
 
 Where nothing below the first adapter is trained, the tower gives the same states for the same image in every epoch of every run. So
 a few versions of each image, and copy-paste images, are drawn once for all runs. Their hidden states (float16) and masks lie in a
-folder. Its name is a hash of everything that they depend on. In each epoch, training draws the version, the sentences and the
-dropped words anew.
+folder, one after the other, since images without padding have sizes of their own. Its name is a hash of everything that they depend
+on. In each epoch, training draws the version, the sentences and the dropped words anew.
 """
 
 import fcntl
 import hashlib
 import json
 import logging
+import math
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -38,10 +40,11 @@ from training.support.files import partial_folder, recover_folder, replace_folde
 
 logger = logging.getLogger(__name__)
 
-VERSION = 4  # of what is drawn and how it is kept; a change makes new folders
+VERSION = 5  # of what is drawn and how it is kept; a change makes new folders
 SEED = 20_240  # of the versions: they are the same for all runs, whatever these runs' seeds
 SAMPLE = 128  # about this many versions stand for all of them
 BATCH = 8  # images that the tower takes at once
+STATES, LABELS = "states.float16", "labels.uint8"  # numbers alone, as the machine has them
 
 
 @dataclass
@@ -141,27 +144,35 @@ class FeatureCache:
         with _alone(self.folder):  # processes of this run and of others; a barrier would time out on a large set
             if not recover_folder(self.folder):
                 _write(self.folder, _drawings(rows, settings), model, processor, accelerator)
-        # (versions, states, num_prefix + H·W, hidden_size); the versions of one image follow each other
-        self.states = np.load(self.folder / "states.npy", mmap_mode="r")
-        self.labels = np.load(self.folder / "labels.npy", mmap_mode="r")  # (masks, H, W) uint8
+        # one entry per version; the versions of one group of objects follow each other
         self.examples = json.loads((self.folder / "examples.json").read_text(encoding="utf-8"))
+        self.frames = [tuple(example["frame"]) for example in self.examples]
+        self._states = np.memmap(self.folder / STATES, np.float16, "r")
+        self._labels = np.memmap(self.folder / LABELS, np.uint8, "r")
 
     def __getitem__(self, index: int) -> CachedImage:
         example = self.examples[index]
+        pixels = math.prod(example["frame"])
+        masks = [self._labels[start : start + pixels].reshape(example["frame"]) for start in example["labels"]]
         return CachedImage(
-            states=self.states[index],
-            labels=self.labels[example["labels"]],
+            states=self._states_of(example),
+            labels=np.stack(masks),
             text=example["text"],
             sources=[tuple(source) for source in example["sources"]],
         )
+
+    def _states_of(self, example: dict[str, Any]) -> np.ndarray:
+        start, shape = example["start"], example["shape"]
+        return self._states[start : start + math.prod(shape)].reshape(shape)
 
     def draws(self, seed: int) -> WeightedDraws | None:
         """The draws of its groups of objects in each epoch; None where the rows are no weighted mixture."""
         return weighted_draws(self._rows, self._groups, seed)
 
-    def sample(self) -> torch.Tensor:
-        """States of some of the versions, from everywhere among them: (M, states, num_prefix + H·W, hidden_size) float16."""
-        return torch.from_numpy(self.states[:: max(len(self.states) // SAMPLE, 1)].copy())
+    def sample(self) -> Iterator[tuple[torch.Tensor, tuple[int, int]]]:
+        """Some of the versions, from everywhere among them: states (1, states, num_prefix + H·W, hidden_size), and (H, W)."""
+        for number in range(0, len(self.examples), max(len(self.examples) // SAMPLE, 1)):
+            yield torch.from_numpy(self._states_of(self.examples[number]).copy())[None], self.frames[number]
 
 
 class CachedExamples(Dataset):
@@ -185,7 +196,10 @@ class CachedExamples(Dataset):
         """Choose the epoch whose versions and sentences are drawn and, of a weighted mixture, whose images."""
         self.epoch = epoch
         groups = np.arange(self.num_groups) if self.draws is None else self.draws.epoch(epoch)
-        self.drawn = [*groups.tolist(), *range(self.num_groups, len(self))]
+        number = self.settings.data.cached_versions
+        versions = np.random.default_rng((self.settings.seed, epoch)).integers(number, size=len(self))
+        self.drawn = (np.r_[groups, self.num_groups : len(self)] * number + versions).tolist()
+        self.frames = [self.store.frames[version] for version in self.drawn]
 
     def __len__(self) -> int:
         return self.num_groups + self.settings.data.copy_paste
@@ -194,7 +208,7 @@ class CachedExamples(Dataset):
         data, varied = self.settings.data, self.settings.augmentation
         rng = np.random.default_rng((self.settings.seed, self.epoch, index))
         is_photograph = index < self.num_groups
-        version = self.store[self.drawn[index] * data.cached_versions + rng.integers(data.cached_versions)]
+        version = self.store[self.drawn[index]]
         chosen, taken = [], {}
         for k in rng.permutation(len(version.text)).tolist():
             place = version.sources[k][0]  # sentences are counted by object, those of a copy-paste image all together
@@ -246,33 +260,42 @@ def _write(
     home, was_training = next(vision.parameters()).device, vision.training
     vision.to(device).eval()
     logger.info(f"drawing {len(drawings)} training images once, into {folder}")
-    examples, labels, states, kept = [], [], None, 0
+    examples: list[dict[str, Any]] = [{} for _ in drawings]
+    waiting: dict[tuple[int, int], list[tuple[int, ImageExample]]] = defaultdict(list)  # by frame: a batch has one
     with writing(folder):
         partial = partial_folder(folder)
-        for start in tqdm(range(0, len(drawings), BATCH), desc="encoding", unit="batch"):
-            inputs, drawn = collator([drawing.draw() for drawing in drawings[start : start + BATCH]])
-            with torch.inference_mode(), accelerator.autocast():
-                encoded = vision.encode_states(inputs["pixel_values"].to(device)).half().cpu().numpy()
-            if states is None:
-                shape = (len(drawings), *encoded.shape[1:])
-                states = np.lib.format.open_memmap(partial / "states.npy", "w+", np.float16, shape)
-            states[start : start + len(encoded)] = encoded
-            masks = (inputs["labels"] * 255).round().to(torch.uint8).numpy()
-            position = 0
-            for example in drawn:
-                numbers, seen = [], {}
-                for mask, truth in zip(
-                    masks[position:], example.masks, strict=False
-                ):  # sentences of an object share its mask
-                    if id(truth) not in seen:
-                        seen[id(truth)] = kept
-                        labels.append(mask)
-                        kept += 1
-                    numbers.append(seen[id(truth)])
-                position += len(example.masks)
-                examples.append({"labels": numbers, "text": example.text, "sources": example.sources})
-        states.flush()
-        np.save(partial / "labels.npy", np.stack(labels))
+        with (partial / STATES).open("wb") as states_file, (partial / LABELS).open("wb") as labels_file:
+
+            def encode(batch: list[tuple[int, ImageExample]]) -> None:
+                inputs, drawn = collator([example for _, example in batch])
+                with torch.inference_mode(), accelerator.autocast():
+                    states = vision.encode_states(inputs["pixel_values"].to(device)).half().cpu().numpy()
+                masks = iter((inputs["labels"] * 255).round().to(torch.uint8).numpy())
+                for (number, _), example, own in zip(batch, drawn, states, strict=True):
+                    start, labels, seen = states_file.tell() // own.itemsize, [], {}
+                    states_file.write(own.tobytes())
+                    for truth in example.masks:  # sentences of an object share its mask
+                        mask = next(masks)
+                        if id(truth) not in seen:
+                            seen[id(truth)] = labels_file.tell()
+                            labels_file.write(mask.tobytes())
+                        labels.append(seen[id(truth)])
+                    kept = {
+                        "frame": tuple(inputs["labels"].shape[1:]),
+                        "start": start,
+                        "shape": own.shape,
+                        "labels": labels,
+                    }
+                    examples[number] = kept | {"text": example.text, "sources": example.sources}
+
+            for number, drawing in enumerate(tqdm(drawings, desc="encoding", unit="image")):
+                drawn = drawing.draw()
+                frame = processor.image_processor.frame_of([drawn.image.size[::-1]])
+                waiting[frame].append((number, drawn))
+                if len(waiting[frame]) == BATCH:
+                    encode(waiting.pop(frame))
+            for rest in waiting.values():
+                encode(rest)
         write_text(partial / "examples.json", json.dumps(examples))
         replace_folder(folder)
     vision.to(home).train(was_training)

@@ -10,7 +10,9 @@ import datasets
 from accelerate import PartialState
 
 from training.configuration import DataSettings
+from training.examples.absent import with_absent
 from training.examples.draws import SET_COLUMN, WEIGHT_COLUMN
+from training.examples.held_out import is_held_out
 from training.sources.hub_layouts import RowFolder
 from training.sources.images import coco_id, content_hash
 from training.sources.refer import REFER_FEATURES, load_refer, refer_images
@@ -51,18 +53,19 @@ class ReferSet:
 
     is_coco = False  # its file names tell
 
-    def __init__(self, root: str, dataset: str, split_by: str, image_dir: str | None):
+    def __init__(self, root: str, dataset: str, split_by: str, image_dir: str | None, absent: int = 0):
         """
         Args:
             root: The REFER folder.
             dataset: Name of the set, such as "refcoco+".
             split_by: Whose split, such as "unc".
             image_dir: Folder of the images, where they do not lie under `root`.
+            absent: Sentences about absent things for each image, see `with_absent`.
 
         Raises:
             FileNotFoundError, ValueError, pickle.UnpicklingError: Where its refs cannot be read.
         """
-        self.root, self.dataset, self.split_by, self.image_dir = root, dataset, split_by, image_dir
+        self.root, self.dataset, self.split_by, self.image_dir, self.absent = root, dataset, split_by, image_dir, absent
         self.name = os.path.join(root, dataset, split_by)
         self._images = refer_images(root, dataset, split_by, image_dir)
         self.splits = list(self._images)
@@ -74,7 +77,8 @@ class ReferSet:
 
     def read(self, split: str, streaming: bool = False) -> datasets.Dataset:
         """The rows of a split; they hold paths of images, so that there is nothing to stream."""
-        return load_refer(self.root, self.dataset, self.split_by, image_dir=self.image_dir, splits=[split])[split]
+        rows = load_refer(self.root, self.dataset, self.split_by, image_dir=self.image_dir, splits=[split])[split]
+        return with_absent(rows, self.absent, self.root, self.dataset, self.split_by)
 
     def images(self, split: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
         """The image id and the image of every ref of a split, in their order."""
@@ -97,14 +101,15 @@ def open_sets(data: DataSettings) -> list[ReferSet | RowFolder]:
         if part.source == "folder":
             opened.append(RowFolder(root, image_dir))
         else:
-            opened.append(ReferSet(root, part.dataset, part.split_by, image_dir))
+            opened.append(ReferSet(root, part.dataset, part.split_by, image_dir, part.absent))
     return opened
 
 
 def mix_training_rows(
     data: DataSettings, sets: Sequence[ReferSet | RowFolder]
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """The training rows of all sets, one set after the other, without those of any image of another split of any of the sets.
+    """The training rows of all sets, one set after the other, without those of any image of another split of any of the sets and
+    without those of the first set's images that are held out.
 
     Their `image_id`s are COCO's where the file's name tells it, and numbers of their own otherwise, so that equal ids of two sets
     never mean two images. Where the settings have weights, each row says its set and the weight of it.
@@ -128,6 +133,12 @@ def mix_training_rows(
         if split != data.train_split
         for image in _identities(member, number, member.images(split))
     ]
+    own = (
+        (image_id, image)
+        for image_id, image in sets[0].images(data.train_split)
+        if is_held_out(image_id, data.held_out)
+    )
+    others += _identities(sets[0], 0, own)
     held_out = HeldOut(
         frozenset(image.image_id for image in others), frozenset(image.content for image in others if image.content)
     )

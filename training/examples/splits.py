@@ -8,6 +8,8 @@ import datasets
 from accelerate import PartialState
 
 from training.configuration import DataSettings
+from training.examples import held_out
+from training.examples.absent import with_absent
 from training.examples.mixtures import ReferSet, mix_training_rows, open_sets
 from training.sources.hub_layouts import RowFolder
 from training.sources.refer import load_refer
@@ -19,8 +21,9 @@ HIDDEN = "something"  # every sentence, where they are hidden
 def load_splits(data: DataSettings, splits: list[str]) -> list[datasets.Dataset]:
     """The named splits, one referred object per row (`training.sources.refer.REFER_FEATURES`).
 
-    All names are checked before any split is read. `data.mix` and `data.streaming` change nothing here: they are about training,
-    see [`load_training_splits`]. With a `data.orientation` that is chosen, rows have a column `upright` more.
+    "held_out" names the images of the training split that no run trains on, see `data.held_out`; the training split is without
+    them. All names are checked before any split is read. `data.mix` and `data.streaming` change nothing here: they are about
+    training, see [`load_training_splits`]. With a `data.orientation` that is chosen, rows have a column `upright` more.
 
     Raises:
         FileNotFoundError: Where there are no such data.
@@ -28,6 +31,17 @@ def load_splits(data: DataSettings, splits: list[str]) -> list[datasets.Dataset]
     """
     if data.hide_sentences:
         return [_hide_sentences(rows) for rows in load_splits(replace(data, hide_sentences=False), splits)]
+    if held_out.SPLIT in splits and not data.held_out:
+        raise ValueError(
+            f"data.held_out is 0, so there is no split {held_out.SPLIT!r}; set it to a share of the training images."
+        )
+    if data.held_out:
+        stored = [_stored(data, split) for split in splits]
+        divided = []
+        for split, name, rows in zip(splits, stored, load_splits(replace(data, held_out=0.0), stored), strict=True):
+            is_train = name == data.train_split
+            divided.append(held_out.divide(rows, data.held_out, held_out=split == held_out.SPLIT) if is_train else rows)
+        return divided
     if data.source == "scenes":
         for split in splits:
             check_split(data, split)
@@ -40,11 +54,18 @@ def load_splits(data: DataSettings, splits: list[str]) -> list[datasets.Dataset]
             folder.check_split(split)
         return [_oriented(folder.read(split), data) for split in splits]
     loaded = load_refer(root, data.dataset, data.split_by, image_dir=data.image_dir, splits=splits)
-    return [_oriented(loaded[split], data) for split in splits]
+    named = (root, data.dataset, data.split_by)
+    return [_oriented(with_absent(loaded[split], data.absent, *named), data) for split in splits]
+
+
+def _stored(data: DataSettings, split: str) -> str:
+    """The split that holds a split's rows."""
+    return data.train_split if split == held_out.SPLIT else split
 
 
 def check_split(data: DataSettings, split: str) -> None:
     """What [`load_splits`] would raise for the name of a split, without the cost of reading it."""
+    split = _stored(data, split)
     if data.source == "scenes":
         check_scenes(data.scene_set, split, data.scene_no_target)
     elif data.source == "folder":
@@ -101,15 +122,22 @@ def load_training_splits(data: DataSettings) -> tuple[datasets.Dataset | dataset
     if data.streaming and set(sources) != {"folder"}:
         other = next(source for source in sources if source != "folder")
         raise ValueError(f"data.streaming takes data.source folder, not {other}; prepare the data first.")
+    if data.streaming and data.held_out:
+        raise ValueError("data.held_out does not go together with data.streaming.")
+    if data.absent and data.source != "refer":
+        raise ValueError(
+            f"data.absent needs data.source refer, whose annotations tell what is in an image; it is {data.source!r}."
+        )
     if data.source == "scenes" or not (data.mix or data.streaming):
         train, val = load_splits(data, [data.train_split, data.val_split])
         return train, val
     sets = open_sets(data)
     for member in sets:
         member.check_split(data.train_split)
-    sets[0].check_split(data.val_split)
+    sets[0].check_split(_stored(data, data.val_split))
     train = mix_training_rows(data, sets) if data.mix else sets[0].read(data.train_split, streaming=True)
-    return _oriented(train, data), _oriented(sets[0].read(data.val_split), data)
+    (val,) = load_splits(data, [data.val_split])
+    return _oriented(train, data), val
 
 
 def _oriented(rows: datasets.Dataset | datasets.IterableDataset, data: DataSettings) -> Any:

@@ -33,8 +33,12 @@ def build_processor(settings: TrainingSettings, train_rows: datasets.Dataset) ->
         processor = SeraProcessor.from_pretrained(locate_model(model.pretrained).source)
         if settings.data.image_size:
             processor.image_processor.size = _size(settings.data.image_size)
+        if settings.data.padding is not None:
+            processor.image_processor.do_pad = settings.data.padding
         return processor
-    image_processor = SeraImageProcessor(size=_size(settings.data.image_size or IMAGE_SIZE))
+    image_processor = SeraImageProcessor(
+        size=_size(settings.data.image_size or IMAGE_SIZE), do_pad=settings.data.padding is not False
+    )
     source = model.tokenizer or model.text_model
     if source:
         tokenizer = CLIPTokenizer.from_pretrained(source)

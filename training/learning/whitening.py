@@ -5,7 +5,7 @@ the directions that separate kinds of things. Layers that start with random weig
 Labels play no part.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 
 import torch
@@ -14,18 +14,17 @@ from torch import Tensor, nn
 from modeling_sera import SeraForReferringSegmentation
 
 LEAST = 0.05  # share of the largest deviation: directions that vary less are scaled as if they had this deviation
-BATCH = 16  # images in one forward pass
 
 
-def whiten_projections(model: SeraForReferringSegmentation, states: Tensor, size: tuple[int, int]) -> None:
+def whiten_projections(model: SeraForReferringSegmentation, sample: Iterable[tuple[Tensor, tuple[int, int]]]) -> None:
     """Set the first projection of every fusion and adapter of a new model, in place.
 
     Where a projection has more outputs than inputs, the further rows of its weight stay as they are.
 
     Args:
         model: The model. The up-projections of its adapters are still zero, so that no feature depends on the text.
-        states: (M, states, num_prefix + H·W, hidden_size) that `SeraVisionEncoder.encode_states` gave for some training images.
-        size: Height and width of the images in pixels.
+        sample: For some training images, states (M, states, num_prefix + H·W, hidden_size) that `SeraVisionEncoder.encode_states`
+            gave, and height and width in pixels.
     """
     read: dict[nn.Linear, list[Tensor]] = {layer: [] for layer in projections(model)}
     was_training = model.training
@@ -35,9 +34,9 @@ def whiten_projections(model: SeraForReferringSegmentation, states: Tensor, size
             handle = layer.register_forward_pre_hook(lambda layer, inputs: read[layer].append(inputs[0].flatten(0, 1)))
             hooks.callback(handle.remove)
         text = torch.tensor([[model.config.text_config.bos_token_id, model.config.text_config.eos_token_id]])
-        for part in states.split(BATCH):
-            pixels = torch.zeros(1, 1, 1, 1).expand(len(part), 3, *size)
-            model(pixels, text.expand(len(part), -1), image_states=part.float())
+        for states, size in sample:
+            pixels = torch.zeros(1, 1, 1, 1).expand(len(states), 3, *size)
+            model(pixels, text.expand(len(states), -1), image_states=states.float())
         for layer, features in read.items():
             _whiten(layer, torch.cat(features))
     model.train(was_training)

@@ -151,6 +151,17 @@ def refer_images(
     return images
 
 
+def refer_categories(root: str | PathLike[str], dataset: str, split_by: str) -> dict[int, set[str]]:
+    """Names of the categories of all annotations of each image of instances.json, referred to or not; raises as load_refer does."""
+    instances = load_instances(_refer_files(Path(root).expanduser().absolute(), dataset, split_by)[1])
+    found: dict[int, set[str]] = {image_id: set() for image_id in instances["images"]}
+    for annotation in instances["annotations"].values():
+        category = instances["categories"].get(annotation.get("category_id"), {}).get("name")
+        if annotation.get("image_id") in found and is_text(category):
+            found[annotation["image_id"]].add(category)
+    return found
+
+
 def _refer_files(root: Path, dataset: str, split_by: str) -> tuple[Path, Path]:
     """Returns the paths of refs and instances; a FileNotFoundError says which refs there are instead."""
     if not root.is_dir():

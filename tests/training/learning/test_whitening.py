@@ -17,7 +17,7 @@ def test_projections_give_uncorrelated_channels_of_unit_variance(overrides):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad():
         states = model.model.vision.encode_states(images)
-    whiten_projections(model, states, (56, 70))
+    whiten_projections(model, ((part, (56, 70)) for part in states.split(8)))
     assert model.training
 
     seen = {}
