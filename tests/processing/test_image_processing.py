@@ -95,6 +95,55 @@ def test_a_flipped_image_gives_the_flipped_frame(image):
     assert np.array_equal(flipped, plain[..., ::-1])
 
 
+# without padding
+# ---------------
+
+
+@pytest.mark.parametrize("original", [(480, 640), (640, 480), (333, 500), (61, 37), (1, 3000), (2000, 2000)])
+def test_without_padding_a_single_image_fills_its_frame(original):
+    image_processor = SeraImageProcessor(size={"height": 112, "width": 140}, do_pad=False)
+    image = Image.fromarray(np.full((*original, 3), 200, np.uint8))
+    pixel_values = image_processor(image)["pixel_values"]
+    height, width = frame = pixel_values.shape[-2:]
+    assert image_processor.box(original, frame) == (0, 0, height, width)
+    assert height % 14 == 0 and width % 14 == 0 and height <= 112 and width <= 140
+    assert height == 112 or width == 140
+    scale = min(112 / original[0], 140 / original[1])  # each side is at most half a patch off, or one patch long
+    assert abs(height - original[0] * scale) <= 7 or height == 14
+    assert abs(width - original[1] * scale) <= 7 or width == 14
+    assert np.allclose(denormalised(pixel_values[0], image_processor), 200 / 255, atol=1e-5)
+
+
+def test_without_padding_images_of_a_batch_keep_their_pixels_on_the_grid_of_patches(image):
+    image_processor = SeraImageProcessor(size=112, do_pad=False)
+    upright = image.transpose(Image.Transpose.ROTATE_90)
+    alone = [image_processor(one)["pixel_values"][0] for one in (image, upright)]
+    together = image_processor([image, upright])
+    for values, own, size in zip(together["pixel_values"], alone, together["original_sizes"], strict=True):
+        top, left, height, width = image_processor.box(tuple(size), values.shape[-2:])
+        assert top % 14 == 0 and left % 14 == 0 and (height, width) == own.shape[-2:]
+        assert np.array_equal(values[:, top : top + height, left : left + width], own)
+        assert np.count_nonzero(values) == np.count_nonzero(own)  # the rest is padding
+
+
+def test_without_padding_labels_lie_where_their_images_do():
+    image_processor = SeraImageProcessor(size=112, do_pad=False)
+    masks = [disc((60, 90), (30, 50), 20), disc((90, 60), (40, 30), 20)]
+    alone = [image_processor.preprocess_masks([mask])[0] for mask in masks]
+    frame = image_processor.frame_of([mask.shape for mask in masks])
+    together = image_processor.preprocess_masks(masks, [mask.shape for mask in masks], frame)
+    assert together.shape == (2, 112, 112)
+    for label, own, mask in zip(together, alone, masks, strict=True):
+        top, left, height, width = image_processor.box(mask.shape, frame)
+        assert np.array_equal(label[top : top + height, left : left + width], own)
+        assert label.sum() == own.sum()
+
+
+def test_a_size_that_is_no_multiple_of_the_patch_is_refused_without_padding():
+    with pytest.raises(ValueError, match=r"100.*multiples of the patch, 14"):
+        SeraImageProcessor(size=100, do_pad=False)
+
+
 def test_masks_of_every_type_that_hold_zero_and_one_are_the_same_mask(recwarn):
     mask = np.random.default_rng(0).random((40, 30)) < 0.3
     expected = letterbox_masks([mask], (56, 56))

@@ -28,7 +28,9 @@ from training.examples import feature_cache
 from training.examples.augmentation import swap_left_right
 from training.examples.batches import image_as_annotated
 from training.examples.feature_cache import CachedCollator, CachedExamples, FeatureCache
+from training.examples.shapes import ShapeBatches
 from training.examples.splits import HIDDEN
+from training.sources.masks import encode_mask
 
 ROWS = [{"red": ["left red", "red one"], "green": ["green a", "green b", "green c"]}, {"blue": ["blue square", "blue"]}]
 AUGMENTATION = AugmentationSettings(flip=0.5, min_crop=0.6, color_jitter=0.2)
@@ -172,6 +174,33 @@ def test_what_is_drawn_depends_on_seed_epoch_and_place(store_of, tmp_path):
     assert {text for index in range(5) for text in hidden[index].text} == {HIDDEN}
 
 
+def test_images_without_padding_are_cached_in_their_own_shapes_and_batched_by_them(tmp_path):
+    rows = make_rows([{"red": ["red"]}, {"green": ["green"]}, {"blue": ["blue"]}])
+    sizes = [(40, 60), (60, 40), (40, 60)]
+    images = [{"path": None, "bytes": png(Image.new("RGB", (width, height), "red"))} for height, width in sizes]
+    masks = [encode_mask(np.eye(*size, dtype=bool)) for size in sizes]
+    for name, values in (("image", images), ("mask", masks)):
+        feature = rows.features[name]
+        rows = rows.remove_columns(name).add_column(name, values, feature=feature)
+    processor = SeraProcessor(SeraImageProcessor(size=56, do_pad=False), tiny_tokenizer())
+    model = make_model()
+    settings = replace(settings_for(tmp_path, cached_versions=1, copy_paste=0), augmentation=AugmentationSettings())
+    store = FeatureCache(settings, rows, model, processor, Accelerator())
+    examples = CachedExamples(store, settings)
+    assert examples.frames == [(42, 56), (56, 42), (42, 56)]
+    for index, frame in enumerate(examples.frames):
+        pixels = processor.image_processor(image_as_annotated(rows[index]), return_tensors="pt")["pixel_values"]
+        with torch.no_grad():
+            states = model.model.vision.encode_states(pixels)[0]
+        assert torch.allclose(torch.from_numpy(examples[index].states.copy()).float(), states, atol=1e-2, rtol=1e-3)
+        assert examples[index].labels.shape == (1, *frame) and examples[index].labels.any()
+    batches = list(ShapeBatches(lambda: examples.frames, 2, shuffle=True))
+    assert sorted(map(sorted, batches)) == [[0, 2], [1]]
+    inputs, _ = CachedCollator(processor)([examples[index] for index in sorted(max(batches, key=len))])
+    assert inputs["pixel_values"].shape == (2, 3, 42, 56)
+    assert [size for _, size in store.sample()] == examples.frames
+
+
 def test_a_weighted_mixture_is_cached_once_and_drawn_by_weight(store_of, tmp_path):
     _, model, processor = store_of
     rows, settings = make_rows([{"red": ["red"]}, {"green": ["green"]}, {"blue": ["blue"]}]), settings_for(tmp_path)
@@ -236,9 +265,10 @@ def test_what_acts_on_the_feature_cache_wants_some(option, tmp_path):
         check_settings(read_settings([f"--{option}", "--output_dir", str(tmp_path)]))
 
 
-def test_a_run_fills_the_cache_and_another_finds_it(tmp_path):
+@pytest.mark.parametrize("padding", [True, False])
+def test_a_run_fills_the_cache_and_another_finds_it(tmp_path, padding):
     settings = refer_settings(tmp_path / "refer")
-    data = replace(settings.data, cached_versions=2, copy_paste=2)
+    data = replace(settings.data, cached_versions=2, copy_paste=2, padding=padding)
     model = replace(settings.model, vision_tuning="frozen", whitened_start=True)
     settings = replace(settings, data=data, model=model, num_workers=0, cache_dir=str(tmp_path / "features"))
     settings = replace(settings, optimization=replace(settings.optimization, epochs=2))
