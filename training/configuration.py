@@ -219,6 +219,7 @@ class TrainingSettings:
         checkpoint_every: Steps between two checkpoints. 0: one checkpoint at the end of each epoch only.
         checkpoint_contents: "trained" keeps the weights that training changes, with the names of the towers and a checksum of the
             frozen weights. "all" keeps every weight.
+        stored_weights: Type of the weights in the saved model. "float16" halves the file; the model still runs in float32.
         log_every: Steps between two writes to `losses.jsonl`. The file holds the loss of every step. Each write waits for the
             device, and looks for numbers that are not finite.
         cache_dir: Folder of the feature cache. Runs share it. One version of an image of 224×224 pixels takes about 0.7 MB with a
@@ -239,6 +240,7 @@ class TrainingSettings:
     evaluate_every: PositiveInt = 1
     checkpoint_every: NonNegativeInt = 0
     checkpoint_contents: Literal["trained", "all"] = "trained"
+    stored_weights: Literal["float32", "float16"] = "float32"
     log_every: PositiveInt = 10
     cache_dir: str = "outputs/feature-cache"
     tracker: Literal["none", "tensorboard", "wandb", "mlflow"] = "none"

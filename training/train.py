@@ -252,7 +252,7 @@ def train(settings: TrainingSettings, accelerator: Accelerator) -> None:
                 if record["val"]["mIoU"] > progress.best_miou:
                     progress.best_miou = record["val"]["mIoU"]
                     if accelerator.is_main_process:
-                        save_model(unwrapped, processor, output / "model")
+                        save_model(unwrapped, processor, output / "model", getattr(torch, settings.stored_weights))
                 logger.info(f"epoch {epoch + 1}: loss {record['loss']:.4f}, val mIoU {record['val']['mIoU']:.4f}")
 
             progress.history.append(record)

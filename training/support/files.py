@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 if TYPE_CHECKING:  # importing them takes seconds, and they import torch
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 
@@ -125,11 +126,27 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def save_model(model: PreTrainedModel, processor: ProcessorMixin | PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write weights and processor to one folder that `from_pretrained` loads. If this is interrupted, the folder is as before."""
+def save_model(
+    model: PreTrainedModel,
+    processor: ProcessorMixin | PreTrainedTokenizerBase,
+    folder: Path,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write weights and processor to one folder that `from_pretrained` loads. If this is interrupted, the folder is as before.
+
+    Args:
+        model: The model.
+        processor: Its processor or tokenizer.
+        folder: Folder to make or to replace.
+        dtype: Type of the weights in the file. None: the model's own. `config.json` names that in any case, so the model runs in it.
+    """
+    stored = None
+    if dtype is not None:
+        weights = model.state_dict().items()
+        stored = {name: value.to(dtype) if value.is_floating_point() else value for name, value in weights}
     with writing(folder):
         partial = partial_folder(folder)
-        model.save_pretrained(partial)
+        model.save_pretrained(partial, state_dict=stored)
         processor.save_pretrained(partial)
         replace_folder(folder)
 
