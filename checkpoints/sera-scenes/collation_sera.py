@@ -41,24 +41,30 @@ class SeraDataCollator:
                 may lack the first axis of any of them. Other columns are left out.
 
         Returns:
-            The same names for all images and expressions together, tensors; expressions padded on the right to the longest.
+            The same names for all images and expressions together, tensors; expressions padded on the right to the longest,
+            images without padding (`do_pad: false`) to the frame that they share, as `SeraImageProcessor` does.
             `image_index` is there unless every image has exactly one expression.
 
         Raises:
             ValueError: no row; a row without images or expressions; expressions that no `image_index` assigns to images.
         """
-        batch = join_rows(rows, self.processor.tokenizer.pad_token_id)
+        batch = join_rows(rows, self.processor)
         index = batch["image_index"]
         if len(index) == len(batch["pixel_values"]) and torch.equal(index, torch.arange(len(index))):
             del batch["image_index"]
         return batch
 
 
-def join_rows(rows: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
+def join_rows(rows: Sequence[Mapping[str, Any]], processor: Any) -> dict[str, Tensor]:
     """The rows of `SeraDataCollator` as one batch, always with `image_index`."""
     if not rows:
         raise ValueError("There are no rows to batch.")
     rows = [_tensors_of(row, i) for i, row in enumerate(rows)]
+    pad_token_id, patch = processor.tokenizer.pad_token_id, processor.image_processor.patch_size
+    frame = [max(row["pixel_values"].shape[axis] for row in rows) for axis in (-2, -1)]
+    for row in rows:
+        for name in {"pixel_values", "labels"} & set(row):
+            row[name] = _in_frame(row[name], frame, patch)
     longest = max(row["input_ids"].shape[1] for row in rows)
     for row in rows:
         missing = (0, longest - row["input_ids"].shape[1])
@@ -71,6 +77,15 @@ def join_rows(rows: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str,
     starts = np.cumsum([0, *(len(row["pixel_values"]) for row in rows)]).tolist()
     batch["image_index"] = torch.cat([row["image_index"] + start for row, start in zip(rows, starts, strict=False)])
     return batch
+
+
+def _in_frame(values: Tensor, frame: Sequence[int], patch: int) -> Tensor:
+    """Values (…, h, w) in a larger frame, where `SeraImageProcessor.box` puts images without padding. The rest is 0."""
+    missing = []
+    for own, whole in zip(values.shape[:-3:-1], frame[::-1], strict=True):  # the last axis first, as `pad` wants it
+        before = (whole - own) // 2 // patch * patch
+        missing += [before, whole - own - before]
+    return torch.nn.functional.pad(values, missing) if any(missing) else values
 
 
 def _tensors_of(row: Mapping[str, Any], number: int) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
-"""Images to letterboxed, normalised pixel values, and masks into the same frame.
+"""Images to normalised pixel values, with or without padding, and masks into the same frame.
 
-One function, `letterbox_box`, says where an image lies in its frame. Images, training labels and post-processing all use it.
+One method, `SeraImageProcessor.box`, says where an image lies in its frame. Images, training labels and post-processing all use it.
 Everything here is Pillow, numpy and torch: torchvision is not needed.
 """
 
@@ -24,7 +24,7 @@ TORCH_FILTERS = {int(Image.Resampling.BILINEAR): "bilinear", int(Image.Resamplin
 
 
 class LetterboxBox(NamedTuple):
-    """Where an image lies inside its letterboxed frame, in whole pixels of the frame."""
+    """Where an image lies inside its frame, in whole pixels of the frame."""
 
     top: int
     left: int
@@ -70,9 +70,14 @@ def letterbox_masks(masks: Sequence[Any], size: tuple[int, int]) -> np.ndarray:
     Raises:
         ValueError: what `read_masks` raises.
     """
-    labels = np.zeros((len(masks), *size), np.float32)
-    for i, array in enumerate(read_masks(masks)):
-        top, left, height, width = letterbox_box(array.shape, size)
+    arrays = read_masks(masks)
+    return _labels(arrays, [letterbox_box(array.shape, size) for array in arrays], size)
+
+
+def _labels(arrays: Sequence[np.ndarray], boxes: Sequence[LetterboxBox], size: tuple[int, int]) -> np.ndarray:
+    """The labels of `letterbox_masks`, of masks that were read and of their places in the frame."""
+    labels = np.zeros((len(arrays), *size), np.float32)
+    for i, (array, (top, left, height, width)) in enumerate(zip(arrays, boxes, strict=True)):
         label = _shares(array > 0, height, width)
         if (left_out := array < 0).any():
             label[_shares(left_out, height, width) > 0.5] = -1
@@ -168,19 +173,23 @@ def _area_average(values: np.ndarray, length: int) -> np.ndarray:
 
 
 class SeraImageProcessor(BaseImageProcessor):
-    """Letterbox images to one size and normalise them with the vision tower's mean and deviation.
+    """Scale images to fit one size and normalise them with the vision tower's mean and deviation.
 
-    An image keeps its aspect: it is scaled until it fits and centred (`letterbox_box`). The padding is the mean
-    colour, so it is 0 after normalisation. Downscaling is anti-aliased.
+    With `do_pad` an image keeps its aspect: it is scaled until it fits and centred (`letterbox_box`). The padding is the mean
+    colour, so it is 0 after normalisation. Without `do_pad` a single image has no padding: it is scaled until it fits, and
+    each side is rounded to the nearest multiple of the patch. Images of different shapes in one batch share a frame as large as
+    the largest of them; the others are centred in it, on the grid of patches, and padded. Downscaling is anti-aliased.
 
     Args:
         size: {"height", "width"} of the frame in pixels, or one integer for a square. Positive; the model checks that they
-            are multiples of its patch.
+            are multiples of its patch. Without `do_pad` it is the largest size of an image, and a multiple of the patch.
         resample: Pillow's resampling filter for images.
         image_mean, image_std: per channel, of values in [0, 1]; ImageNet's, which DINOv2 was trained with.
+        do_pad: whether every frame has the full `size`.
+        patch_size: side in pixels of the vision tower's patches.
 
     Raises:
-        ValueError: an impossible size, mean, deviation or filter.
+        ValueError: an impossible size, mean, deviation, filter or patch.
         TypeError: an option of other image processors that this one does not have.
     """
 
@@ -192,11 +201,13 @@ class SeraImageProcessor(BaseImageProcessor):
         resample: int = Image.Resampling.BICUBIC,
         image_mean: Sequence[float] = IMAGENET_MEAN,
         image_std: Sequence[float] = IMAGENET_STD,
+        do_pad: bool = True,
+        patch_size: int = 14,
         **kwargs: Any,
     ):
         unknown = sorted(set(kwargs) & set(ImagesKwargs.__annotations__))
         if unknown:
-            options = "size, resample, image_mean and image_std"
+            options = "size, resample, image_mean, image_std, do_pad and patch_size"
             raise TypeError(f"SeraImageProcessor has no option {unknown[0]!r}; it has {options}.")
         super().__init__(**kwargs)
         self.size = _checked_size({"height": 448, "width": 448} if size is None else size)
@@ -208,14 +219,56 @@ class SeraImageProcessor(BaseImageProcessor):
                 "image_mean and image_std must hold 3 numbers each, the deviations positive; "
                 f"got {self.image_mean} and {self.image_std}."
             )
+        self.do_pad, self.patch_size = bool(do_pad), patch_size
+        if not isinstance(patch_size, int) or patch_size < 1:
+            raise ValueError(f"patch_size must be a positive integer, got {patch_size!r}.")
+        if not self.do_pad and any(side % patch_size for side in self.frame_size):
+            raise ValueError(
+                f"size is {self.size}; without padding both sides must be multiples of the patch, {patch_size}."
+            )
 
     @property
     def frame_size(self) -> tuple[int, int]:
-        """(height, width) of the letterboxed frame, pixels."""
+        """(height, width) of the largest frame, pixels; with `do_pad` of every frame."""
         return self.size["height"], self.size["width"]
 
+    def frame_of(self, original_sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+        """(height, width) in pixels of the frame that images share in one batch.
+
+        Args:
+            original_sizes: (height, width) of each image, pixels.
+        """
+        if self.do_pad:
+            return self.frame_size
+        heights, widths = zip(*map(self._unpadded_size, original_sizes), strict=True)
+        return max(heights), max(widths)
+
+    def box(self, original_size: tuple[int, int], frame: tuple[int, int]) -> LetterboxBox:
+        """Where an image lies in its frame.
+
+        Args:
+            original_size: (height, width) of the image, pixels.
+            frame: (height, width) of the frame, pixels; see `frame_of`.
+        """
+        if self.do_pad:
+            return letterbox_box(original_size, frame)
+        height, width = self._unpadded_size(original_size)
+        if height > frame[0] or width > frame[1]:
+            raise ValueError(f"an image of {height}×{width} pixels does not fit into a frame of {frame[0]}×{frame[1]}.")
+        # on the grid of patches, so that the same pixels share a patch in every frame
+        free = (side - own for side, own in zip(frame, (height, width), strict=True))
+        offsets = (side // 2 // self.patch_size * self.patch_size for side in free)
+        return LetterboxBox(*offsets, height, width)
+
+    def _unpadded_size(self, original_size: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) in multiples of the patch, of an image that is scaled until it fits (ours)."""
+        scale = min(limit / side for limit, side in zip(self.frame_size, original_size, strict=True))
+        sides = (max(round(side * scale / self.patch_size), 1) * self.patch_size for side in original_size)
+        height, width = (min(side, limit) for side, limit in zip(sides, self.frame_size, strict=True))
+        return height, width
+
     def preprocess(self, images: ImageLike | Sequence[ImageLike], return_tensors: str | None = None) -> BatchFeature:
-        """Letterbox and normalise images.
+        """Scale and normalise images.
 
         Args:
             images: one image or B of them in a list, Column or Series (see `to_rgb_image`); a 4-dimensional array or
@@ -223,34 +276,44 @@ class SeraImageProcessor(BaseImageProcessor):
             return_tensors: "pt" for tensors, otherwise numpy arrays.
 
         Returns:
-            `pixel_values` float32 (B, 3, H, W), normalised, and `original_sizes` int64 (B, 2): height and
-            width of each image in its own pixels, after EXIF rotation.
+            `pixel_values` float32 (B, 3, H, W), normalised, of the frame that the images share (see `frame_of`), and
+            `original_sizes` int64 (B, 2): height and width of each image in its own pixels, after EXIF rotation.
 
         Raises:
             FileNotFoundError, TypeError, ValueError: see `to_rgb_image`; ValueError for an empty list.
         """
         images = as_image_list(images)
-        pixel_values = np.zeros((len(images), 3, *self.frame_size), np.float32)
-        original_sizes = np.zeros((len(images), 2), np.int64)
         mean, std = np.float32(self.image_mean), np.float32(self.image_std)
         scale, offset = 1 / (255 * std), -mean / std
+        sizes, contents = [], []  # the frame is known after the last image; one image at a time is held at full size
         for i, image in enumerate(images):
             rgb = to_rgb_image(image, name="image" if len(images) == 1 else f"images[{i}]")
-            original_sizes[i] = rgb.height, rgb.width
-            top, left, height, width = letterbox_box((rgb.height, rgb.width), self.frame_size)
-            for channel, plane in enumerate(_resized(rgb, height, width, self.resample)):
-                content = pixel_values[i, channel, top : top + height, left : left + width]
+            sizes.append((rgb.height, rgb.width))
+            box = self.box(sizes[-1], self.frame_of(sizes[-1:]))
+            contents.append(_resized(rgb, box.height, box.width, self.resample))
+        frame = self.frame_of(sizes)
+        pixel_values = np.zeros((len(images), 3, *frame), np.float32)
+        for values, planes, size in zip(pixel_values, contents, sizes, strict=True):
+            top, left, height, width = self.box(size, frame)
+            for channel, plane in enumerate(planes):
+                content = values[channel, top : top + height, left : left + width]
                 np.multiply(plane, scale[channel], out=content)
                 content += offset[channel]
-        data = {"pixel_values": pixel_values, "original_sizes": original_sizes}
+        data = {"pixel_values": pixel_values, "original_sizes": np.array(sizes, np.int64)}
         return BatchFeature(data, tensor_type=return_tensors)
 
-    def preprocess_masks(self, masks: Sequence[Any], original_sizes: Sequence[Any] | None = None) -> np.ndarray:
+    def preprocess_masks(
+        self,
+        masks: Sequence[Any],
+        original_sizes: Sequence[Any] | None = None,
+        frame: tuple[int, int] | None = None,
+    ) -> np.ndarray:
         """Training labels, aligned with the images of `preprocess`: see `letterbox_masks`.
 
         Args:
             masks: N masks (H0, W0), see `read_masks`.
             original_sizes: the (height, width) that each must have, pixels.
+            frame: (height, width) of the images' frame, pixels. None: that of images of the masks' sizes.
 
         Returns:
             float32 (N, H, W) in [0, 1], and -1 where pixels are to be left out.
@@ -263,7 +326,9 @@ class SeraImageProcessor(BaseImageProcessor):
             if masks[i].shape != tuple(size):
                 expected = f"{tuple(size)} (height, width, upright)"
                 raise ValueError(f"masks[{i}] has shape {masks[i].shape}, its image is {expected}.")
-        return letterbox_masks(masks, self.frame_size)
+        sizes = [mask.shape for mask in masks]
+        frame = self.frame_of(sizes) if frame is None else frame
+        return _labels(masks, [self.box(size, frame) for size in sizes], frame)
 
 
 def _resized(image: Image.Image, height: int, width: int, resample: int) -> np.ndarray:

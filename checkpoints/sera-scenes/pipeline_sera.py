@@ -123,7 +123,7 @@ class ReferringImageSegmentationPipeline(Pipeline):
 
     def _join(self, items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """The processor's outputs for single images, as one batch."""
-        batch = join_rows(items, self.processor.tokenizer.pad_token_id)
+        batch = join_rows(items, self.processor)
         return {**batch, "pixel_values": batch["pixel_values"].to(self.model.dtype)}
 
     def _run_model(self, features: dict[str, torch.Tensor], max_expressions: int) -> dict[str, torch.Tensor]:

@@ -16,7 +16,7 @@ from transformers.utils import PaddingStrategy
 
 from .expressions_sera import CLIP_MAX_TOKENS, clean_expression, grouped_expressions, shortened
 from .image_decoding_sera import ImageLike, as_image_list, as_list
-from .image_processing_sera import letterbox_box
+from .image_processing_sera import LetterboxBox
 from .pipeline_sera import ReferringImageSegmentationPipeline  # so that its file is saved with the processor
 
 NO_TARGET_THRESHOLD = 0.5  # probability of absence above which a mask is left empty
@@ -126,7 +126,8 @@ class SeraProcessor(ProcessorMixin):
         if images is not None:
             data = {**self.image_processor(images), **data}
         if masks is not None:
-            data["labels"] = self.image_processor.preprocess_masks(masks, data["original_sizes"][index].tolist())
+            sizes, frame = data["original_sizes"][index].tolist(), data["pixel_values"].shape[-2:]
+            data["labels"] = self.image_processor.preprocess_masks(masks, sizes, frame)
         return BatchFeature(data, tensor_type=return_tensors)
 
     @property
@@ -282,11 +283,12 @@ class SeraProcessor(ProcessorMixin):
         if len(index) != len(logits) or not all(0 <= i < len(sizes) for i in index):
             raise ValueError(f"{len(logits)} logits do not fit image_index {index} and {len(sizes)} original_sizes.")
         pixel_values = inputs.get("pixel_values")
-        frame = self.image_processor.frame_size if pixel_values is None else tuple(pixel_values.shape[-2:])
+        frame = self.image_processor.frame_of(sizes) if pixel_values is None else tuple(pixel_values.shape[-2:])
         absence = None if presence_logits is None else (-presence_logits.float()).sigmoid().tolist()
         results = []
         for n, (expression_logits, i) in enumerate(zip(logits, index, strict=True)):
-            probabilities = _resample(expression_logits.float(), sizes[i], frame).sigmoid()
+            box = self.image_processor.box(sizes[i], frame)
+            probabilities = _resample(expression_logits.float(), sizes[i], box, frame).sigmoid()
             mask = probabilities > threshold
             if absence is not None and absence[n] > no_target_threshold:
                 mask = torch.zeros_like(mask)
@@ -301,9 +303,9 @@ class SeraProcessor(ProcessorMixin):
         return results
 
 
-def _resample(values: Tensor, original_size: tuple[int, int], frame_size: tuple[int, int]) -> Tensor:
-    """Interpolate values (h, w) that cover the frame to the pixels (H0, W0) of the image in it."""
-    top, left, height, width = letterbox_box(original_size, frame_size)
+def _resample(values: Tensor, original_size: tuple[int, int], box: LetterboxBox, frame_size: tuple[int, int]) -> Tensor:
+    """Interpolate values (h, w) that cover the frame to the pixels (H0, W0) of the image, which lies at `box` in it."""
+    top, left, height, width = box
     values = _resample_axis(values, 0, original_size[0], top / frame_size[0], height / frame_size[0])
     return _resample_axis(values, 1, original_size[1], left / frame_size[1], width / frame_size[1])
 

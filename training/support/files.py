@@ -138,7 +138,7 @@ def save_model(
         model: The model.
         processor: Its processor or tokenizer.
         folder: Folder to make or to replace.
-        dtype: Type of the weights in the file. None: the model's own. `config.json` names that in any case, so the model runs in it.
+        dtype: Type of the weights in the file. None: the model's own. `config.json` names the model's own type in any case.
     """
     stored = None
     if dtype is not None:
