@@ -1,7 +1,7 @@
 """The command `sera-segment`: it writes the masks for phrases about one image to files. (Ours.)
 
-`sera-segment photo.jpg "left zebra" "zebra drinking" --model MODEL --out DIR` writes one PNG mask per phrase, an overlay of all
-masks, and `prediction.json` with scores and COCO run lengths.
+`sera-segment photo.jpg "left zebra" "zebra drinking" --out DIR` writes one PNG mask per phrase, an overlay of all masks, and
+`prediction.json` with scores and COCO run lengths. The model is sera-photos unless `--model` names another.
 
 Torch and the libraries on top of it take seconds to import. The functions import them, so `--help` and wrong arguments are answered
 at once.
@@ -23,6 +23,7 @@ from PIL import Image
 
 from training.scoring.overlay import overlay
 from training.support.commands import in_one_line
+from training.support.default_model import default_model, install
 from training.support.files import write_binary, write_text
 from training.support.model_location import locate_model
 
@@ -42,6 +43,18 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
+class _Install(argparse.Action):
+    """Installs the default model and exits, as `--help` does."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: str | None = None) -> None:
+        try:
+            folder = install(Path(values[0]), values[1])
+        except (ValueError, OSError) as error:
+            parser.exit(2, f"{parser.prog}: error: {in_one_line(error)}\n")
+        print(folder)
+        parser.exit(0)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """The command line. Exit codes: 0 for success, 2 for input that cannot be used, 1 for any other failure."""
     parser = _parser()
@@ -58,9 +71,10 @@ def main(arguments: list[str] | None = None) -> None:
 
     try:
         image = to_rgb_image(options.photo)
-        pipe = load_pipeline(options.model, device=options.device, dtype=options.dtype)
+        model = str(default_model()) if options.model is None else options.model
+        pipe = load_pipeline(model, device=options.device, dtype=options.dtype)
         if options.experts and not pipe.model.config.fusion_experts:
-            raise ValueError(f"{options.model} has no fusion experts, which --experts would draw.")
+            raise ValueError(f"{model} has no fusion experts, which --experts would draw.")
         records = write_prediction(image, predict(pipe, image, options.expressions, options.threshold), output)
         if options.experts:
             write_experts(pipe, image, options.expressions, options.threshold, output)
@@ -187,7 +201,7 @@ def _parser() -> OneLineParser:
         prog="sera-segment",
         description="Find what phrases describe in one image. Writes a mask per phrase (PNG), an overlay of all masks (PNG), and "
         "scores with COCO run lengths (JSON).",
-        epilog='example: sera-segment photo.jpg "left zebra" "zebra drinking" --model outputs/demo --out prediction',
+        epilog='example: sera-segment photo.jpg "left zebra" "zebra drinking" --out prediction',
     )
     parser.add_argument("photo", help="file or URL of the image")
     parser.add_argument(
@@ -198,7 +212,16 @@ def _parser() -> OneLineParser:
         help="a phrase that describes what to segment",
     )
     parser.add_argument(
-        "--model", required=True, metavar="MODEL", help="a run's folder, the model's own, or an id on the Hub"
+        "--model",
+        metavar="MODEL",
+        help="a run's folder, the model's own, or an id on the Hub (default: sera-photos, from the clone or as installed)",
+    )
+    parser.add_argument(
+        "--install",
+        nargs=2,
+        action=_Install,
+        metavar=("ARCHIVE", "SHA256"),
+        help="put the archive of sera-photos from a release into the cache, and exit",
     )
     parser.add_argument(
         "--out", default="prediction", metavar="DIR", help="folder for the files (default: %(default)s)"

@@ -82,6 +82,7 @@ print(sorted(name for name in sys.modules if name.startswith("training.")))
         "scoring.overlay",
         "support",
         "support.commands",
+        "support.default_model",
         "support.files",
         "support.hub_ids",
         "support.model_location",
