@@ -8,7 +8,12 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pytest
 from PIL import Image
+
+from training.preparation import main
+from training.sources.hub_layouts import RowFolder
+from training.sources.masks import decode_mask
 
 HEIGHT, WIDTH = 40, 60
 
@@ -196,3 +201,25 @@ def write_datasets(folder: Path, made: list[Photo], split: str = "train") -> str
         file.unlink()
     (folder / "files").rmdir()
     return str(folder)
+
+
+def prepare(form: str, data: str, output: Path, *options: str) -> dict[str, list[dict]]:
+    """The rows that the command makes, by split."""
+    main([form, data, "--output", str(output), *options])
+    folder = RowFolder(str(output))
+    return {split: list(folder.read(split)) for split in folder.splits}
+
+
+def by_phrase(splits: dict[str, list[dict]]) -> dict[str, np.ndarray]:
+    """The mask that each phrase means."""
+    return {
+        sentence: decode_mask(row["mask"]) for rows in splits.values() for row in rows for sentence in row["sentences"]
+    }
+
+
+def refusal(form: str, data: str, output: Path, *options: str) -> str:
+    """What the command says about annotations that it refuses; nothing is left of its work."""
+    with pytest.raises(ValueError) as error:
+        main([form, data, "--output", str(output), *options])
+    assert not output.exists() and not [path for path in output.parent.iterdir() if path.name.startswith(".out")]
+    return str(error.value)

@@ -35,7 +35,7 @@ TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
 IMAGE_COLUMNS = ("image", "file_name", "file", "path", "image_path", "jpg", "jpeg", "png", "webp")
 TEXT_COLUMNS = ("expressions", "expression", "phrases", "phrase", "sentences", "sentence", "text", "caption", "txt")
 KEY_COLUMNS = ("__key__", "key", "image_id", "file_name", "id")
-_SAVED = ("dataset_info.json", "dataset_dict.json")  # what `datasets` writes beside its Arrow files
+SAVED_FILES = ("dataset_info.json", "dataset_dict.json")  # what `datasets` writes beside its Arrow files
 _TAR_MEMBER = re.compile(
     r"((?:.*/)?[^./][^./]*)\.[^/]*"
 )  # of WebDataset: the key, up to the first point of the file's name
@@ -114,7 +114,7 @@ def open_asked_images(
     """
     place = Path(data).expanduser()
     if place.is_dir():
-        if any((place / name).is_file() for name in _SAVED):
+        if any((place / name).is_file() for name in SAVED_FILES):
             return _Saved(place, expressions, columns, split, limit)
         if next(place.rglob("*.parquet"), None) or next(place.rglob("*.tar"), None):
             return _Streamed(datasets.load_dataset_builder(str(place)), place, expressions, columns, split, limit)
@@ -464,6 +464,7 @@ def with_bytes(image: dict[str, Any]) -> dict[str, Any]:
 
 __all__ = [
     "FOUND_BY_NAME",
+    "SAVED_FILES",
     "AskedImage",
     "AskedImages",
     "Columns",

@@ -14,6 +14,7 @@ from training.sources.agreement import draw_checked
 from training.sources.annotations import AnnotatedImage, Annotation, Findings, Rle
 from training.sources.asked_images import (
     IMAGE_COLUMNS,
+    SAVED_FILES,
     TEXT_COLUMNS,
     as_image,
     field_of,
@@ -26,8 +27,6 @@ from training.sources.mask_folder import MASK_COLUMNS
 from training.sources.masks import encode_mask
 from training.sources.refer_records import shown
 from training.support.hub_ids import folder_or_id
-
-_SAVED = ("dataset_info.json", "dataset_dict.json")  # what `save_to_disk` writes beside its Arrow files
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def read_hub(
 
 
 def _open_splits(source: str, folder: Path | None, subset: str | None) -> Mapping[str, Any]:
-    if folder is not None and any((folder / name).is_file() for name in _SAVED):
+    if folder is not None and any((folder / name).is_file() for name in SAVED_FILES):
         saved = datasets.load_from_disk(source)
         return saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
     try:

@@ -79,10 +79,13 @@ def read_mask_folder(
         mask_column = find_column("mask", mask_column, (), names, str(table))
     images: dict[Path, list[tuple[int, Mapping[str, Any], Annotation]]] = {}
     owners: dict[Path, Path] = {}
+    given_names: dict[Path, str] = {}
     for line, cells in lines:
         place = f"{table}, line {line}"
         try:
-            image = find_image(_text(cells.get(image_column)), image_dirs)
+            image = find_image(given := _text(cells.get(image_column)), image_dirs)
+            if (other := given_names.setdefault(image, given)) != given:
+                raise ValueError(f"its image {given} is the file {image}, and so is {other}")
             no_target, name = _no_target(cells), None if mask_column is None else _text(cells.get(mask_column))
             mask = None if no_target and not name else _find_mask(image, name, mask_dirs)
             if mask is not None and (owner := owners.setdefault(mask, image)) != image:
