@@ -176,6 +176,8 @@ class OptimizationSettings:
             need fewer steps with Muon.
         learning_rate: Learning rate after the warm-up.
         router_rate: Factor on the learning rate of the routers, which AdamW trains with either optimizer.
+        tower_rate: Factor on the learning rate of what is trained in the two towers. Below 1, fine-tuning on a small set changes
+            them less than the rest.
         schedule: "multistep" multiplies the learning rate by 0.1 at each milestone, "cosine" lowers it to zero.
         milestones: Shares of training, from 0 to 1, at which "multistep" lowers the learning rate.
         warmup: Share of training, from 0 to 1, in which the learning rate rises linearly.
@@ -190,6 +192,7 @@ class OptimizationSettings:
     optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: PositiveFloat = 1e-4
     router_rate: PositiveFloat = 1.0
+    tower_rate: PositiveFloat = 1.0
     schedule: Literal["multistep", "cosine"] = "multistep"
     milestones: list[float] = field(default_factory=lambda: [0.7])
     warmup: ClosedUnitInterval = 0.0

@@ -1,35 +1,50 @@
-"""Turn a REFER dataset into one folder that loads by itself, images and masks included.
+"""Turn annotated images into one folder that loads by itself, images and masks included.
 
-`python training/preparation.py REFER_ROOT --dataset refcoco --split_by unc --output prepared/refcoco`; then
-`datasets.load_dataset("prepared/refcoco")` gives rows of `training.sources.refer.REFER_FEATURES`, and so does `--data.source
-folder`.
+`python training/preparation.py refer REFER_ROOT --dataset refcoco --split_by unc --output prepared/refcoco`, or `coco`, `labelme`,
+`cvat`, `folder` and `hub` for annotations of your own; then `datasets.load_dataset("prepared/refcoco")` gives rows of
+`training.sources.refer.REFER_FEATURES`, and so does `--data.source folder`.
 """
 
 import logging
-import os
 import re
-import shutil
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
+from typing import Any, Literal
 
 import datasets
 import numpy as np
-import pyarrow.parquet as pq
-import yaml
-from accelerate.utils import tqdm
-from datasets.table import embed_table_storage
 from jsonargparse import ArgumentParser
 
 from training.configuration import Orientation
-from training.examples.batches import open_as_annotated
-from training.sources.refer import REFER_FEATURES, load_refer
+from training.examples.prepared_folders import (
+    SHARD_BYTES,
+    check_images,
+    check_split_name,
+    describe_turned,
+    new_output,
+    write_prepared,
+)
+from training.scoring.example_sheet import draw_rows
+from training.sources.annotations import AnnotatedImage, Findings, PhraseMaker
+from training.sources.coco_records import read_coco
+from training.sources.cvat_records import read_cvat
+from training.sources.hub_columns import HubColumns, read_hub
+from training.sources.labelme_records import read_labelme
+from training.sources.mask_folder import TableColumns, read_mask_folder
+from training.sources.own_rows import VAL_SHARE, make_rows
+from training.sources.refer import load_refer
 from training.sources.row_checks import count_doubtful
 from training.support.commands import run_command
-from training.support.files import partial_folder, replace_folder, sha256_of, write_text
+from training.support.files import write_text
 
 logger = logging.getLogger(__name__)
+
+# Reads one of the files, folders or data sets that the command names.
+Reader = Callable[[str, Findings], Iterator[AnnotatedImage]]
 
 # Refs per split as the datasets' authors publish them; by (dataset, split_by).
 PUBLISHED_REFS: Mapping[tuple[str, str], Mapping[str, int]] = {
@@ -38,13 +53,6 @@ PUBLISHED_REFS: Mapping[tuple[str, str], Mapping[str, int]] = {
     ("refcocog", "umd"): {"train": 42226, "val": 2573, "test": 5023},
     ("refcocog", "google"): {"train": 44822, "val": 5000},
 }
-
-SHARD_BYTES = 500_000_000  # of distinct images in a shard
-
-# Parquet's dictionary stores a value that comes again as a number. An image stands in each of its rows, which are adjacent:
-# written once for each of these many rows, it is stored once. A reader holds as many rows at a time.
-ROWS_PER_GROUP = 256
-DICTIONARY_BYTES = 1 << 30
 
 
 def prepare_refer(
@@ -56,7 +64,7 @@ def prepare_refer(
     shard_bytes: int = SHARD_BYTES,
     orientation: Orientation = "by_source",
 ) -> None:
-    """Write every split of a REFER dataset to `output`: `data/<split>-NNNNN-of-NNNNN.parquet` and a README.md.
+    """Write every split of a REFER dataset to `output`, see [`write_prepared`].
 
     Rows are those of [`load_refer`] sorted by `image_id`, with the images' files embedded as they are; all rows
     of an image are in one shard. The README holds the counts, whether they are the published ones, how many images have an
@@ -76,40 +84,108 @@ def prepare_refer(
         FileNotFoundError, ValueError, pickle.UnpicklingError: As `load_refer`; also for a split whose name is none for a file, and
             for images that are damaged or of another size than their annotations'. All before anything is written.
     """
-    output = Path(output).expanduser().absolute()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"{output} is there already; remove it, or name another output.")
-    splits = load_refer(root, dataset, split_by, image_dir=image_dir)
-    for split in splits:
-        if not re.fullmatch(r"\w+", split):
-            raise ValueError(f"the split {split!r} of {dataset} ({split_by}) has a name other than letters and digits.")
-    splits = datasets.DatasetDict(
-        {split: rows.select(np.argsort(rows["image_id"], kind="stable")) for split, rows in splits.items()}
-    )
-    turned = _check_images(splits, orientation)
+    output, name = new_output(output), f"{dataset} ({split_by})"
+    loaded = load_refer(root, dataset, split_by, image_dir=image_dir)
+    for split in loaded:
+        check_split_name(split, name)
+    splits = {split: rows.select(np.argsort(rows["image_id"], kind="stable")) for split, rows in loaded.items()}
+    turned = check_images(splits, orientation)
     doubtful = sum(map(count_doubtful, splits.values()))
+    notes = [_compare(splits, dataset, split_by)]
     if turned:
-        logger.warning("%s.", _describe_turned(turned, orientation))
-    verdict = compare_with_published({split: len(rows) for split, rows in splits.items()}, dataset, split_by)
-    if verdict:
-        logger.warning("%s (%s) is not as published: %s.", dataset, split_by, verdict)
-
-    notes = [_describe_turned(turned, orientation) + "."] if turned else []
+        notes.append(describe_turned(turned, orientation))
+        logger.warning("%s", notes[-1])
     if doubtful:
         notes.append(f"{doubtful} masks agree only roughly with their boxes.")
-    partial = partial_folder(output)
-    try:
-        (partial / "data").mkdir()
-        for split, rows in splits.items():
-            shards = _cut_shards(rows, shard_bytes)
-            for number, shard in enumerate(tqdm(shards, desc=f"writing {split}", leave=False)):
-                name = f"{split}-{number:05d}-of-{len(shards):05d}.parquet"
-                _write_shard(rows.select(shard), partial / "data" / name)
-        write_text(partial / "README.md", _describe(splits, partial, dataset, split_by, verdict, notes))
-        replace_folder(output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    write_prepared(splits, output, name, notes, shard_bytes=shard_bytes)
+
+
+def prepare_own(
+    sources: Sequence[str],
+    reader: Reader,
+    output: str | PathLike[str],
+    val_share: float | None = None,
+    orientation: Orientation = "by_source",
+    skip_unusable: bool = False,
+) -> None:
+    """Write annotations of one's own to `output`, see [`write_prepared`], with a sheet `examples.png` to check by eye.
+
+    Args:
+        sources: What the reader takes, each as it is or after its split: "train=a.json". Without splits and without a `val_share`
+            the splits are those that the data name, or VAL_SHARE of the images are for validation.
+        reader: Yields the annotated images of a source.
+        output: Folder to make.
+        val_share: Share of the images for the split val, in [0, 1).
+        orientation: Which pixels masks are drawn on, as `data.orientation` has it; images are embedded as they are.
+        skip_unusable: Leave out what cannot be used, and list it in `left-out.txt`, instead of refusing all.
+
+    Raises:
+        FileExistsError: Where something stands at `output` already.
+        FileNotFoundError, ValueError: Where the annotations cannot be read or used. Before anything is written.
+    """
+    output, findings, named = new_output(output), Findings(), _named_splits(sources)
+    if val_share is not None and not 0 <= val_share < 1:
+        raise ValueError(f"--val_share must be from 0 on and below 1, got {val_share}.")
+    if named[0][0] is not None and val_share is not None:
+        raise ValueError("--val_share and named splits (SPLIT=PATH) exclude each other.")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:
+        images = _read_sources(named, reader, findings)
+        made = make_rows(
+            images,
+            findings,
+            output.name,
+            Path(scratch),
+            val_share=val_share,
+            orientation=orientation,
+            skip_unusable=skip_unusable,
+        )
+        notes = [describe_turned(made.turned, orientation)] if made.turned else []
+        notes += findings.notes()
+        if missing := [split for split in ("train", "val") if split not in made.splits]:
+            notes.append(f"There is no split {' and no split '.join(missing)}; training needs both.")
+        for note in notes:
+            logger.warning("%s", note)
+        notes.insert(0, made.division)
+        logger.info("%s", made.division)
+
+        def also(folder: Path) -> None:
+            upright = None if orientation == "by_source" else orientation == "upright"
+            draw_rows(made.splits, upright, folder / "examples.png")
+            if findings.problems:
+                write_text(folder / "left-out.txt", "".join(f"{problem}\n" for problem in findings.problems))
+
+        write_prepared(made.splits, output, output.name, notes, also=also)
+
+
+def _named_splits(sources: Sequence[str]) -> list[tuple[str | None, str]]:
+    """Each source with its split: "train=a.json", or None where none has one."""
+    named: list[tuple[str | None, str]] = []
+    for source in sources:
+        found = re.fullmatch(r"(\w+)=(.+)", source)
+        named.append((found[1], found[2]) if found and not Path(source).exists() else (None, source))
+    if len({split is None for split, _ in named}) > 1:
+        raise ValueError(f"Name a split for each or for none, SPLIT=PATH, got {' '.join(sources)}.")
+    return named
+
+
+def _read_sources(
+    named: Sequence[tuple[str | None, str]], reader: Reader, findings: Findings
+) -> Iterator[AnnotatedImage]:
+    for split, source in named:
+        for image in reader(source, findings):
+            yield image if split is None else replace(image, split=split)
+
+
+def _compare(splits: Mapping[str, datasets.Dataset], dataset: str, split_by: str) -> str:
+    """How the numbers of refs compare with the published ones, in a sentence. Differences are a warning too."""
+    if (dataset, split_by) not in PUBLISHED_REFS:
+        return "There are no published counts to compare with."
+    verdict = compare_with_published({split: len(rows) for split, rows in splits.items()}, dataset, split_by)
+    if not verdict:
+        return "The numbers of refs are the published ones."
+    logger.warning("%s (%s) is not as published: %s.", dataset, split_by, verdict)
+    return f"**The counts are not the published ones**: {verdict}."
 
 
 def compare_with_published(refs: Mapping[str, int], dataset: str, split_by: str) -> str:
@@ -124,126 +200,63 @@ def compare_with_published(refs: Mapping[str, int], dataset: str, split_by: str)
     return "; ".join(differences)
 
 
-def _check_images(splits: Mapping[str, datasets.Dataset], orientation: Orientation) -> dict[str, int]:
-    """Decode every image once, in threads: a `ValueError` now, not in the middle of a training.
-
-    Returns the images that have an orientation tag other than 1, with their tags.
-    """
-    sizes = {}
-    for rows in splits.values():
-        for image, mask in zip(rows["image"], rows["mask"], strict=True):
-            sizes[image["path"]] = tuple(mask["size"])
-
-    def check(path: str) -> tuple[str | None, int]:
-        row = {"image": {"path": path, "bytes": None}, "mask": {"size": sizes[path]}}
-        if orientation != "by_source":
-            row["upright"] = orientation == "upright"
-        try:
-            return None, open_as_annotated(row)[1]
-        except ValueError as error:
-            return str(error), 1
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = list(tqdm(pool.map(check, sizes), total=len(sizes), desc="checking images", leave=False))
-    problems = [problem for problem, _ in results if problem is not None]
-    if problems:
-        raise ValueError(f"{len(problems)} images cannot be used; the first: {problems[0]}")
-    return {path: tag for path, (_, tag) in zip(sizes, results, strict=True) if tag != 1}
+# Readers, as the options of each sub-command say
 
 
-def _describe_turned(turned: Mapping[str, int], orientation: Orientation) -> str:
-    """How many images have an orientation tag, and how their masks are understood."""
-    meanings = {
-        "upright": "their masks are taken as drawn on the upright image",
-        "stored": "their masks are taken as drawn on the pixels as stored",
-        "by_source": "masks of images with one of COCO's file names are taken as drawn on the pixels as stored, all others as "
-        "drawn on the upright image",
-    }
-    path, tag = next(iter(turned.items()))
-    first = f"the first is {Path(path).name}, with {tag}"
-    return f"{len(turned)} images have an orientation tag other than 1 ({first}): {meanings[orientation]}"
+def _existing(source: str) -> Path:
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"There is no {source}.")
+    return path
 
 
-def _cut_shards(rows: datasets.Dataset, shard_bytes: int) -> list[range]:
-    """Row ranges of so many bytes of distinct images each, or just above; none begins within an image."""
-    starts, held, previous = [0], 0, None
-    for row, (image_id, image) in enumerate(zip(rows["image_id"], rows["image"], strict=True)):
-        if image_id != previous:
-            if held >= shard_bytes:
-                starts.append(row)
-                held = 0
-            held += os.path.getsize(image["path"])
-            previous = image_id
-    return [range(start, end) for start, end in zip(starts, [*starts[1:], len(rows)], strict=True)]
+def _folder(option: str | None) -> Path | None:
+    if option is None:
+        return None
+    path = Path(option).expanduser()
+    if not path.is_dir():
+        raise FileNotFoundError(f"There is no folder {option}.")
+    return path
 
 
-def _write_shard(rows: datasets.Dataset, path: Path) -> None:
-    """One Parquet file; no more than one of its row groups is in memory at a time."""
-    writer = pq.ParquetWriter(
-        path,
-        REFER_FEATURES.arrow_schema,
-        use_dictionary=["image.bytes"],
-        dictionary_pagesize_limit=DICTIONARY_BYTES,
-        write_statistics=["image_id"],  # of images they would hold the smallest and the largest
-    )
-    with writer:
-        tables = rows.with_format("arrow")
-        for start in range(0, len(rows), ROWS_PER_GROUP):
-            table = tables[start : start + ROWS_PER_GROUP]
-            writer.write_table(embed_table_storage(table), row_group_size=ROWS_PER_GROUP)
-
-
-def _describe(
-    splits: datasets.DatasetDict, folder: Path, dataset: str, split_by: str, verdict: str, notes: Sequence[str]
-) -> str:
-    """The README: a dataset card that names the splits, the counts, how they compare, and checksums for `sha256sum -c`."""
-    files = [{"split": split, "path": f"data/{split}-*.parquet"} for split in splits]
-    card = {
-        "pretty_name": f"{dataset} ({split_by})",
-        "task_categories": ["image-segmentation"],
-        "configs": [{"config_name": "default", "data_files": files}],
-    }
-    lines = ["| split | refs | sentences | images | no-target refs |", "|---|---|---|---|---|"]
-    for split, rows in splits.items():
-        sentences, images, empty = sum(map(len, rows["sentences"])), len(set(rows["image_id"])), sum(rows["no_target"])
-        lines.append(f"| {split} | {len(rows)} | {sentences} | {images} | {empty} |")
-    if (dataset, split_by) not in PUBLISHED_REFS:
-        comparison = "There are no published counts to compare with."
-    elif verdict:
-        comparison = f"**The counts are not the published ones**: {verdict}."
-    else:
-        comparison = "The numbers of refs are the published ones."
-    return "\n".join(
-        [
-            f"---\n{yaml.safe_dump(card, sort_keys=False)}---\n",
-            f"# {dataset} ({split_by})\n",
-            "One row per referred object: its image as the original file, its mask as a COCO run-length code, its sentences and",
-            "boxes; sorted by `image_id`. A row with `no_target` has a mask without a pixel.\n",
-            *lines,
-            f"\n{' '.join([comparison, *notes])}\n",
-            "SHA-256 of the shards; `grep -E '^[0-9a-f]{64}  ' README.md | sha256sum -c` checks them:\n",
-            "```",
-            *_checksums(sorted((folder / "data").iterdir())),
-            "```\n",
-        ]
+def _reader(form: str, options: Any) -> Reader:
+    if form == "hub":
+        columns = HubColumns(options.image_column, options.mask_column, options.text_column, options.category_column)
+        return partial(read_hub, columns=columns, subset=options.subset, cut_grey=options.cut_grey)
+    image_dir = _folder(options.image_dir)
+    if form == "folder":
+        columns = TableColumns(
+            options.image_column, options.mask_column, options.text_column, options.object_column, options.split_column
+        )
+        mask_dir, cut_grey = _folder(options.mask_dir), options.cut_grey
+        return lambda source, findings: read_mask_folder(
+            _existing(source), findings, columns, image_dir, mask_dir, cut_grey
+        )
+    if form == "labelme":
+        return lambda source, findings: read_labelme(_existing(source), findings, options.phrase_field, image_dir)
+    read = read_coco if form == "coco" else read_cvat
+    return lambda source, findings: read(
+        _existing(source),
+        findings,
+        PhraseMaker(options.phrase_field, options.template),
+        image_dir,
+        options.split_field,
     )
 
 
-def _checksums(paths: Sequence[Path]) -> list[str]:
-    """Lines as `sha256sum` writes them, the paths from the folder above."""
-    return [f"{sha256_of(path)}  {path.parent.name}/{path.name}" for path in paths]
+# The command line
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """The command line."""
-    parser = ArgumentParser(description="Turn a REFER dataset into one folder of Parquet files, images included.")
-    parser.add_argument("root", type=str, help="REFER folder: <root>/<dataset>/refs(<split_by>).p and instances.json")
+def _own_parser(what: str) -> ArgumentParser:
+    """The options that all forms of annotations share."""
+    parser = ArgumentParser(description=f"Prepare {what}.")
+    parser.add_argument("data", nargs="+", type=str, help=f"{what}; or SPLIT=PATH for each split")
+    parser.add_argument("--output", type=str, required=True, help="folder to make")
     parser.add_argument(
-        "--dataset", type=str, default="refcoco", help="refcoco, refcoco+, refcocog, grefcoco or the like"
-    )
-    parser.add_argument("--split_by", type=str, default="unc", help="whose split: unc, umd or google")
-    parser.add_argument(
-        "--image_dir", type=str | None, default=None, help="folder of the images; default: under the root"
+        "--val_share",
+        type=float | None,
+        default=None,
+        help=f"share of the images for validation; default: {VAL_SHARE}, or the splits of the data",
     )
     parser.add_argument(
         "--orientation",
@@ -251,18 +264,101 @@ def main(arguments: list[str] | None = None) -> None:
         default="by_source",
         help="which pixels masks are drawn on where an image has an orientation tag, see data.orientation",
     )
-    parser.add_argument("--output", type=str, required=True, help="folder to make")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--skip_unusable", action="store_true", help="leave out what cannot be used, and list it")
+    return parser
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    prepare_refer(
-        options.root,
-        options.output,
-        options.dataset,
-        options.split_by,
-        options.image_dir,
-        orientation=options.orientation,
+
+def _add_texts(parser: ArgumentParser, **helps: str) -> None:
+    for name, said in helps.items():
+        parser.add_argument(f"--{name}", type=str | None, default=None, help=said)
+
+
+def _refer_parser() -> ArgumentParser:
+    parser = ArgumentParser(description="Prepare a REFER dataset.")
+    parser.add_argument("root", type=str, help="REFER folder: <root>/<dataset>/refs(<split_by>).p and instances.json")
+    parser.add_argument(
+        "--dataset", type=str, default="refcoco", help="refcoco, refcoco+, refcocog, grefcoco or the like"
     )
+    parser.add_argument("--split_by", type=str, default="unc", help="whose split: unc, umd or google")
+    _add_texts(parser, image_dir="folder of the images; default: under the root")
+    parser.add_argument(
+        "--orientation",
+        type=Orientation,
+        default="by_source",
+        help="which pixels masks are drawn on where an image has an orientation tag, see data.orientation",
+    )
+    parser.add_argument("--output", type=str, required=True, help="folder to make")
+    return parser
+
+
+def preparation_parser() -> ArgumentParser:
+    """The options of the command."""
+    parser = ArgumentParser(description="Turn annotated images into one folder of Parquet files, images included.")
+    forms = parser.add_subcommands(dest="form")
+    forms.add_subcommand("refer", _refer_parser(), help="RefCOCO, RefCOCO+, RefCOCOg, gRefCOCO")
+
+    image_dir = "folder that names of images start from; default: beside the annotations, or in a folder images there"
+    phrase_field = "field or attribute of an annotation that holds its phrase, or a list of phrases"
+    template = "phrase of category and attributes, such as 'the {color} {category}'; default: the category"
+    for form, what, split_field, of in (
+        ("coco", "JSON files in COCO's form", "split", "field of an image"),
+        ("cvat", "XML files of CVAT for images 1.1", "subset", "attribute of an image"),
+    ):
+        own = _own_parser(what)
+        _add_texts(own, phrase_field=phrase_field, template=template, image_dir=image_dir)
+        own.add_argument("--split_field", type=str, default=split_field, help=f"{of} that names its split")
+        forms.add_subcommand(form, own, help=what)
+
+    own = _own_parser("folders of labelme's JSON files")
+    own.add_argument(
+        "--phrase_field",
+        type=Literal["label", "description"] | None,
+        default=None,
+        help="what holds the phrase; default: the description, or the label where there is none",
+    )
+    _add_texts(own, image_dir="folder that names of images start from; default: that of each JSON file")
+    forms.add_subcommand("labelme", own, help="folders of labelme's JSON files")
+
+    columns = {
+        "image_column": "column of images",
+        "mask_column": "column of masks",
+        "text_column": "column of phrases",
+    }
+    own = _own_parser("tables of phrases beside images and masks")
+    _add_texts(
+        own, **columns, image_dir=image_dir, mask_dir="folder of the masks; default: likewise, in a folder masks"
+    )
+    own.add_argument("--object_column", type=str, default="object", help="column of an object's number or colour")
+    own.add_argument("--split_column", type=str, default="split", help="column of an image's split")
+    cut_grey = "cut grey masks at half, instead of refusing them"
+    own.add_argument("--cut_grey", action="store_true", help=cut_grey)
+    forms.add_subcommand("folder", own, help="images, masks as image files, and a table of phrases")
+
+    own = _own_parser("data of `datasets`, folders or ids on the Hub")
+    _add_texts(own, **columns, category_column="column of categories", subset="configuration, where there are several")
+    own.add_argument("--cut_grey", action="store_true", help=cut_grey)
+    forms.add_subcommand("hub", own, help="data with columns of images, masks and texts")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    chosen = preparation_parser().parse_args(arguments)
+    form, options = chosen.form, chosen[chosen.form]
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if form == "refer":
+        prepare_refer(
+            options.root,
+            options.output,
+            options.dataset,
+            options.split_by,
+            options.image_dir,
+            orientation=options.orientation,
+        )
+    else:
+        reader = _reader(form, options)
+        prepare_own(options.data, reader, options.output, options.val_share, options.orientation, options.skip_unusable)
+        logger.info("Look at %s: is each mask where its phrase says?", Path(options.output) / "examples.png")
     logger.info("%s is ready: its README.md says what it holds.", options.output)
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,8 +13,10 @@ import pytest
 from builders import Folder, image_bytes, special_ids, tiny_tokenizer
 from conftest import REPOSITORY
 from documents import README, TEXTS, blocks, commands
+from own_annotations import coco_content, photos, write_coco, write_cvat, write_datasets, write_labelme, write_masks
 from transformers import CLIPConfig, CLIPModel, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
+from training.preparation import main as prepare
 from training.sources.asked_images import IMAGE_SUFFIXES
 from training.sources.hub_layouts import RowFolder
 from training.sources.images import open_image
@@ -93,11 +96,39 @@ def test_data(run):
     assert {folder.name for folder in (run.place / "prepared").iterdir()} == {
         *("refcoco", "refcoco+", "refcocog-umd", "refcocog-google", "grefcoco")
     }
-    (snippet,) = blocks("Your own data", "python")
+    (snippet,) = blocks("Rows from Python", "python")
     (run.place / "own_data.py").write_text(snippet)
     run("python own_data.py")
     (row,) = RowFolder(str(run.place / "mine")).read("val")
     assert row["sentences"] == ["left zebra", "the zebra drinking"] and open_image(row["image"]).size == (60, 40)
+
+
+def test_own_annotations(run, monkeypatch):
+    """From annotations in each form to a fine-tuned model."""
+    place = run.place / "annotated"
+    made = photos(10)
+    write_labelme(place / "labelme", made)
+    write_cvat(place / "cvat", made)
+    write_masks(place / "masks", made)
+    write_datasets(place / "hub", made)
+    write_coco(place / "coco", made)
+    for split, members in (("train", made[:7]), ("val", made[7:])):
+        (place / "coco" / f"{split}.json").write_text(json.dumps(coco_content(members)))
+
+    page = (REPOSITORY / "docs" / "own-data.md").read_text()
+    monkeypatch.chdir(run.place)
+    table = re.findall(r"^\| .*`python training/preparation.py (.*)` \|$", page, re.MULTILINE)
+    assert len(table) == 7
+    for command in table:
+        prepare(shlex.split(command))  # in this process: seven more would take most of their time to start
+        output = run.place / shlex.split(command)[-1]
+        folder = RowFolder(str(output))
+        assert sum(len(folder.read(split)) for split in ("train", "val")) == 20, command
+        assert (output / "examples.png").is_file()
+    first, train = commands("From ten annotated images to a model")
+    run(first)
+    run(f"{train} --optimization.epochs 1 --num_workers 0")
+    assert (run.place / "outputs" / "mine" / "model" / "model.safetensors").is_file()
 
 
 def test_train_use_and_evaluate(run):

@@ -19,6 +19,7 @@ from conftest import REFER_MINI, REPOSITORY, needs_refer_mini
 from PIL import ExifTags, Image
 
 from training import preparation
+from training.examples import prepared_folders
 from training.preparation import PUBLISHED_REFS, compare_with_published, main, prepare_refer
 from training.sources.images import open_image
 from training.sources.refer import REFER_FEATURES, load_refer
@@ -153,7 +154,7 @@ def test_a_missing_or_added_ref_or_split_is_a_difference(key, counts):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("No space left on device")])
 def test_an_interrupted_preparation_leaves_nothing(folder, tmp_path, monkeypatch, error):
-    write, written = preparation._write_shard, []
+    write, written = prepared_folders._write_shard, []
 
     def fail_at_the_third(rows, path):
         if len(written) == 2:
@@ -161,7 +162,7 @@ def test_an_interrupted_preparation_leaves_nothing(folder, tmp_path, monkeypatch
         write(rows, path)
         written.append(path)
 
-    monkeypatch.setattr(preparation, "_write_shard", fail_at_the_third)
+    monkeypatch.setattr(prepared_folders, "_write_shard", fail_at_the_third)
     with pytest.raises((KeyboardInterrupt, OSError)):
         prepare_refer(folder.root, tmp_path / "prepared" / "out")
     assert written and left_in(tmp_path / "prepared") == []
@@ -242,21 +243,21 @@ def run(*arguments: str, **options) -> subprocess.CompletedProcess:
 
 
 def test_the_command_takes_relative_paths(folder, tmp_path):
-    done = run("refer", "--output", "prepared/refcoco", cwd=tmp_path)
+    done = run("refer", "refer", "--output", "prepared/refcoco", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "published are 42404" in done.stderr
     assert_same_rows(datasets.load_dataset(str(tmp_path / "prepared/refcoco"), split="testA"), folder.load()["testA"])
 
 
 def test_the_command_says_in_one_line_what_is_wrong(folder, tmp_path):
-    done = run("refer", "--dataset", "refcoco+", "--output", "out", cwd=tmp_path)
+    done = run("refer", "refer", "--dataset", "refcoco+", "--output", "out", cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.startswith("error: ") and "refs found below" in done.stderr and "Traceback" not in done.stderr
 
 
 @needs_refer_mini
 def test_refer_mini_is_prepared_whole(tmp_path):
-    main([str(REFER_MINI), "--dataset", "refcoco", "--split_by", "unc", "--output", str(tmp_path / "mini")])
+    main(["refer", str(REFER_MINI), "--dataset", "refcoco", "--split_by", "unc", "--output", str(tmp_path / "mini")])
     text = (tmp_path / "mini" / "README.md").read_text()
     assert "| train | 858 | 2418 | 845 | 0 |" in text and "| val | 84 | 241 | 75 | 0 |" in text
     prepared = datasets.load_dataset(str(tmp_path / "mini"), split="val")

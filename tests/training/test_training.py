@@ -551,7 +551,7 @@ def test_a_pickle_that_names_code_ends_every_command_with_one_sentence(script, t
     options = {
         "train.py": ["--data.root", root, "--model.tokenizer", str(tmp_path / "tokenizer"), "--output_dir", output],
         "evaluation.py": [model, "--data.root", root, "--split", "val"],
-        "preparation.py": [root, "--output", output],
+        "preparation.py": ["refer", root, "--output", output],
     }
     monkeypatch.setattr(sys, "argv", [script, *options[script]])
     with pytest.raises(SystemExit, match=r"^error: .*refs\(unc\)\.p.* names .*pathlib"):

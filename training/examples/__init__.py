@@ -1,4 +1,4 @@
-"""Rows to batches: splits, drawn sentences, augmentation, streaming, the feature cache, copy-paste augmentation.
+"""Rows to batches: splits, drawn sentences, augmentation, streaming, prepared folders, the feature cache, copy-paste augmentation.
 
 May import `learning` and everything below it, never `scoring` or a command.
 """

@@ -18,7 +18,7 @@ from processing_sera.image_processing_sera import to_rgb_image
 from training.configuration import AugmentationSettings
 from training.examples.augmentation import augment
 from training.examples.draws import SET_COLUMN, weighted_draws
-from training.sources.images import coco_id, is_same_image, open_upright
+from training.sources.images import check_size, is_same_image, is_upright, open_upright
 from training.sources.masks import decode_mask
 
 
@@ -101,11 +101,9 @@ def refuse_one_id(*rows: dict) -> NoReturn:
 def is_drawn_upright(row: dict) -> bool:
     """Whether a row's mask is drawn on its image as viewers show it, whatever its orientation tag says.
 
-    The row's own `upright` tells, where the settings chose it. Otherwise COCO's images, known by their file names, are annotated as
-    they are stored, and all others as annotation programs show them: upright.
+    The row's own `upright` tells, where the settings chose it, otherwise the name of the image's file, see [`is_upright`].
     """
-    upright = row.get("upright")
-    return coco_id(row["image"]["path"]) is None if upright is None else upright
+    return is_upright(row["image"]["path"], row.get("upright"))
 
 
 def image_as_annotated(row: dict) -> Image.Image:
@@ -122,13 +120,8 @@ def open_as_annotated(row: dict) -> tuple[Image.Image, int]:
     """As [`image_as_annotated`], in the file's own mode, with the orientation tag that it had, 1 to 8."""
     upright = is_drawn_upright(row)
     image, tag = open_upright(row["image"], upright)
-    height, width = row["mask"]["size"]
-    if image.size != (width, height):
-        hint = ""
-        if tag >= 5 and image.size == (height, width):
-            hint = f" Its orientation tag is {tag}: data.orientation {'stored' if upright else 'upright'} would make them fit."
-        name = row["image"]["path"] or "without a file name"
-        raise ValueError(f"the image {name} is {image.width}×{image.height}, its mask {width}×{height} pixels.{hint}")
+    name = row["image"]["path"] or "without a file name"
+    check_size(name, (image.height, image.width), tuple(row["mask"]["size"]), tag, upright)
     return image, tag
 
 

@@ -12,15 +12,19 @@ from torch.optim.lr_scheduler import LambdaLR
 from modeling_sera.routing_sera import SeraAdapterRouter, SeraTopKRouter
 from training.configuration import OptimizationSettings
 
+TOWERS = ("model.vision.tower.", "model.text_tower.")  # names of their parameters begin so
+
 
 def build_optimizer(model: nn.Module, optimization: OptimizationSettings) -> Optimizer:
     """AdamW on everything that is trained, or Muon on the matrices and AdamW on the rest.
 
     Matrices and kernels decay, vectors (biases, norms, gains) do not. Routers are always AdamW's, in groups of their own with
     `optimization.router_rate` times the learning rate: Muon moves all directions of a matrix alike, and most inputs of a router
-    say nothing about the experts.
+    say nothing about the experts. The towers' parameters have groups of their own too, with `optimization.tower_rate` times the
+    learning rate.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    of_towers = {id(p) for name, p in model.named_parameters() if name.startswith(TOWERS)}
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     learning_rate, decay = (
         float(optimization.learning_rate),
@@ -30,21 +34,26 @@ def build_optimizer(model: nn.Module, optimization: OptimizationSettings) -> Opt
     routers = [module for module in model.modules() if isinstance(module, (SeraAdapterRouter, SeraTopKRouter))]
     of_routers = {id(p) for router in routers for p in router.parameters()}
     matrices = [p for p in trained if use_muon and p.ndim == 2 and id(p) not in embeddings | of_routers]
-    chosen = {id(p) for p in matrices} | of_routers
-    rest = [p for p in trained if id(p) not in chosen]
-    routing = [p for p in trained if id(p) in of_routers]
-    router_rate = learning_rate * float(optimization.router_rate)
-    adamw = torch.optim.AdamW(
-        [
-            {"params": [p for p in rest if p.ndim >= 2], "weight_decay": decay},
-            {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
-            {"params": [p for p in routing if p.ndim >= 2], "weight_decay": decay, "lr": router_rate},
-            {"params": [p for p in routing if p.ndim < 2], "weight_decay": 0.0, "lr": router_rate},
-        ],
-        lr=learning_rate,
-        fused=True,
+    chosen = {id(p) for p in matrices}
+    tower_rate, router_rate = (
+        learning_rate * float(factor) for factor in (optimization.tower_rate, optimization.router_rate)
     )
-    return JointOptimizer([Muon(matrices, lr=learning_rate, weight_decay=decay), adamw]) if use_muon else adamw
+    groups = []
+    for rate, members in (
+        (learning_rate, [p for p in trained if id(p) not in chosen | of_towers | of_routers]),
+        (tower_rate, [p for p in trained if id(p) in of_towers - chosen]),
+        (router_rate, [p for p in trained if id(p) in of_routers]),
+    ):
+        groups.append({"params": [p for p in members if p.ndim >= 2], "weight_decay": decay, "lr": rate})
+        groups.append({"params": [p for p in members if p.ndim < 2], "weight_decay": 0.0, "lr": rate})
+    adamw = torch.optim.AdamW(groups, lr=learning_rate, fused=True)
+    if not use_muon:
+        return adamw
+    orthogonalized = [
+        {"params": [p for p in matrices if id(p) not in of_towers], "lr": learning_rate},
+        {"params": [p for p in matrices if id(p) in of_towers], "lr": tower_rate},
+    ]
+    return JointOptimizer([Muon(orthogonalized, lr=learning_rate, weight_decay=decay), adamw])
 
 
 def cosine_schedule(optimizer: Optimizer, steps: int) -> LambdaLR:
@@ -67,10 +76,12 @@ class Muon(Optimizer):
     ITERATIONS = 5
     STEP_SIZE = 0.2  # root mean square of AdamW's steps, about
 
-    def __init__(self, matrices: list[nn.Parameter], *, lr: float, weight_decay: float = 0.0, momentum: float = 0.95):
+    def __init__(
+        self, matrices: list[nn.Parameter] | list[dict], *, lr: float, weight_decay: float = 0.0, momentum: float = 0.95
+    ):
         """
         Args:
-            matrices: Parameters of two dimensions.
+            matrices: Parameters of two dimensions, or groups of them.
             lr: Learning rate.
             weight_decay: Decoupled weight decay.
             momentum: Share of the running mean of the gradients that a step keeps; in [0, 1).

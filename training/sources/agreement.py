@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from training.sources.masks import encode_mask, polygon_points, run_lengths
+from training.sources.masks import encode_mask, polygon_points, run_lengths, segmentation_to_rle
 
 Box = Sequence[float]  # x, y, width, height in pixels
 
@@ -86,6 +86,42 @@ def describe_contradiction(agreement: Agreement, rle: Mapping[str, Any], box: Bo
     return f"{said}. {agreement.mistake}" if agreement.mistake else said
 
 
+def draw_checked(
+    segmentation: Any, height: int, width: int, box: Box | None = None, area: float | None = None
+) -> tuple[dict[str, Any], bool]:
+    """Draw an annotation's mask and compare it with the box and the area that stand beside it.
+
+    Args:
+        segmentation: Polygons or a run-length code, as `segmentation_to_rle` takes them.
+        height: Of the image in pixels.
+        width: Of the image in pixels.
+        box: x, y, width and height in pixels; None where there is none, and then nothing is compared.
+        area: Area in pixels, where it is known.
+
+    Returns:
+        The mask's code, and whether it agrees only roughly with what stands beside it.
+
+    Raises:
+        ValueError: Where the segmentation is malformed or the mask contradicts its box; the end of a sentence that begins with what
+            the annotation is called.
+    """
+    try:
+        rle = segmentation_to_rle(segmentation, height, width)
+    except ValueError as error:
+        raise ValueError(f"is malformed: {error}") from error
+    if box is None:
+        if not isinstance(segmentation, Mapping) and max(height, width) > 1 and _are_shares(segmentation):
+            raise ValueError(
+                "is malformed: its coordinates all lie between 0 and 1. They look like shares of the image's sides, and must be "
+                "pixels."
+            )
+        return rle, False
+    agreement = compare_mask(rle, box, area, segmentation)
+    if agreement.is_contradiction:
+        raise ValueError(f"contradicts itself: its mask {describe_contradiction(agreement, rle, box)}")
+    return rle, agreement.is_doubtful
+
+
 def union_box(boxes: Sequence[Box]) -> list[float]:
     """The smallest box around one or more boxes."""
     left, top = (min(box[axis] for box in boxes) for axis in (0, 1))
@@ -119,6 +155,10 @@ def _clipped(box: Box, height: int, width: int) -> list[float]:
     return [left, top, right - left, bottom - top] if right >= left and bottom >= top else [0, 0, 0, 0]
 
 
+def _are_shares(polygons: Any) -> bool:
+    return all(0 <= coordinate <= 1 for polygon in polygons for coordinate in polygon)
+
+
 def _find_mistake(segmentation: Any, measured: Box, box: Box, height: int, width: int) -> str:
     """The mistake that, undone, makes mask and box agree; "" where none does."""
     corners = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
@@ -142,4 +182,4 @@ def _find_mistake(segmentation: Any, measured: Box, box: Box, height: int, width
     return ""
 
 
-__all__ = ["Agreement", "Box", "compare_mask", "describe_contradiction", "union_box"]
+__all__ = ["Agreement", "Box", "compare_mask", "describe_contradiction", "draw_checked", "union_box"]

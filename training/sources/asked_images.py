@@ -35,7 +35,7 @@ TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
 IMAGE_COLUMNS = ("image", "file_name", "file", "path", "image_path", "jpg", "jpeg", "png", "webp")
 TEXT_COLUMNS = ("expressions", "expression", "phrases", "phrase", "sentences", "sentence", "text", "caption", "txt")
 KEY_COLUMNS = ("__key__", "key", "image_id", "file_name", "id")
-_SAVED = ("dataset_info.json", "dataset_dict.json")  # what `datasets` writes beside its Arrow files
+SAVED_FILES = ("dataset_info.json", "dataset_dict.json")  # what `datasets` writes beside its Arrow files
 _TAR_MEMBER = re.compile(
     r"((?:.*/)?[^./][^./]*)\.[^/]*"
 )  # of WebDataset: the key, up to the first point of the file's name
@@ -114,7 +114,7 @@ def open_asked_images(
     """
     place = Path(data).expanduser()
     if place.is_dir():
-        if any((place / name).is_file() for name in _SAVED):
+        if any((place / name).is_file() for name in SAVED_FILES):
             return _Saved(place, expressions, columns, split, limit)
         if next(place.rglob("*.parquet"), None) or next(place.rglob("*.tar"), None):
             return _Streamed(datasets.load_dataset_builder(str(place)), place, expressions, columns, split, limit)
@@ -209,13 +209,13 @@ class _Table(AskedImages):
             reason = "it has no rows" if "corresponds to no data" in str(error) else error.__cause__ or error
             raise ValueError(f"The table {path} cannot be read: {reason}") from error
         names = self.table.column_names
-        image = _find_column("image", columns.image, IMAGE_COLUMNS, names, str(path))
-        self.text = _find_column("phrases", columns.text, TEXT_COLUMNS, names, str(path))
+        image = find_column("image", columns.image, IMAGE_COLUMNS, names, str(path))
+        self.text = find_column("phrases", columns.text, TEXT_COLUMNS, names, str(path))
         if {image, self.text} - set(names):
             raise ValueError(
                 f"{path} has no column {({image, self.text} - set(names)).pop()!r}; it has {', '.join(names)}."
             )
-        self.key = columns.key and _find_column("key", columns.key, (), names, str(path))
+        self.key = columns.key and find_column("key", columns.key, (), names, str(path))
         # rows about one image are brought together; images keep the order of their first row
         encoded = pc.dictionary_encode(self.table.data.column(image), null_encoding="encode").combine_chunks()
         self.files, codes = encoded.dictionary, encoded.indices.to_numpy(zero_copy_only=False)
@@ -237,7 +237,7 @@ class _Table(AskedImages):
             name = self.files[row].as_py()
             image = {"path": str(self.folder / name), "bytes": None} if name else None
             key = (name or "") if self.key is None else str(rows[self.key][0])
-            yield AskedImage(key, image, [expression for value in rows[self.text] for expression in _texts(value)])
+            yield AskedImage(key, image, [expression for value in rows[self.text] for expression in texts_of(value)])
 
 
 class _RowReader:
@@ -254,9 +254,9 @@ class _RowReader:
         typed = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
         names = list(features)
         self.folder, self.expressions = folder, expressions
-        self.image = _find_column("image", columns.image, (*typed[:1], *IMAGE_COLUMNS), names, name)
-        self.text = expressions is None and _find_column("phrases", columns.text, TEXT_COLUMNS, names, name)
-        self.key = columns.key and _find_column("key", columns.key, (), names, name)
+        self.image = find_column("image", columns.image, (*typed[:1], *IMAGE_COLUMNS), names, name)
+        self.text = expressions is None and find_column("phrases", columns.text, TEXT_COLUMNS, names, name)
+        self.key = columns.key and find_column("key", columns.key, (), names, name)
         self.key = self.key or next((key for key in KEY_COLUMNS if key in names and key != self.image), None)
         found = (_root(column, names) for column in (self.image, self.text, self.key) if column)
         self.needed = list(dict.fromkeys(found))
@@ -267,14 +267,14 @@ class _RowReader:
             row: The row.
             number: Its image's key where the row has no other.
         """
-        image = _as_image(_field(row, self.image), self.folder)
-        key = _field(row, self.key) if self.key else (image or {}).get("path")
+        image = as_image(field_of(row, self.image), self.folder)
+        key = field_of(row, self.key) if self.key else (image or {}).get("path")
         if self.expressions is not None:
             texts = list(self.expressions)
         elif self.text == "txt" or self.text.endswith(".txt"):  # a text file in a tar: one phrase on a line
-            texts = [line for line in str(_field(row, self.text) or "").splitlines() if line.strip()]
+            texts = [line for line in str(field_of(row, self.text) or "").splitlines() if line.strip()]
         else:
-            texts = _texts(_field(row, self.text))
+            texts = texts_of(field_of(row, self.text))
         return AskedImage(number if key is None else str(key), image, texts)
 
 
@@ -293,7 +293,7 @@ class _Saved(AskedImages):
         if isinstance(saved, datasets.DatasetDict):
             saved = saved[_find_split(list(saved), split, str(folder))]
         self.read_row = _RowReader(saved.features, expressions, columns, folder, str(folder))
-        self.rows = _without_decoding(saved.select_columns(self.read_row.needed))
+        self.rows = without_decoding(saved.select_columns(self.read_row.needed))
         self.length = min(len(saved), limit or len(saved))
         super().__init__({"fingerprint": saved._fingerprint, "images": self.length}, shards=1)
 
@@ -324,7 +324,7 @@ class _Streamed(AskedImages):
         stream = builder.as_streaming_dataset(split=split)
         features = stream.features or dict.fromkeys(next(iter(stream.take(1)), {}))
         self.read_row = _RowReader(features, expressions, columns, folder, name)
-        self.stream = _without_decoding(stream.select_columns(self.read_row.needed))
+        self.stream = without_decoding(stream.select_columns(self.read_row.needed))
         self.limit = limit
         if limit is not None:
             self.stream = self.stream.take(limit)
@@ -367,13 +367,25 @@ def _count_rows(file: str) -> int | None:
     return None
 
 
-def _find_column(what: str, given: str | None, known: Sequence[str], names: Sequence[str], data: str) -> str:
+def find_column(what: str, given: str | None, known: Sequence[str], names: Sequence[str], data: str) -> str:
+    """The name of a column: the given one, or the first of the known ones that is there.
+
+    Args:
+        what: What the column holds: "image", "phrases", "key" or "mask".
+        given: The name that was asked for.
+        known: Names that it is found by.
+        names: Of the columns that are there.
+        data: What messages call the data.
+
+    Raises:
+        ValueError: Where there is no such column.
+    """
     if given is not None and _root(given, names) in names:
         return given
     found = None if given is not None else next((name for name in known if name in names), None)
     if found is None:
         asked = f"no column {given!r}" if given is not None else f"no column that is known to hold the {what}"
-        option = {"image": "--image_column", "phrases": "--text_column, or give --phrases", "key": "--key_column"}[what]
+        option = {"phrases": "--text_column"}.get(what, f"--{what}_column")
         raise ValueError(f"{data} has {asked}; it has {', '.join(names)}. Name one with {option}.")
     return found
 
@@ -392,15 +404,17 @@ def _find_split(names: list[str], split: str | None, data: str) -> str:
     return split
 
 
-def _without_decoding(rows: Any) -> Any:
+def without_decoding(rows: Any) -> Any:
     """The rows with images as they are stored: what does not decode is told of one image, not of all."""
     for column, feature in (rows.features or {}).items():
         if isinstance(feature, datasets.Image):
             rows = rows.cast_column(column, datasets.Image(decode=False))
+        elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
+            rows = rows.cast_column(column, datasets.List(datasets.Image(decode=False)))
     return rows
 
 
-def _field(row: Mapping[str, Any], column: str) -> Any:
+def field_of(row: Mapping[str, Any], column: str) -> Any:
     """The value of a column, or, of "column.field", of a field in it."""
     if column in row:
         return row[column]
@@ -410,16 +424,16 @@ def _field(row: Mapping[str, Any], column: str) -> Any:
     return value
 
 
-def _texts(value: Any) -> list[str]:
+def texts_of(value: Any) -> list[str]:
     """The expressions in a cell: a text, a number, a list of them; none in an empty cell."""
     if value is None:
         return []
     if isinstance(value, (list, tuple, np.ndarray)):
-        return [text for item in value for text in _texts(item)]
+        return [text for item in value for text in texts_of(item)]
     return [str(value)]
 
 
-def _as_image(value: Any, folder: Path | None) -> dict[str, Any] | None:
+def as_image(value: Any, folder: Path | None) -> dict[str, Any] | None:
     """What a cell says of an image, as {"path", "bytes"}; paths start from the folder of the data."""
     if isinstance(value, bytes):
         return {"path": None, "bytes": value}
@@ -448,4 +462,17 @@ def with_bytes(image: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"the image {image['path']} cannot be fetched: {error}") from error
 
 
-__all__ = ["FOUND_BY_NAME", "AskedImage", "AskedImages", "Columns", "open_asked_images", "with_bytes"]
+__all__ = [
+    "FOUND_BY_NAME",
+    "SAVED_FILES",
+    "AskedImage",
+    "AskedImages",
+    "Columns",
+    "as_image",
+    "field_of",
+    "find_column",
+    "open_asked_images",
+    "texts_of",
+    "with_bytes",
+    "without_decoding",
+]

@@ -16,10 +16,10 @@ import datasets
 import numpy as np
 
 from training.sources.agreement import compare_mask, describe_contradiction
-from training.sources.images import coco_id, open_image
+from training.sources.images import coco_id, find_image, open_image
 from training.sources.masks import decode_mask, merge_rles, segmentation_to_rle
 from training.sources.refer import REFER_FEATURES
-from training.sources.row_checks import check_rows
+from training.sources.row_checks import check_rows, check_sentences
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ class RowFolder:
     def _path_of(self, path: str) -> str:
         folder = Path(str(self.image_dir)).expanduser().absolute()
         try:
-            return str(_find_image(path, folder))
+            return str(find_image(path, [folder]))
         except ValueError:
             return str(folder / path)
 
@@ -204,8 +204,7 @@ def _convert_batch(
 def _make_row(image: Row, image_id: int, ref_id: int, sentences: Any, mask: Row, box: list[float], **known: Any) -> Row:
     """A row of REFER_FEATURES but for its `sentence_kinds`; `known` replaces what most layouts do not hold."""
     sentences = [sentences] if isinstance(sentences, str) else sentences
-    if not sentences or not all(isinstance(sentence, str) and sentence.strip() for sentence in sentences):
-        raise ValueError(f"its sentences must be texts, one or more, got {sentences!r}")
+    check_sentences(sentences)
     row = {
         "image": image,
         "image_id": image_id,
@@ -259,7 +258,8 @@ def _from_lmms_lab(row: Row, number: int, image_dir: str | None) -> list[Row]:
 
 def _from_jxu124(row: Row, number: int, image_dir: str | None) -> list[Row]:
     """jxu124/refcoco and the like: one ref; `raw_anns` or `anns` its annotation in COCO's form, `bbox` by two corners."""
-    image = {"path": str(_find_image(row["image_path"], Path(str(image_dir)).expanduser().absolute())), "bytes": None}
+    folder = Path(str(image_dir)).expanduser().absolute()
+    image = {"path": str(find_image(row["image_path"], [folder])), "bytes": None}
     annotations = _parsed(row, "raw_anns", "anns")
     annotations = [annotations] if isinstance(annotations, Mapping) else annotations
     sentences = _parsed(row, "raw_sentences", "sentences")
@@ -288,16 +288,6 @@ def _parsed(row: Row, *columns: str) -> Any:
     if value is None:
         raise ValueError(f"it has no {' or '.join(columns)}")
     return json.loads(value) if isinstance(value, str) else value
-
-
-def _find_image(path: str, folder: Path) -> Path:
-    """An image below `folder`, by its whole path there or by as much of the end as it takes."""
-    parts = Path(path).parts
-    candidates = [folder.joinpath(*parts[i:]) for i in range(len(parts))]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
-    raise ValueError(f"the image {candidates[0]} does not exist")
 
 
 def _from_moondream(row: Row, number: int, image_dir: str | None) -> list[Row]:

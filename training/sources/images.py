@@ -4,7 +4,7 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,59 @@ def is_same_image(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 @cache
 def _file_hash(path: str, size: int, modified: int) -> str:
     return sha256_of(Path(path))
+
+
+def find_image(name: str, folders: Sequence[Path], what: str = "image") -> Path:
+    """An image in one of the folders, by its whole path there or by as much of the end as it takes; "\\" separates as "/" does.
+
+    Raises:
+        ValueError: Where there is none; messages call it `what`.
+    """
+    if not name:
+        raise ValueError(f"it names no {what}")
+    parts = name.replace("\\", "/").split("/")
+    tails = ["/".join(parts[i:]) for i in range(len(parts))]
+    for tail in tails:
+        for folder in folders:
+            if tail and (candidate := folder / tail).is_file():
+                return candidate
+    raise ValueError(f"the {what} {folders[0] / name} does not exist")
+
+
+def is_upright(path: str | None, upright: bool | None) -> bool:
+    """Whether a mask is drawn on its image as viewers show it, whatever the orientation tag says.
+
+    Args:
+        path: Of the image. COCO's images, known by their file names, are annotated as they are stored; all others as annotation
+            programs show them, upright.
+        upright: What was chosen; None: as the path says.
+    """
+    return coco_id(path) is None if upright is None else upright
+
+
+def check_size(
+    name: str, image: tuple[int, int], mask: tuple[int, int], tag: int, upright: bool, what: str = "mask"
+) -> None:
+    """`ValueError` where an image is of another size than what was drawn on it, with the mistake that it looks like.
+
+    Args:
+        name: Of the image.
+        image: Its height and width in pixels, as `open_upright` gave it.
+        mask: Height and width of its mask.
+        tag: Orientation tag of its file.
+        upright: Whether it was turned as the tag says.
+        what: What messages call the mask.
+    """
+    if image == mask:
+        return
+    (height, width), hint = mask, ""
+    if image == mask[::-1]:
+        hint = f" Height and width look swapped: the {what} may be transposed."
+        if tag >= 5:
+            hint = f" Its orientation tag is {tag}: data.orientation {'stored' if upright else 'upright'} would make them fit."
+    elif abs(image[0] * width - image[1] * height) <= max(*image, *mask):
+        hint = f" The image looks resized: the {what} is {width / image[1]:.3g} times as large."
+    raise ValueError(f"the image {name} is {image[1]}×{image[0]}, its {what} {width}×{height} pixels.{hint}")
 
 
 def open_upright(value: Mapping[str, Any], upright: bool) -> tuple[PIL.Image.Image, int]:

@@ -16,8 +16,8 @@ import datasets
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from training.sources.agreement import compare_mask, describe_contradiction
-from training.sources.masks import encode_mask, merge_rles, segmentation_to_rle
+from training.sources.agreement import draw_checked
+from training.sources.masks import encode_mask, merge_rles
 from training.sources.refer_records import (
     Instances,
     is_id,
@@ -207,16 +207,12 @@ def _build_row(
     annotations = [instances["annotations"][ann_id] for ann_id in targets]
     rles = [] if targets else [encode_mask(np.zeros((height, width), dtype=bool))]
     for annotation in annotations:
-        segmentation = annotation.get("segmentation")
+        shape, box, area = annotation.get("segmentation"), annotation["bbox"], annotation.get("area")
         try:
-            rle = segmentation_to_rle(segmentation, height, width)
+            rle, is_doubtful = draw_checked(shape, height, width, box, area)
         except ValueError as error:
-            raise ValueError(f"its annotation {annotation['id']} is malformed: {error}") from error
-        agreement = compare_mask(rle, annotation["bbox"], annotation.get("area"), segmentation)
-        if agreement.is_contradiction:
-            reason = describe_contradiction(agreement, rle, annotation["bbox"])
-            raise ValueError(f"its annotation {annotation['id']} contradicts itself: its mask {reason}")
-        if agreement.is_doubtful:
+            raise ValueError(f"its annotation {annotation['id']} {error}") from error
+        if is_doubtful:
             doubtful[annotation["id"]] = None
         rles.append(rle)
     mask = merge_rles(rles)

@@ -7,7 +7,7 @@ import copyreg
 import io
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -105,8 +105,11 @@ def load_refs(path: Path) -> list[dict[str, Any]]:
     return refs
 
 
-def load_instances(path: Path) -> Instances:
-    """Reads instances.json; raises ValueError naming the file when it is something else, or when two records have one id."""
+def load_instances(path: Path, optional: Collection[str] = ()) -> Instances:
+    """Reads a COCO file such as instances.json; an `optional` list that is not there is empty.
+
+    Raises ValueError naming the file when it is something else, or when two records have one id.
+    """
     tables = ("images", "annotations", "categories")
     try:
         content = json.loads(path.read_bytes())
@@ -114,7 +117,8 @@ def load_instances(path: Path) -> Instances:
         raise ValueError(f"{path} is not JSON with lists of images, annotations and categories: {error}") from error
     instances: Instances = {}
     for table in tables:
-        records = content.get(table) if isinstance(content, dict) else None
+        absent = [] if table in optional else None
+        records = content.get(table, absent) if isinstance(content, dict) else None
         if not isinstance(records, list):
             raise ValueError(
                 f"{path} is not JSON with lists of images, annotations and categories: there is no list {table}"
@@ -162,7 +166,7 @@ def ref_problem(ref: dict[str, Any], instances: Instances) -> str | None:
         return f"its ann_id must be an integer or a list of integers, got {shown(given)}"
     if not isinstance(ref.get("no_target"), (bool, type(None))):
         return f"its no_target must be true or false, got {shown(ref['no_target'])}"
-    problem = _image_problem(ref["image_id"], instances)
+    problem = image_problem(ref["image_id"], instances)
     if problem is not None:
         return problem
     targets = target_ids(ref)
@@ -172,15 +176,15 @@ def ref_problem(ref: dict[str, Any], instances: Instances) -> str | None:
     return next((problem for problem in problems if problem is not None), _sentence_problem(ref))
 
 
-def _image_problem(image_id: int, instances: Instances) -> str | None:
-    """Says why an image's record cannot be used, or None."""
+def image_problem(image_id: int, instances: Instances, file: str = "instances.json") -> str | None:
+    """Says why an image's record in a file of this name cannot be used, or None."""
     image = instances["images"].get(image_id)
     if image is None:
-        return f"its image {image_id} is missing in instances.json"
+        return f"its image {image_id} is missing in {file}"
     has_size = all(is_id(image.get(side)) and image[side] > 0 for side in ("height", "width"))
     if not has_size or not is_text(image.get("file_name")):
         fields = {key: image.get(key) for key in ("file_name", "height", "width")}
-        return f"its image {image_id} needs file_name, height and width in instances.json, got {shown(fields)}"
+        return f"its image {image_id} needs file_name, height and width in {file}, got {shown(fields)}"
     if image["height"] * image["width"] > MAX_PIXELS:
         return f"its image {image_id} has {image['height']} x {image['width']} pixels, more than {MAX_PIXELS:,}"
     return None
@@ -193,17 +197,23 @@ def _annotation_problem(ann_id: int, image_id: int, instances: Instances) -> str
         return f"its annotation {ann_id} is missing in instances.json"
     if not is_id(annotation.get("image_id")) or annotation["image_id"] != image_id:
         return f"it is about image {image_id}, its annotation {ann_id} about {shown(annotation.get('image_id'))}"
-    category_id, box, area = annotation.get("category_id"), annotation.get("bbox"), annotation.get("area")
+    category_id = annotation.get("category_id")
     category = instances["categories"].get(category_id) if is_id(category_id) else None
     if category is None or not is_text(category.get("name")):
         return (
             f"the category {shown(category_id)} of its annotation {ann_id} is missing in instances.json, or has no name"
         )
+    return box_problem(annotation, f" of its annotation {ann_id}")
+
+
+def box_problem(annotation: Mapping[str, Any], whose: str = "") -> str | None:
+    """Says what is wrong with an annotation's bbox or area, which messages call "the bbox" and `whose`, or None."""
+    box, area = annotation.get("bbox"), annotation.get("area")
     is_box = isinstance(box, list) and len(box) == 4 and all(map(is_number, box))
     if not is_box or min(box[2:]) < 0:
-        return f"the bbox of its annotation {ann_id} must be 4 finite numbers [x, y, width, height], got {shown(box)}"
+        return f"the bbox{whose} must be 4 finite numbers [x, y, width, height], got {shown(box)}"
     if area is not None and not is_number(area, lowest=0):
-        return f"the area of its annotation {ann_id} must be a finite number from 0 on, got {shown(area)}"
+        return f"the area{whose} must be a finite number from 0 on, got {shown(area)}"
     return None
 
 
@@ -224,6 +234,8 @@ def _sentence_problem(ref: dict[str, Any]) -> str | None:
 
 __all__ = [
     "Instances",
+    "box_problem",
+    "image_problem",
     "is_id",
     "is_number",
     "is_text",

@@ -54,11 +54,26 @@ def count_doubtful(rows: datasets.Dataset) -> int:
     return sum(compare_mask(mask, union_box(boxes)).is_doubtful for mask, boxes in pairs if boxes)
 
 
+def check_sentences(sentences: Any) -> None:
+    """`ValueError` where sentences are not texts, one or more."""
+    if not sentences or not all(map(is_text, sentences)):
+        raise ValueError(f"its sentences must be texts, one or more, got {shown(sentences)}")
+
+
+def check_target(mask: Mapping[str, Any], no_target: bool | None) -> None:
+    """`ValueError` where a mask is damaged, has no pixel and a target, or has pixels and no target."""
+    is_empty = not mask_area(mask)
+    if is_empty != bool(no_target):
+        raise ValueError(
+            f"its mask has {'no pixel' if is_empty else 'pixels'} and no_target is {no_target}: no_target is true where the "
+            "sentences mean nothing in the image, and only there"
+        )
+
+
 def _is_doubtful(row: Mapping[str, Any]) -> bool:
     """Whether a row's mask agrees only roughly with its boxes; `ValueError` where the row cannot be used."""
     sentences = row["sentences"]
-    if not sentences or not all(map(is_text, sentences)):
-        raise ValueError(f"its sentences must be texts, one or more, got {shown(sentences)}")
+    check_sentences(sentences)
     for column in ("sentence_ids", "sentence_kinds"):
         values = row[column]
         if values is None or len(values) != len(sentences) or None in values:
@@ -66,14 +81,9 @@ def _is_doubtful(row: Mapping[str, Any]) -> bool:
     mask = row["mask"]
     if mask is None:
         raise ValueError("it has no mask")
-    is_empty = not mask_area(mask)
-    if is_empty != bool(row["no_target"]):
-        raise ValueError(
-            f"its mask has {'no pixel' if is_empty else 'pixels'} and no_target is {row['no_target']}: no_target is true where the "
-            "sentences mean nothing in the image, and only there"
-        )
+    check_target(mask, row["no_target"])
     boxes = row["boxes"]
-    if is_empty or not boxes:
+    if row["no_target"] or not boxes:
         return False
     for box in boxes:
         if box is None or len(box) != 4 or not all(map(is_number, box)) or min(box[2:]) < 0:
@@ -84,4 +94,4 @@ def _is_doubtful(row: Mapping[str, Any]) -> bool:
     return agreement.is_doubtful
 
 
-__all__ = ["check_rows", "count_doubtful"]
+__all__ = ["check_rows", "check_sentences", "check_target", "count_doubtful"]

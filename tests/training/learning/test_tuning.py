@@ -160,6 +160,19 @@ def test_routers_are_adamws_at_a_rate_of_their_own(name):
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_towers_learn_at_a_rate_of_their_own(name):
+    model = make_model()
+    apply_tuning(model, vision="full", text="norm_bias")
+    settings = OptimizationSettings(optimizer=name, learning_rate=1e-2, router_rate=0.3, tower_rate=0.1)
+    rates = {id(p): group["lr"] for group in build_optimizer(model, settings).param_groups for p in group["params"]}
+    towers = {id(p) for tower in (model.model.vision.tower, model.model.text_tower) for p in tower.parameters()}
+    for parameter_name, p in model.named_parameters():
+        if p.requires_grad:
+            factor = 0.1 if id(p) in towers else 0.3 if ".router." in parameter_name else 1.0
+            assert rates[id(p)] == pytest.approx(factor * 1e-2), parameter_name
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_an_optimizer_goes_on_from_its_saved_state(name, tmp_path):
     def start() -> tuple[nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
         model = make_model()  # in eval mode, so that nothing is drawn
