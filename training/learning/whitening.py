@@ -34,7 +34,7 @@ def whiten_projections(model: SeraForReferringSegmentation, states: Tensor, size
         for layer in read:
             handle = layer.register_forward_pre_hook(lambda layer, inputs: read[layer].append(inputs[0].flatten(0, 1)))
             hooks.callback(handle.remove)
-        text = torch.tensor([[model.config.text_config.bos_token_id, model.config.text_config.eos_token_id]])
+        text = model.config.text_family.blank()
         for part in states.split(BATCH):
             pixels = torch.zeros(1, 1, 1, 1).expand(len(part), 3, *size)
             model(pixels, text.expand(len(part), -1), image_states=part.float())
