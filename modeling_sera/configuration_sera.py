@@ -3,11 +3,14 @@
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+from .text_towers_sera import TEXT_FAMILIES, SeraTextFamily
+from .vision_towers_sera import VISION_FAMILIES, SeraVisionFamily
 
 PIPELINE_TASKS = ("image-segmentation", "referring-image-segmentation")
 PIPELINE_CLASS = "pipeline_sera.ReferringImageSegmentationPipeline"  # in a file that the processor's code brings along
-TOWER_TYPES = {"vision": ("dinov2", "dinov2_with_registers"), "text": ("clip_text_model",)}
+FAMILIES = {"vision": VISION_FAMILIES, "text": TEXT_FAMILIES}  # what SERA knows of towers, by their `model_type`
 DEFAULT_TOWERS = {
     "vision_config": {
         "model_type": "dinov2_with_registers",
@@ -29,14 +32,16 @@ class SeraConfig(PreTrainedConfig):
 
     Args:
         vision_config (`dict` or `PreTrainedConfig`, *optional*):
-            A `dinov2` or `dinov2_with_registers` configuration. Default: DINOv2-B/14 with registers.
+            A configuration of a type in `VISION_FAMILIES`: `dinov2`, `dinov2_with_registers` or `dinov3_vit`. Default:
+            DINOv2-B/14 with registers.
         text_config (`dict` or `PreTrainedConfig`, *optional*):
-            A `clip_text_model` configuration. Default: CLIP-B.
+            A configuration of a type in `TEXT_FAMILIES`: `clip_text_model`, `siglip_text_model`, `siglip2_text_model` or
+            `bert`. Default: CLIP-B.
         image_size (`int`, *optional*, defaults to 448):
-            Side in pixels that the model is meant for; the processor that training builds letterboxes to it. Any image
-            whose sides are multiples of the patch works.
+            Side in pixels that the model is meant for, a multiple of the vision tower's patch; the processor that training
+            builds letterboxes to it. Any image whose sides are multiples of the patch works.
         projection_dim (`int`, *optional*, defaults to 512):
-            Length of the sentence feature, the projected end-of-text feature.
+            Length of the sentence feature, the projection of the text tower's (CLIP: of the end-of-text token's feature).
         adapter_layers (`list[int]`, *optional*):
             Blocks, counted from 0, that carry a SERA-Adapter. Default: six spread evenly (1, 3, 5, 7, 9, 11 of 12 blocks;
             2, 6, 10, 14, 18, 22 of 24), half as many as blocks in towers of fewer than twelve. `[]` means none.
@@ -136,7 +141,7 @@ class SeraConfig(PreTrainedConfig):
             setattr(self, name, given)
         self._validate_tower_types()
         super().__post_init__(**kwargs)
-        depth = self.vision_config.num_hidden_layers
+        depth = self.vision_family.depth
         if self.adapter_layers is None:
             count = 6 if depth >= 12 else max(depth // 2, 1)
             step = depth // count
@@ -182,15 +187,21 @@ class SeraConfig(PreTrainedConfig):
             )
 
     def _validate_tower_types(self):
-        for tower, types in TOWER_TYPES.items():
+        for tower, families in FAMILIES.items():
             kind = getattr(getattr(self, f"{tower}_config"), "model_type", None)
-            if kind not in types:
+            if kind not in families:
                 raise ValueError(
-                    f"{tower}_config is a {kind!r} configuration; SERA takes {' or '.join(map(repr, types))}."
+                    f"{tower}_config is a {kind!r} configuration; SERA takes {' or '.join(map(repr, families))}."
                 )
 
     def _validate_towers(self):
-        depth = self.vision_config.num_hidden_layers
+        self.vision_family.check()
+        self.text_family.check()
+        if self.image_size < 1 or self.image_size % self.patch_size:
+            raise ValueError(
+                f"image_size is {self.image_size}; it must be a multiple of the vision tower's patch, {self.patch_size}."
+            )
+        depth = self.vision_family.depth
         if self.adapter_layers is not None and not all(0 <= i < depth for i in self.adapter_layers):
             raise ValueError(
                 f"adapter_layers {self.adapter_layers} must lie in 0..{depth - 1}: the vision tower has {depth} blocks."
@@ -235,8 +246,17 @@ class SeraConfig(PreTrainedConfig):
     @property
     def patch_size(self) -> int:
         """Side in pixels of the vision tower's (square) patches."""
-        patch = self.vision_config.patch_size
-        return patch if isinstance(patch, int) else patch[0]
+        return self.vision_family.patch_size
+
+    @property
+    def vision_family(self) -> SeraVisionFamily:
+        """What SERA knows of the vision tower."""
+        return VISION_FAMILIES[self.vision_config.model_type](self.vision_config)
+
+    @property
+    def text_family(self) -> SeraTextFamily:
+        """What SERA knows of the text tower."""
+        return TEXT_FAMILIES[self.text_config.model_type](self.text_config)
 
     @classmethod
     def tiny(cls, **overrides) -> "SeraConfig":
@@ -244,7 +264,7 @@ class SeraConfig(PreTrainedConfig):
 
         Args:
             **overrides: Any field of the configuration; `vision_config` and `text_config` are dicts that update the tiny
-                towers' own values.
+                towers' own values. Their `model_type` may be any that SERA takes.
         """
         vision = {
             "model_type": "dinov2_with_registers",
@@ -252,10 +272,11 @@ class SeraConfig(PreTrainedConfig):
             "num_hidden_layers": 4,
             "num_attention_heads": 4,
             "mlp_ratio": 2,
+            "intermediate_size": 64,
             "image_size": 56,
             "patch_size": 14,
             "num_register_tokens": 2,
-        } | overrides.pop("vision_config", {})
+        }
         text = {
             "model_type": "clip_text_model",
             "hidden_size": 32,
@@ -267,7 +288,11 @@ class SeraConfig(PreTrainedConfig):
             "bos_token_id": 998,
             "eos_token_id": 999,
             "pad_token_id": 999,
-        } | overrides.pop("text_config", {})
+        }
+        vision, text = (
+            _changed(values, overrides.pop(f"{tower}_config", {}))
+            for tower, values in (("vision", vision), ("text", text))
+        )
         small = {
             "image_size": 56,
             "projection_dim": 24,
@@ -282,6 +307,14 @@ class SeraConfig(PreTrainedConfig):
             "decoder_ffn_dim": 64,
         }
         return cls(vision_config=vision, text_config=text, **(small | overrides))
+
+
+def _changed(values: dict, changes: dict) -> dict:
+    """A tiny tower's values with some changed, and without those that a tower of its type does not have."""
+    kind = changes.get("model_type", values["model_type"])
+    if kind not in CONFIG_MAPPING:
+        return values | changes  # which is refused
+    return {name: value for name, value in values.items() if hasattr(CONFIG_MAPPING[kind], name)} | changes
 
 
 __all__ = ["SeraConfig"]

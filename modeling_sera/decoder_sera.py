@@ -76,9 +76,7 @@ class SeraDecoderLayer(nn.Module):
         self.self_norm = nn.LayerNorm(dim)
         self.self_attention = SeraAttention(config, dim=dim, num_heads=heads)
         self.text_norm = nn.LayerNorm(dim)
-        self.text_attention = SeraAttention(
-            config, dim=dim, num_heads=heads, context_dim=config.text_config.hidden_size
-        )
+        self.text_attention = SeraAttention(config, dim=dim, num_heads=heads, context_dim=config.text_family.width)
         self.ffn_norm = nn.LayerNorm(dim)
         self.ffn = SeraFeedForward(dim, config.decoder_ffn_dim)
         self.dropout = nn.Dropout(config.decoder_dropout)

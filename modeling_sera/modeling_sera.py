@@ -8,14 +8,14 @@ from os import PathLike
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .adapter_sera import SeraAdapterBoundaryExpert, SeraUpProjection
 from .checks_sera import check_batch, check_finite, check_requested_outputs
-from .configuration_sera import TOWER_TYPES, SeraConfig
+from .configuration_sera import FAMILIES, SeraConfig
 from .decoder_sera import SeraMaskDecoder, SeraMerge, SeraOpenGate, SeraSentenceGate
 from .fusion_sera import SeraFixedFilters, SeraFusion, SeraFusionView, SeraSpatialExpert
 from .layers_sera import SeraConvUnit, SeraSampleNorm, SeraSampleStatistics
@@ -154,12 +154,7 @@ class SeraPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: For new tokens in a tower that would take one for the end of the text.
         """
-        text_config = self.config.text_config
-        if text_config.eos_token_id == 2 and (new_num_tokens or 0) > text_config.vocab_size:
-            raise ValueError(
-                "text_config.eos_token_id is 2; CLIP then takes the token of the highest id for the end of the text, which "
-                "would be a new one. Set it to the tokenizer's eos_token_id and load the model with this configuration."
-            )
+        self.config.text_family.check_vocabulary(new_num_tokens)
         return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
     def train(self, mode: bool = True) -> "SeraPreTrainedModel":
@@ -178,8 +173,9 @@ class SeraModel(SeraPreTrainedModel):
 
     def __init__(self, config: SeraConfig):
         super().__init__(config)
-        self.text_tower = AutoModel.from_config(config.text_config)
-        self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_dim, bias=False)
+        self.text_family = config.text_family
+        self.text_tower = self.text_family.build()
+        self.text_projection = nn.Linear(self.text_family.sentence_width, config.projection_dim, bias=False)
         self.vision = SeraVisionEncoder(config)
         self.fusions = nn.ModuleList(SeraFusion(config) for _ in config.tap_layers)
         self.sentence_norm = SeraSampleNorm(config.projection_dim) if config.routers_see_sentence else None
@@ -187,19 +183,19 @@ class SeraModel(SeraPreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         """The text tower's token embedding."""
-        return self.text_tower.embeddings.token_embedding
+        return self.text_tower.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Give the text tower another token embedding."""
-        self.text_tower.embeddings.token_embedding = value
+        self.text_tower.set_input_embeddings(value)
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(N, L) token ids to token features (N, L, text hidden size) and sentence features (N, projection_dim).
 
-        The sentence feature is the projection of the end-of-text token's feature.
+        The sentence feature is the projection of the one that the tower's family makes (CLIP: the end-of-text token's).
         """
-        encoded = self.text_tower(input_ids=input_ids, attention_mask=attention_mask, return_dict=True)
-        return encoded.last_hidden_state, self.text_projection(encoded.pooler_output)
+        states, sentence = self.text_family.encode(self.text_tower, input_ids, attention_mask)
+        return states, self.text_projection(sentence)
 
     @can_return_tuple
     def forward(
@@ -215,7 +211,7 @@ class SeraModel(SeraPreTrainedModel):
         Args:
             pixel_values: (B, 3, H, W), normalised with the ImageNet mean and standard deviation; H and W are multiples of the
                 patch.
-            input_ids: (N, L) CLIP token ids.
+            input_ids: (N, L) token ids of the text tower's tokenizer.
             attention_mask: (N, L), 1 for tokens and 0 for padding, which is on the right. `None` means no padding.
             image_index: (N,) row of `pixel_values` that each expression is about; each image needs an expression. `None`
                 means N = B: one expression for each image.
@@ -377,11 +373,13 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
         """Build a SERA with pretrained towers and fresh other parts, in evaluation mode as `from_pretrained` gives it.
 
         Args:
-            vision_model: Folder or Hub id of a DINOv2, with or without register tokens, or of a SERA, of whose parts the vision
-                tower alone is taken. `None`: a fresh tower of the configuration `vision_config`.
-            text_model: Folder or Hub id of a CLIP text tower, of a whole CLIP, or of a SERA. The text projection of the
-                checkpoint is taken too; without one the projection starts fresh. `None`: a fresh tower of the configuration
-                `text_config`.
+            vision_model: Folder or Hub id of a vision tower (a DINOv2, with or without register tokens, or a DINOv3), or of a
+                SERA, of whose parts the vision tower alone is taken. `None`: a fresh tower of the configuration
+                `vision_config`.
+            text_model: Folder or Hub id of a text tower (CLIP, SigLIP, SigLIP 2, BERT), of a whole CLIP or SigLIP, or of a
+                SERA. The text projection of a CLIP or SERA is taken too; in the place of a missing one a CLIP's starts fresh.
+                Of other towers the sentence feature is taken as it is, unless `projection_dim` asks for another length.
+                `None`: a fresh tower of the configuration `text_config`.
             dtype: Type of all weights, or its name such as "bfloat16".
             attn_implementation: Attention kernel of all parts, such as "eager" or "sdpa".
             **config_overrides: Fields of [`SeraConfig`].
@@ -404,13 +402,13 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
                 )
             whole = AutoConfig.from_pretrained(checkpoint)
             config = getattr(whole, f"{name}_config", whole)  # a whole CLIP or SERA holds two
-            if config.model_type not in TOWER_TYPES[name]:
+            if config.model_type not in FAMILIES[name]:
                 raise ValueError(
-                    f"{checkpoint} is a {config.model_type!r}; the {name} tower must be one of {TOWER_TYPES[name]}."
+                    f"{checkpoint} is a {config.model_type!r}; the {name} tower must be one of {tuple(FAMILIES[name])}."
                 )
             if name == "text":
-                config.projection_dim = whole.projection_dim
-                fields.setdefault("projection_dim", whole.projection_dim)
+                family = FAMILIES[name][config.model_type](config)
+                fields.setdefault("projection_dim", family.length_of_projection(whole))
             fields[f"{name}_config"] = config.to_dict()
 
         model = cls(SeraConfig(**fields)).to(getattr(torch, dtype) if isinstance(dtype, str) else dtype).eval()
@@ -423,35 +421,24 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
         return model
 
     def _load_vision_tower(self, checkpoint: str | PathLike) -> None:
-        tower = self.model.vision.tower
+        vision = self.model.vision
         if _is_sera(checkpoint):
             pretrained = type(self).from_pretrained(checkpoint, dtype=self.dtype).model.vision.tower
         else:
-            pretrained, info = AutoModel.from_pretrained(
-                checkpoint, config=tower.config, dtype=self.dtype, output_loading_info=True
-            )
-            _refuse_missing(info["missing_keys"], checkpoint, "DINOv2")
-        tower.load_state_dict(pretrained.state_dict())
+            pretrained = vision.family.load(checkpoint, self.dtype)
+        vision.tower.load_state_dict(pretrained.state_dict())
 
     def _load_text_tower(self, checkpoint: str | PathLike) -> None:
         if _is_sera(checkpoint):
             whole = type(self).from_pretrained(checkpoint, dtype=self.dtype).model
             tower, projection = whole.text_tower, whole.text_projection.weight
         else:
-            pretrained, info = CLIPTextModelWithProjection.from_pretrained(
-                checkpoint, config=self.config.text_config, dtype=self.dtype, output_loading_info=True
-            )
-            tower = pretrained.text_model
-            projection = None if info["missing_keys"] else pretrained.text_projection.weight
-            if set(info["missing_keys"]) - {"text_projection.weight"}:
-                # some releases of transformers find the weights of a tower without projection only in this class
-                tower, info = CLIPTextModel.from_pretrained(
-                    checkpoint, config=self.config.text_config, dtype=self.dtype, output_loading_info=True
-                )
-                _refuse_missing(info["missing_keys"], checkpoint, "CLIP text tower")
+            tower, projection = self.model.text_family.load(checkpoint, self.dtype, self.config.projection_dim)
         self.model.text_tower.load_state_dict(tower.state_dict())
         if projection is None:
-            logger.warning(f"{checkpoint} has no text projection; it starts from random weights.")
+            logger.warning(
+                f"{checkpoint} has no text projection to {self.config.projection_dim} features; it starts from random weights."
+            )
         elif projection.shape == self.model.text_projection.weight.shape:
             with torch.no_grad():
                 self.model.text_projection.weight.copy_(projection)
@@ -478,7 +465,7 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
         """
         Args:
             pixel_values: (B, 3, H, W), as the processor makes them; H and W are multiples of the patch.
-            input_ids: (N, L) CLIP token ids.
+            input_ids: (N, L) token ids of the text tower's tokenizer.
             attention_mask: (N, L), 1 for tokens and 0 for padding, which is on the right. `None` means no padding.
             image_index: (N,) row of `pixel_values` that each expression is about; each image needs an expression. `None`
                 means N = B: one expression for each image.
@@ -587,11 +574,6 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
 
 def _is_sera(checkpoint: str | PathLike) -> bool:
     return AutoConfig.from_pretrained(checkpoint).model_type == SeraConfig.model_type
-
-
-def _refuse_missing(keys: set[str], checkpoint: str | PathLike, tower: str) -> None:
-    if keys:
-        raise ValueError(f"{checkpoint} lacks weights of the {tower}, the first being {sorted(keys)[0]!r}.")
 
 
 __all__ = ["SeraForReferringSegmentation", "SeraModel", "SeraPreTrainedModel"]

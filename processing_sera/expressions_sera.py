@@ -9,7 +9,7 @@ from typing import Any
 
 from .image_decoding_sera import as_list
 
-CLIP_MAX_TOKENS = 77
+DEFAULT_MAX_TOKENS = 77  # CLIP's, for tokenizers where nobody set a limit
 CHARACTERS_PER_TOKEN = 128  # more than the longest token of a vocabulary has
 WINDOWS = (1, 4)  # how much of a text is cleaned, in multiples of what its tokens can hold, until enough is left
 MAX_PASSES = 8  # three settle all texts but those made to need more
@@ -39,7 +39,7 @@ MOJIBAKE = re.compile(f"[\xc2\xc3]{_CONTINUATION}|[\xe2\xef]{_CONTINUATION}{{2}}
 MOJIBAKE_REACH = 3
 
 
-def clean_expression(text: str, max_tokens: int = CLIP_MAX_TOKENS) -> str:
+def clean_expression(text: str, max_tokens: int = DEFAULT_MAX_TOKENS) -> str:
     """Repair what web text suffers from, without changing what it says; cleaning twice changes nothing.
 
     HTML entities are resolved (escaped twice too), UTF-8 that was decoded as Windows-1252 or Latin-1 is decoded again,
@@ -64,7 +64,7 @@ def clean_expression(text: str, max_tokens: int = CLIP_MAX_TOKENS) -> str:
     return cleaned[:limit].rstrip()
 
 
-def grouped_expressions(text: Any, max_tokens: int = CLIP_MAX_TOKENS) -> tuple[list[list[str]], bool]:
+def grouped_expressions(text: Any, max_tokens: int = DEFAULT_MAX_TOKENS) -> tuple[list[list[str]], bool]:
     """Check expressions and clean them.
 
     Args:
@@ -157,4 +157,4 @@ def _visible(text: str) -> str:
     return text.translate(dict.fromkeys(map(ord, hidden))) if hidden else text
 
 
-__all__ = ["CLIP_MAX_TOKENS", "clean_expression", "grouped_expressions", "shortened"]
+__all__ = ["DEFAULT_MAX_TOKENS", "clean_expression", "grouped_expressions", "shortened"]

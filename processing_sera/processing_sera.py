@@ -14,7 +14,7 @@ from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Text
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase, TruncationStrategy
 from transformers.utils import PaddingStrategy
 
-from .expressions_sera import CLIP_MAX_TOKENS, clean_expression, grouped_expressions, shortened
+from .expressions_sera import DEFAULT_MAX_TOKENS, clean_expression, grouped_expressions, shortened
 from .image_decoding_sera import ImageLike, as_image_list, as_list
 from .image_processing_sera import LetterboxBox
 from .pipeline_sera import ReferringImageSegmentationPipeline  # so that its file is saved with the processor
@@ -22,6 +22,7 @@ from .pipeline_sera import ReferringImageSegmentationPipeline  # so that its fil
 NO_TARGET_THRESHOLD = 0.5  # probability of absence above which a mask is left empty
 UNSET_LENGTH = 10**6  # a tokenizer's model_max_length is far above this where nobody set it
 LOADING_OPTIONS = ("dtype", "is_local", "local_files_only")  # transformers keeps these among the tokenizer's settings
+TEXT_PADDINGS = (PaddingStrategy.LONGEST.value, PaddingStrategy.MAX_LENGTH.value)
 TEXT_OPTIONS = ("padding", "truncation", "max_length", "return_attention_mask")
 OPTION_GROUPS = {
     "text_kwargs": (*TEXT_OPTIONS, "return_tensors"),
@@ -34,13 +35,22 @@ class SeraProcessorKwargs(ProcessingKwargs, total=False):
     """The options of a call of `SeraProcessor`, with their defaults."""
 
     text_kwargs: TextKwargs
-    _defaults = {"text_kwargs": {"padding": True, "truncation": True, "return_attention_mask": True}}
+    _defaults = {"text_kwargs": {"truncation": True, "return_attention_mask": True}}
 
 
 def token_limit(tokenizer: PreTrainedTokenizerBase) -> int:
     """Tokens that an expression may have, with start and end: the tokenizer's own limit, or CLIP's where nobody set one."""
     limit = tokenizer.model_max_length
-    return limit if limit < UNSET_LENGTH else CLIP_MAX_TOKENS
+    return limit if limit < UNSET_LENGTH else DEFAULT_MAX_TOKENS
+
+
+def text_padding_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """How expressions are padded for the tower that a tokenizer belongs to: "longest" or "max_length".
+
+    A tower that takes no attention mask reads the padding, and was trained on one length (SigLIP and SigLIP 2).
+    """
+    has_mask = "attention_mask" in tokenizer.model_input_names and not type(tokenizer).__name__.startswith("Siglip")
+    return TEXT_PADDINGS[0] if has_mask else TEXT_PADDINGS[1]
 
 
 class SeraProcessor(ProcessorMixin):
@@ -48,16 +58,23 @@ class SeraProcessor(ProcessorMixin):
 
     Args:
         image_processor: a `SeraImageProcessor`.
-        tokenizer: a `CLIPTokenizer`.
+        tokenizer: the text tower's tokenizer. It says which token pads, and how many tokens are read at most.
         mask_threshold: the probability, within (0, 1), above which a pixel belongs to the predicted mask.
+        text_padding: how expressions are padded where a call does not say it: "longest", or "max_length" for a tower that
+            reads expressions of one length only. None: `text_padding_of` the tokenizer.
     """
 
-    def __init__(self, image_processor: Any, tokenizer: Any, mask_threshold: float = 0.5):
+    def __init__(
+        self, image_processor: Any, tokenizer: Any, mask_threshold: float = 0.5, text_padding: str | None = None
+    ):
         super().__init__(image_processor, tokenizer)
         if tokenizer.pad_token_id is None:
             raise ValueError(
                 "The tokenizer has no padding token; its tokenizer_config.json should name one. CLIP's is '<|endoftext|>'."
             )
+        if text_padding is not None and text_padding not in TEXT_PADDINGS:
+            raise ValueError(f"text_padding is {text_padding!r}; it must be one of {TEXT_PADDINGS}.")
+        self.text_padding = text_padding or text_padding_of(tokenizer)
         self.mask_threshold = _checked_threshold(mask_threshold)
 
     valid_processor_kwargs = SeraProcessorKwargs
@@ -85,7 +102,7 @@ class SeraProcessor(ProcessorMixin):
             masks: for training: one boolean (H0, W0) array per expression, in its image's own upright
                 pixels, nested like `text`. In whole numbers negative pixels are left out of the loss, see `read_masks`.
             kwargs: `return_tensors`: "pt" for tensors, otherwise numpy arrays.
-                `padding`: True or "longest" (default), "max_length", or False for lists of unequal length.
+                `padding`: True or "longest", "max_length", or False for lists of unequal length; by default `text_padding`.
                 `truncation`: True (default) to cut to `max_length` with a warning, False to keep all tokens.
                 `max_length`: tokens, by default and at most `max_tokens`.
                 `return_attention_mask`: False to leave it out.
@@ -160,7 +177,7 @@ class SeraProcessor(ProcessorMixin):
         max_length = text_options.get("max_length", limit)
         if not isinstance(max_length, Integral) or not 2 <= max_length <= limit:
             raise ValueError(f"max_length must be an integer from 2 to {limit}, got {max_length!r}.")
-        padding, truncation = text_options["padding"], text_options["truncation"]
+        padding, truncation = text_options.get("padding", self.text_padding), text_options["truncation"]
         padding = {True: "longest", False: "do_not_pad"}.get(padding, padding)
         truncation = {True: "longest_first", False: "do_not_truncate"}.get(truncation, truncation)
         if truncation == TruncationStrategy.ONLY_SECOND:
@@ -188,7 +205,7 @@ class SeraProcessor(ProcessorMixin):
     ) -> dict[str, Any]:
         """`input_ids` and `attention_mask`, int64 (N, L), or lists of unequal length where they are not padded.
 
-        The padding token is the end-of-text token, so the mask is made from the lengths. Padding and
+        The padding token may be the end-of-text token, so the mask is made from the lengths. Padding and
         truncation are done here because the tokenizer would keep them as settings and save them.
         """
         ids = self._token_ids(expressions)
@@ -221,13 +238,15 @@ class SeraProcessor(ProcessorMixin):
         )
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
-        """Save image processor, tokenizer and threshold.
+        """Save image processor, tokenizer, threshold and text padding.
 
         The tokenizer's last padding and truncation are cleared first, because after loading they would outrank what a caller
         asks for. What loading left among its settings is cleared too, so that a loaded processor is saved as it was.
         """
-        self.tokenizer.backend_tokenizer.no_padding()
-        self.tokenizer.backend_tokenizer.no_truncation()
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is not None:  # a tokenizer in plain Python keeps neither
+            backend.no_padding()
+            backend.no_truncation()
         for name in LOADING_OPTIONS:
             self.tokenizer.init_kwargs.pop(name, None)
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
@@ -360,4 +379,4 @@ def _checked_threshold(threshold: float, name: str = "mask") -> float:
     return float(threshold)
 
 
-__all__ = ["ReferringImageSegmentationPipeline", "SeraProcessor", "clean_expression", "token_limit"]
+__all__ = ["ReferringImageSegmentationPipeline", "SeraProcessor", "clean_expression", "text_padding_of", "token_limit"]

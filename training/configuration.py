@@ -23,12 +23,12 @@ class ModelSettings:
 
     Args:
         pretrained: Folder or Hub id of a whole SERA that training starts from. It brings its towers and its tokenizer.
-        vision_model: Folder or Hub id of the vision tower: a DINOv2, or a SERA whose vision tower is taken. None: a new tower with
-            random weights, as `config` describes it.
-        text_model: Folder or Hub id of the text tower: a CLIP, a CLIP text tower, or a SERA whose text tower is taken. None: a new
+        vision_model: Folder or Hub id of the vision tower: a DINOv2, a DINOv3, or a SERA whose vision tower is taken. None: a new
             tower with random weights, as `config` describes it.
-        tokenizer: Folder or Hub id of a CLIP tokenizer. None: the tokenizer in `text_model` or, for scenes, one that is trained on
-            their sentences.
+        text_model: Folder or Hub id of the text tower: a CLIP or SigLIP, the text tower of one, a BERT, or a SERA whose text
+            tower is taken. None: a new tower with random weights, as `config` describes it.
+        tokenizer: Folder or Hub id of the text tower's tokenizer. None: the tokenizer in `text_model` or, for scenes, one of CLIP's
+            kind that is trained on their sentences.
         config: Fields of SeraConfig that differ from its defaults. With `pretrained`, fields that differ from the saved model's:
             it may gain decoder layers, adapters, routers that see the sentence, and a presence head. These begin without effect.
             No weight of the saved model may be dropped.

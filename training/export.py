@@ -80,14 +80,18 @@ class OnnxSegmentation(nn.Module):
 
 
 def sample_inputs(config: SeraConfig, image_index: list[int], grid: tuple[int, int], length: int) -> dict[str, Tensor]:
-    """Random inputs of the given sizes: images of `grid` patches down and across, expressions of up to `length` tokens."""
+    """Random inputs of the given sizes: images of `grid` patches down and across, expressions of up to `length` tokens.
+
+    A text tower of a fixed length, or of fewer tokens, has its own length.
+    """
     generator = torch.Generator().manual_seed(0)
-    text, number = config.text_config, len(image_index)
-    ids = torch.randint(0, text.vocab_size, (number, length), generator=generator)
+    text, number = config.text_family, len(image_index)
+    length = text.fixed_length or min(length, text.max_tokens)
+    ids = torch.randint(0, config.text_config.vocab_size, (number, length), generator=generator)
     mask = torch.ones_like(ids)
     for row in range(number):
         end = max(length - row, 1)  # paddings of different lengths
-        ids[row, end - 1 :] = text.eos_token_id
+        ids[row, end - 1 :] = text.last_token
         mask[row, end:] = 0
     sides = [side * config.patch_size for side in grid]
     return {
@@ -101,7 +105,9 @@ def sample_inputs(config: SeraConfig, image_index: list[int], grid: tuple[int, i
 def dynamic_shapes(config: SeraConfig) -> dict[str, dict[int, Any]]:
     """The axes of the inputs that may have any size, for `torch.export` and ONNX. Axes of the same name have the same size."""
     expressions, rows, columns = Dim("expressions"), Dim("rows"), Dim("columns")
-    text = {0: expressions, 1: Dim("tokens", max=config.text_config.max_position_embeddings)}
+    text = {0: expressions}
+    if config.text_family.fixed_length is None:
+        text[1] = Dim("tokens", max=config.text_family.max_tokens)
     return {
         "pixel_values": {0: Dim("images"), 2: config.patch_size * rows, 3: config.patch_size * columns},
         "input_ids": text,
@@ -143,8 +149,7 @@ def largest_difference(model: SeraForReferringSegmentation, other: nn.Module) ->
     """Largest difference of any logit, as a share of the largest logit, over inputs of sizes that were not traced."""
     differences = []
     for image_index, grid, length in CHECKED:
-        tokens = min(length, model.config.text_config.max_position_embeddings)
-        inputs = sample_inputs(model.config, image_index, grid, tokens)
+        inputs = sample_inputs(model.config, image_index, grid, length)
         with torch.inference_mode():
             expected, found = model(**inputs).logits, other(**inputs).logits
         differences.append(float((found - expected).abs().max() / expected.abs().max()))

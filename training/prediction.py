@@ -103,7 +103,6 @@ def load_pipeline(model: str, device: str | None = None, dtype: str = "auto") ->
         OSError: The model, or one of its files, was not found.
     """
     import torch
-    from transformers import CLIPTokenizer
 
     from modeling_sera import SeraConfig, SeraForReferringSegmentation
     from processing_sera import ReferringImageSegmentationPipeline, SeraProcessor
@@ -130,8 +129,11 @@ def load_pipeline(model: str, device: str | None = None, dtype: str = "auto") ->
             )
     except Exception as error:  # damaged files raise many kinds of errors in the libraries
         raise ValueError(f"{model} cannot be loaded: {in_one_line(error)}") from error
-    if not isinstance(processor.tokenizer, CLIPTokenizer):
-        raise ValueError(f"{model} cannot be loaded: its tokenizer_config.json describes no CLIPTokenizer.")
+    size = loaded.config.text_config.vocab_size
+    if len(processor.tokenizer) > size:
+        raise ValueError(
+            f"{model} cannot be loaded: its tokenizer.json holds {len(processor.tokenizer)} tokens, its text tower {size}."
+        )
     unfit = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if unfit:
         raise ValueError(

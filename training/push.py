@@ -173,6 +173,7 @@ def stage(
         examples=gallery,
         chosen=bool(images),
         predicts_presence=model.config.predict_presence,
+        towers=(model.config.vision_family.name, model.config.text_family.name),
     )
     write_text(target / "README.md", text)
 

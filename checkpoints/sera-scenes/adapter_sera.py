@@ -78,7 +78,7 @@ class SeraAdapter(nn.Module):
     def __init__(self, config: SeraConfig):
         super().__init__()
         dim = config.adapter_dim
-        self.down_proj = nn.Linear(config.vision_config.hidden_size, dim)
+        self.down_proj = nn.Linear(config.vision_family.width, dim)
         self.enrich = SeraMultiScaleConv(dim)
         self.router = None
         if config.adapter_experts:
@@ -87,9 +87,9 @@ class SeraAdapter(nn.Module):
             self.router = SeraAdapterRouter(config)
         self.text_norm = nn.LayerNorm(dim)
         self.text_attention = SeraAttention(
-            config, dim=dim, num_heads=config.adapter_num_heads, context_dim=config.text_config.hidden_size
+            config, dim=dim, num_heads=config.adapter_num_heads, context_dim=config.text_family.width
         )
-        self.up_proj = SeraUpProjection(dim, config.vision_config.hidden_size)
+        self.up_proj = SeraUpProjection(dim, config.vision_family.width)
 
     def forward(
         self,

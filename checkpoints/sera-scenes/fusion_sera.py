@@ -157,7 +157,7 @@ class SeraFusion(nn.Module):
 
     def __init__(self, config: SeraConfig):
         super().__init__()
-        self.project = nn.Linear(config.vision_config.hidden_size, config.fusion_dim)
+        self.project = nn.Linear(config.vision_family.width, config.fusion_dim)
         self.norm = nn.LayerNorm(config.fusion_dim)
         self.router = None
         if config.fusion_experts:

@@ -1,20 +1,17 @@
-"""The vision tower: a DINOv2 with a SERA-Adapter in chosen blocks. Feature maps are taken (tapped) at several depths."""
+"""The vision tower with a SERA-Adapter in chosen blocks. Feature maps are taken (tapped) at several depths."""
 
-import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
-from transformers import AutoModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .adapter_sera import SeraAdapter
 from .configuration_sera import SeraConfig
-from .layers_sera import SeraSampleStatistics, grid_to_tokens, tokens_to_grid
+from .layers_sera import SeraSampleStatistics
 
 
 class SeraBlockView(NamedTuple):
@@ -40,12 +37,14 @@ class SeraImages(NamedTuple):
         view: Results of the first adapted block; `None` without adapters, and in training from pixels.
         taps: Patch tokens (B, H·W, hidden_size) of the tapped depths before the first adapted block.
         grid_size: (H, W), in patches.
+        positions: Further arguments of every block, of [`SeraVisionFamily.positions`].
     """
 
     hidden_states: Tensor
     view: SeraBlockView | None
     taps: list[Tensor]
     grid_size: tuple[int, int]
+    positions: dict[str, Any]
 
 
 class SeraAdaptedBlock(GradientCheckpointingLayer):
@@ -57,31 +56,39 @@ class SeraAdaptedBlock(GradientCheckpointingLayer):
     def __init__(self, config: SeraConfig):
         super().__init__()
         self.scale = config.adapter_scale
+        self.family = config.vision_family
         self.adapter = SeraAdapter(config)
 
     def forward(
-        self, hidden_states: Tensor, block: nn.Module, num_prefix: int, image_index: Tensor | None, condition: dict
+        self,
+        hidden_states: Tensor,
+        block: nn.Module,
+        positions: dict[str, Any],
+        image_index: Tensor | None,
+        condition: dict,
     ) -> tuple[Tensor, Tensor | None]:
         """
         Args:
-            hidden_states: (B, num_prefix + H·W, hidden_size).
-            block: The DINOv2 block.
-            num_prefix: Number of class and register tokens, which the adapter does not touch.
+            hidden_states: (B, num_prefix + H·W, hidden_size). The adapter does not touch the first `num_prefix` tokens.
+            block: The tower's block.
+            positions: Of [`SeraVisionFamily.positions`].
             image_index: (N,) row of `hidden_states` each expression is about, or `None` where rows are expressions already.
             condition: `grid_size`, `text_states`, `text_mask`, `sentence` and `num_images` for the adapter.
 
         Returns:
             (N, num_prefix + H·W, hidden_size) and the router weights (N, 2); `None` without experts.
         """
-        view = self.look(hidden_states, block, num_prefix, condition["grid_size"])
-        return self.attend(view, block, num_prefix, image_index, condition)
+        view = self.look(hidden_states, block, positions, condition["grid_size"])
+        return self.attend(view, block, image_index, condition)
 
     def look(
-        self, hidden_states: Tensor, block: nn.Module, num_prefix: int, grid_size: tuple[int, int]
+        self, hidden_states: Tensor, block: nn.Module, positions: dict[str, Any], grid_size: tuple[int, int]
     ) -> SeraBlockView:
         """The part of [`forward`] that does not depend on the text."""
-        attended, normed, update = self.transform(hidden_states, block)
-        return SeraBlockView(attended, update, self.adapter.look(normed[:, num_prefix:], grid_size))
+        attended = self.family.attend(block, hidden_states, positions)
+        normed = self.family.norm(block, attended)
+        update = self.family.feed_forward(block, normed)
+        return SeraBlockView(attended, update, self.adapter.look(normed[:, self.family.num_prefix :], grid_size))
 
     def keep_statistics_when_recomputed(self) -> None:
         """Have the second computation, of activation checkpointing, leave all running statistics alone."""
@@ -113,18 +120,8 @@ class SeraAdaptedBlock(GradientCheckpointingLayer):
             for statistics in samples:
                 statistics.is_kept = False
 
-    @staticmethod
-    def transform(hidden_states: Tensor, block: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-        """The block without adapter: hidden states after its attention, the same normed, and the feed-forward part's output."""
-        attended = block.attention(block.norm1(hidden_states))
-        if isinstance(attended, tuple):  # transformers 5.20 and later also return the attention weights
-            attended, _ = attended
-        hidden_states = block.drop_path(block.layer_scale1(attended)) + hidden_states
-        normed = block.norm2(hidden_states)
-        return hidden_states, normed, block.mlp(normed)
-
     def attend(
-        self, view: SeraBlockView, block: nn.Module, num_prefix: int, image_index: Tensor | None, condition: dict
+        self, view: SeraBlockView, block: nn.Module, image_index: Tensor | None, condition: dict
     ) -> tuple[Tensor, Tensor | None]:
         """The rest of [`forward`]."""
         hidden_states, update, maps = view
@@ -132,23 +129,35 @@ class SeraAdaptedBlock(GradientCheckpointingLayer):
         correction, weights = self.adapter.attend(maps, image_index=image_index, **text)
         if image_index is not None:
             update, hidden_states = update[image_index], hidden_states[image_index]
-        update = torch.cat([update[:, :num_prefix], update[:, num_prefix:] + self.scale * correction], dim=1)
-        return block.drop_path(block.layer_scale2(update)) + hidden_states, weights
+        prefix = self.family.num_prefix
+        update = torch.cat([update[:, :prefix], update[:, prefix:] + self.scale * correction], dim=1)
+        return self.family.add(block, hidden_states, update), weights
 
 
 class SeraVisionEncoder(nn.Module):
-    """DINOv2 with SERA-Adapters. The part before the first adapter runs once per image, the rest once per expression."""
+    """A vision tower with SERA-Adapters. The part before the first adapter runs once per image, the rest once per expression."""
 
     def __init__(self, config: SeraConfig):
         super().__init__()
-        self.tower = AutoModel.from_config(config.vision_config)
+        self.family = config.vision_family
+        self.tower = self.family.build()
         self.adapted_blocks = nn.ModuleDict({str(i): SeraAdaptedBlock(config) for i in config.adapter_layers})
         self.tap_layers = tuple(config.tap_layers)
         self.depth = self.tap_layers[-1]  # nothing uses the blocks after it, so they do not run
         self.first_adapted = min(config.adapter_layers, default=self.depth)
-        self.patch_size = config.patch_size
-        self.has_registers = config.vision_config.model_type == "dinov2_with_registers"
-        self.num_prefix = 1 + (config.vision_config.num_register_tokens if self.has_registers else 0)
+        self.patch_size, self.num_prefix = self.family.patch_size, self.family.num_prefix
+        self.family.settle(self.tower)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The tower's blocks."""
+        return self.family.blocks(self.tower)
+
+    def train(self, mode: bool = True) -> "SeraVisionEncoder":
+        """Set the training or the evaluation mode. A frozen tower gives the same features in both."""
+        super().train(mode)
+        self.family.settle(self.tower)
+        return self
 
     def grid_size(self, pixel_values: Tensor) -> tuple[int, int]:
         """Rows and columns of patches of (B, 3, H, W) images; `ValueError` where a side is no multiple of the patch."""
@@ -166,12 +175,12 @@ class SeraVisionEncoder(nn.Module):
             (B, states, num_prefix + H·W, hidden_size). The states are the tapped ones before the first adapted block, then the
             `hidden_states` and the `update` of [`SeraBlockView`] of this block.
         """
-        hidden_states, kept = self._run_shared(pixel_values)
+        positions = self.family.positions(self.tower, pixel_values)
+        hidden_states, kept = self._run_shared(pixel_values, positions)
         if self.adapted_blocks:
-            attended, _, update = SeraAdaptedBlock.transform(
-                hidden_states, self.tower.encoder.layer[self.first_adapted]
-            )
-            kept += [attended, update]
+            block = self.blocks[self.first_adapted]
+            attended = self.family.attend(block, hidden_states, positions)
+            kept += [attended, self.family.feed_forward(block, self.family.norm(block, attended))]
         return torch.stack(kept, dim=1)
 
     def encode_images(self, pixel_values: Tensor, states: Tensor | None = None) -> SeraImages:
@@ -182,22 +191,22 @@ class SeraVisionEncoder(nn.Module):
             states: Cached results of [`encode_states`]. Of the images only the size is then used.
         """
         grid_size = self.grid_size(pixel_values)
+        positions = self.family.positions(self.tower, pixel_values)
         if states is not None:
             kept = list(states.unbind(1))
             hidden_states, view = kept[-1], None
             if self.adapted_blocks:
                 *kept, attended, update = kept
-                normed = self.tower.encoder.layer[self.first_adapted].norm2(attended)
+                normed = self.family.norm(self.blocks[self.first_adapted], attended)
                 adapter = self.adapted_blocks[str(self.first_adapted)].adapter
                 view = SeraBlockView(attended, update, adapter.look(normed[:, self.num_prefix :], grid_size))
-            return SeraImages(hidden_states, view, self._shared_taps(kept), grid_size)
-        hidden_states, kept = self._run_shared(pixel_values)
+            return SeraImages(hidden_states, view, self._shared_taps(kept), grid_size, positions)
+        hidden_states, kept = self._run_shared(pixel_values, positions)
         view = None
         if self.adapted_blocks and not self.training:  # in training the whole block's activations can be checkpointed
-            first = str(self.first_adapted)
-            block = self.tower.encoder.layer[self.first_adapted]
-            view = self.adapted_blocks[first].look(hidden_states, block, self.num_prefix, grid_size)
-        return SeraImages(hidden_states, view, self._shared_taps(kept), grid_size)
+            adapted = self.adapted_blocks[str(self.first_adapted)]
+            view = adapted.look(hidden_states, self.blocks[self.first_adapted], positions, grid_size)
+        return SeraImages(hidden_states, view, self._shared_taps(kept), grid_size, positions)
 
     def forward(
         self, images: SeraImages, *, image_index: Tensor | None, condition: dict
@@ -214,26 +223,26 @@ class SeraVisionEncoder(nn.Module):
         """
         hidden_states, router_weights, taps = images.hidden_states, [], []
         for i in range(self.first_adapted, self.depth):
-            block = self.tower.encoder.layer[i]
+            block = self.blocks[i]
             if str(i) not in self.adapted_blocks:
-                hidden_states = block(hidden_states)
+                hidden_states = block(hidden_states, **images.positions)
             else:
                 adapted, is_first = self.adapted_blocks[str(i)], i == self.first_adapted
-                context = (block, self.num_prefix, image_index if is_first else None, condition)
+                context = (image_index if is_first else None, condition)
                 if is_first and images.view is not None:
-                    hidden_states, weights = adapted.attend(images.view, *context)
+                    hidden_states, weights = adapted.attend(images.view, block, *context)
                 else:
-                    hidden_states, weights = adapted(hidden_states, *context)
+                    hidden_states, weights = adapted(hidden_states, block, images.positions, *context)
                 if weights is not None:
                     router_weights.append(weights)
             self._tap(hidden_states, i + 1, taps)
         return taps, tuple(router_weights)
 
-    def _run_shared(self, pixel_values: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def _run_shared(self, pixel_values: Tensor, positions: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
         """Hidden states (B, num_prefix + H·W, hidden_size) before the first adapted block, and the tapped ones before it."""
-        hidden_states, kept = self._embed(pixel_values), []
+        hidden_states, kept = self.family.embed(self.tower, pixel_values), []
         for i in range(self.first_adapted):
-            hidden_states = self.tower.encoder.layer[i](hidden_states)
+            hidden_states = self.blocks[i](hidden_states, **positions)
             if i + 1 in self.tap_layers:
                 kept.append(hidden_states)
         return hidden_states, kept
@@ -248,30 +257,9 @@ class SeraVisionEncoder(nn.Module):
     def _tap(self, hidden_states: Tensor, depth: int, taps: list[Tensor]) -> None:
         """Add the patch tokens after `depth` blocks to `taps`, if `depth` is among the configured depths."""
         if depth in self.tap_layers:
-            is_last = depth == len(self.tower.encoder.layer)
-            tapped = self.tower.layernorm(hidden_states) if is_last else hidden_states
+            is_last = depth == self.family.depth
+            tapped = self.family.final_norm(self.tower)(hidden_states) if is_last else hidden_states
             taps.append(tapped[:, self.num_prefix :])
-
-    def _embed(self, pixel_values: Tensor) -> Tensor:
-        """(B, 3, H, W) images to the first hidden states (B, num_prefix + H·W, hidden_size)."""
-        embeddings = self.tower.embeddings
-        if not torch.compiler.is_compiling():
-            return embeddings(pixel_values)
-        # The same without `int()` of the grid's size, which would make the size a constant of a traced graph.
-        positions = embeddings.position_embeddings
-        side = math.isqrt(positions.shape[1] - 1)
-        resized = interpolate(
-            tokens_to_grid(positions[:, 1:].float(), (side, side)),
-            size=self.grid_size(pixel_values),
-            mode="bicubic",
-            align_corners=False,
-            antialias=self.has_registers,
-        ).to(positions.dtype)
-        patches = embeddings.patch_embeddings(pixel_values.to(positions.dtype)) + grid_to_tokens(resized)
-        prefix = embeddings.cls_token + positions[:, :1]
-        if self.has_registers:
-            prefix = torch.cat([prefix, embeddings.register_tokens], dim=1)
-        return embeddings.dropout(torch.cat([prefix.expand(patches.shape[0], -1, -1), patches], dim=1))
 
 
 __all__ = ["SeraAdaptedBlock", "SeraImages", "SeraVisionEncoder"]

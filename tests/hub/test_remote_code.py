@@ -7,8 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
+import torch
+from conftest import REPOSITORY, make_model
+from PIL import Image
 from saved import EXPRESSIONS, TASKS, contents, copy, save_photo, save_presence_model
+from towers import text_values, tokenizer_for
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -23,6 +26,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from modeling_sera import SeraConfig, SeraForReferringSegmentation
 from processing_sera import ReferringImageSegmentationPipeline, SeraImageProcessor, SeraProcessor
+from training.support.files import save_model
 
 PACKAGES = ("modeling_sera", "processing_sera")
 CODE = {path.name: path for package in PACKAGES for path in (REPOSITORY / package).glob("*_sera.py")}
@@ -153,3 +157,35 @@ def test_a_folder_saved_before_code_came_along_is_loaded_and_saved_with_it(saved
     model.save_pretrained(tmp_path / "new")
     processor.save_pretrained(tmp_path / "new")
     assert contents(tmp_path / "new") == contents(saved)
+
+
+WITHOUT_THE_PACKAGES = """
+import sys
+import torch
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
+processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
+model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+inputs = processor(images=[Image.new("RGB", (40, 30), "red")], text=[["left zebra"]], return_tensors="pt")
+with torch.inference_mode():
+    logits = model(**inputs).logits
+assert not {"modeling_sera", "processing_sera"} & set(sys.modules)
+print(tuple(inputs["input_ids"].shape), logits.double().sum().item())
+"""
+
+
+def test_towers_of_other_families_run_with_the_folders_code_alone(tmp_path):
+    vision = {"model_type": "dinov3_vit", "patch_size": 16, "image_size": 64}
+    model = make_model(vision_config=vision, text_config=text_values("siglip_text_model"), image_size=64)
+    image_processor = SeraImageProcessor(size={"height": 48, "width": 64})
+    processor = SeraProcessor(image_processor, tokenizer_for("siglip_text_model"))
+    save_model(model, processor, tmp_path / "model")
+    command = [sys.executable, "-I", "-c", WITHOUT_THE_PACKAGES, str(tmp_path / "model")]
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    inputs = processor(images=[Image.new("RGB", (40, 30), "red")], text=[["left zebra"]], return_tensors="pt")
+    with torch.inference_mode():
+        expected = model(**inputs).logits.double().sum().item()
+    shape, total = done.stdout.rsplit(maxsplit=1)
+    assert shape == "(1, 16)" and float(total) == pytest.approx(expected, rel=1e-4)

@@ -287,7 +287,7 @@ def test_overrides_dtype_and_kernel_reach_every_part(folders):
         ("vit", "clip", {}, "'vit'.*'dinov2'"),
         ("clip", "clip", {}, "'clip_vision_model'.*'dinov2'"),
         ("bert", "clip", {}, "'bert'.*'dinov2'"),
-        ("dinov2", "bert", {}, "'bert'.*'clip_text_model'"),
+        ("dinov2", "vit", {}, "'vit'.*'clip_text_model'.*'bert'"),
         ("dinov2", "dinov2", {}, "'dinov2'.*'clip_text_model'"),
         ("clip-text", "clip", {}, "'clip_text_model'.*'dinov2'"),
         ("dinov2", "clip", {"fusion_dims": 3}, "'fusion_dims'.*fusion_dim"),

@@ -12,7 +12,8 @@ import pytest
 import torch
 from builders import GEOMETRIES, centroid, disc, iou
 from PIL import Image, ImageDraw
-from transformers import AutoProcessor
+from towers import word_tokenizer
+from transformers import AutoProcessor, Siglip2Tokenizer
 
 from processing_sera import SeraImageProcessor, SeraProcessor
 from processing_sera.image_processing_sera import letterbox_masks
@@ -535,6 +536,31 @@ def test_a_tokenizer_without_a_padding_token_is_refused(processor):
     tokenizer.pad_token = None
     with pytest.raises(ValueError, match=r"no padding token.*tokenizer_config\.json"):
         SeraProcessor(processor.image_processor, tokenizer)
+
+
+def test_a_tokenizer_of_a_tower_that_reads_padding_pads_to_its_one_length(tmp_path):
+    image_processor = SeraImageProcessor(size=56)
+    tokenizer = word_tokenizer(is_siglip=True, model_max_length=16)
+    processor = SeraProcessor(image_processor, tokenizer)
+    assert processor.text_padding == "max_length"
+    batch = processor(text=["Left ZEBRA", "the cup right"], return_tensors="pt")
+    assert batch["input_ids"].shape == (2, 16) and batch["attention_mask"].sum(1).tolist() == [3, 4]
+    assert batch["input_ids"][0].tolist() == [4, 6, 1] + [0] * 13  # in lower case, end token, then padding
+    assert processor(text="the cup", padding=True)["input_ids"].shape == (1, 3)  # what a call says comes first
+    with pytest.warns(UserWarning, match="has 21 tokens and is cut to 16"):
+        assert processor(text="cup " * 20)["input_ids"][0, -1] == 1
+    processor.save_pretrained(tmp_path)
+    assert SeraProcessor.from_pretrained(tmp_path)(text="the cup")["input_ids"].shape == (1, 16)
+
+
+def test_who_says_how_expressions_are_padded():
+    """The caller, or else the tokenizer: SigLIP's own class, or one that takes no attention mask."""
+    image_processor, plain = SeraImageProcessor(size=56), word_tokenizer(is_siglip=False)
+    assert SeraProcessor(image_processor, plain).text_padding == "longest"
+    assert SeraProcessor(image_processor, plain, text_padding="max_length").text_padding == "max_length"
+    assert SeraProcessor(image_processor, Siglip2Tokenizer()).text_padding == "max_length"
+    with pytest.raises(ValueError, match=r"text_padding is 'right'.*longest.*max_length"):
+        SeraProcessor(image_processor, plain, text_padding="right")
 
 
 def test_tokens_are_counted_before_an_expression_is_cut(processor):

@@ -15,13 +15,22 @@ from builders import tiny_tokenizer
 from conftest import REPOSITORY, make_inputs, make_model
 from documents import commands
 from torch.nn.functional import pad
+from towers import text_values
 
 from modeling_sera import SeraForReferringSegmentation
 from modeling_sera.fusion_sera import SeraFixedFilters
 from processing_sera import SeraImageProcessor, SeraProcessor
 from training import export
 from training.configuration import DataSettings, TrainingSettings, dump_settings
-from training.export import OnnxSegmentation, dynamic_shapes, largest_difference, sample_inputs
+from training.export import (
+    TOLERANCE,
+    OnnxSegmentation,
+    dynamic_shapes,
+    export_onnx,
+    largest_difference,
+    sample_inputs,
+    save_graph,
+)
 
 needs_onnx = pytest.mark.skipif(
     any(export.importlib.util.find_spec(name) is None for name in export.REQUIRED),
@@ -164,6 +173,16 @@ def test_torch_export_with_free_sizes():
         program = torch.export.export(model, (), traced, dynamic_shapes=dynamic_shapes(model.config))
     sides_of_two_patches = [arguments for arguments in SIZES if min(arguments[2]) >= 28]  # what torch.export guards for
     assert max(differences(model, program.module(), sides_of_two_patches)) < 1e-4
+
+
+@needs_onnx
+def test_towers_of_other_families_are_exported_too(tmp_path):
+    """Rotary positions of any grid, and expressions of the one length that the text tower reads."""
+    vision, text = {"model_type": "dinov3_vit", "num_hidden_layers": 2}, text_values("siglip_text_model")
+    model = make_model(vision_config=vision, text_config=text, adapter_layers=[0], tap_layers=[2])
+    assert set(dynamic_shapes(model.config)["input_ids"]) == {0}
+    save_graph(export_onnx(model), tmp_path / "model.onnx")
+    assert largest_difference(model, OnnxSegmentation(tmp_path / "model.onnx")) < TOLERANCE
 
 
 def test_compiled_whole():

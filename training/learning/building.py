@@ -5,9 +5,12 @@ from pathlib import Path
 import datasets
 import torch
 from torch import nn
-from transformers import CLIPTokenizer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from modeling_sera import SeraConfig, SeraForReferringSegmentation
+from modeling_sera.configuration_sera import DEFAULT_TOWERS, FAMILIES
+from modeling_sera.text_towers_sera import SeraTextFamily
+from modeling_sera.vision_towers_sera import SeraVisionFamily
 from processing_sera import SeraImageProcessor, SeraProcessor
 from processing_sera.processing_sera import token_limit
 from training.configuration import TrainingSettings
@@ -17,7 +20,7 @@ from training.support.hub_ids import folder_or_id
 from training.support.model_location import locate_model
 
 IMAGE_SIZE = (448, 448)  # the paper's
-NUM_BYTES = 256  # the vocabulary of a CLIP tokenizer holds each of them
+NUM_BYTES = 256  # a vocabulary of fewer tokens is no real one; CLIP's holds each of the bytes
 # fields of a saved model's configuration that cannot be changed: its weights depend on them, and image_size follows the data
 KEPT_FIELDS = {"vision_config", "text_config", "tap_layers", "image_size"}
 
@@ -25,8 +28,10 @@ KEPT_FIELDS = {"vision_config", "text_config", "tap_layers", "image_size"}
 def build_processor(settings: TrainingSettings, train_rows: datasets.Dataset) -> SeraProcessor:
     """The processor: that of `model.pretrained`, or a letterbox to `data.image_size` with the tokenizer that the settings name.
 
+    It fits the towers: their patch, the number of tokens that they read, and how they want expressions padded.
+
     Raises:
-        ValueError: Where the settings name no tokenizer. Only scenes need none.
+        ValueError: Where the settings name no tokenizer (only scenes need none), or a tower that SERA does not know.
     """
     model = settings.model
     if model.pretrained:
@@ -36,40 +41,59 @@ def build_processor(settings: TrainingSettings, train_rows: datasets.Dataset) ->
         if settings.data.padding is not None:
             processor.image_processor.do_pad = settings.data.padding
         return processor
+    vision, text = _family(settings, "vision"), _family(settings, "text")
     image_processor = SeraImageProcessor(
-        size=_size(settings.data.image_size or IMAGE_SIZE), do_pad=settings.data.padding is not False
+        size=_size(settings.data.image_size or IMAGE_SIZE),
+        do_pad=settings.data.padding is not False,
+        patch_size=vision.patch_size,
     )
     source = model.tokenizer or model.text_model
     if source:
-        tokenizer = CLIPTokenizer.from_pretrained(source)
+        tokenizer = load_tokenizer(source)
     elif settings.data.source == "scenes":
         tokenizer = train_tokenizer([sentence for group in train_rows["sentences"] for sentence in group])
     else:
-        raise ValueError("Name a CLIP tokenizer: set model.tokenizer, or model.text_model to a folder that holds one.")
-    return SeraProcessor(image_processor, tokenizer)
+        raise ValueError("Name a tokenizer: set model.tokenizer, or model.text_model to a folder that holds one.")
+    if model.text_model or "max_position_embeddings" in model.config.get("text_config", {}) or text.fixed_length:
+        tokenizer.model_max_length = text.fixed_length or min(token_limit(tokenizer), text.max_tokens)
+    return SeraProcessor(image_processor, tokenizer, text_padding="max_length" if text.fixed_length else "longest")
+
+
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or Hub id: of a tokenizer alone, of a text tower, or of a SERA. No code of the folder is run.
+
+    Raises:
+        OSError, ValueError: Where there is none.
+    """
+    return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
 
 def build_model(settings: TrainingSettings, processor: SeraProcessor) -> SeraForReferringSegmentation:
     """The model, for images of the processor's size: a saved SERA, or towers, pretrained or new, with new experts.
 
     Raises:
-        ValueError: Where a side is no multiple of the patch, or the settings do not fit together.
+        ValueError: Where a side is no multiple of the patch, the tokenizer has more tokens than the text tower, or the settings do
+            not fit together.
     """
     model = settings.model
     height, width = processor.image_processor.frame_size
     if model.pretrained:
         built = _go_on(locate_model(model.pretrained).source, model.config)
+        _check_sides(height, width, built.config.patch_size)
         built.config.image_size = max(height, width)
     else:
+        _check_sides(height, width, _family(settings, "vision").patch_size)
         overrides = {"image_size": max(height, width)} | model.config
         if not model.text_model:
             overrides["text_config"] = _text_config(overrides.get("text_config", {}), processor.tokenizer)
         built = SeraForReferringSegmentation.from_vision_text_pretrained(
             model.vision_model, model.text_model, **overrides
         )
-    if height % built.config.patch_size or width % built.config.patch_size:
+    size = built.config.text_config.vocab_size
+    if len(processor.tokenizer) > size:
         raise ValueError(
-            f"data.image_size is {[height, width]}; both sides must be multiples of the patch, {built.config.patch_size}."
+            f"The tokenizer has {len(processor.tokenizer)} tokens, but the text tower knows {size}; model.tokenizer must be the "
+            "one that belongs to model.text_model."
         )
     return built
 
@@ -151,17 +175,39 @@ def _go_on(pretrained: str, overrides: dict) -> SeraForReferringSegmentation:
     return built
 
 
+def _check_sides(height: int, width: int, patch: int) -> None:
+    if height % patch or width % patch:
+        raise ValueError(f"data.image_size is {[height, width]}; both sides must be multiples of the patch, {patch}.")
+
+
 def _size(image_size: tuple[int, int]) -> dict[str, int]:
     return dict(zip(("height", "width"), image_size, strict=True))
 
 
-def _text_config(overrides: dict, tokenizer: CLIPTokenizer) -> dict:
+def _family(settings: TrainingSettings, tower: str) -> SeraVisionFamily | SeraTextFamily:
+    """What SERA knows of a tower that the settings name or describe."""
+    source = getattr(settings.model, f"{tower}_model")
+    if source:
+        whole = AutoConfig.from_pretrained(source)
+        config = getattr(whole, f"{tower}_config", whole)
+    else:
+        default = DEFAULT_TOWERS[f"{tower}_config"]
+        fields = {"model_type": default["model_type"]} | settings.model.config.get(f"{tower}_config", default)
+        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    if config.model_type not in FAMILIES[tower]:
+        named = f"model.{tower}_model {source}" if source else f"model.config.{tower}_config"
+        raise ValueError(
+            f"{named} is a {config.model_type!r}; the {tower} tower must be one of {tuple(FAMILIES[tower])}."
+        )
+    return FAMILIES[tower][config.model_type](config)
+
+
+def _text_config(overrides: dict, tokenizer: PreTrainedTokenizerBase) -> dict:
     """The configuration of a new text tower, with the vocabulary and the special tokens of the tokenizer."""
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return {
-        "model_type": "clip_text_model",
+        **DEFAULT_TOWERS["text_config"],
         "vocab_size": len(tokenizer),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
+        **{name: token for name, token in special.items() if token is not None},
         "max_position_embeddings": token_limit(tokenizer),
     } | overrides

@@ -5,7 +5,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from modeling_sera import SeraForReferringSegmentation
+from modeling_sera.vision_sera import SeraVisionEncoder
 from training.configuration import Tuning
+
+NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)  # kinds of norms in towers; all towers known today have layer norms
 
 
 @dataclass
@@ -34,7 +37,7 @@ class TuningReport:
 def apply_tuning(model: SeraForReferringSegmentation, *, vision: Tuning, text: Tuning) -> TuningReport:
     """Set `requires_grad` of every parameter (paper: "norm_bias", less than 1 % of the backbone).
 
-    "frozen" trains nothing of a tower, "norm_bias" its LayerNorm weights and every bias, "full" all of it. What SERA adds to the
+    "frozen" trains nothing of a tower, "norm_bias" the weights of its norms and every bias, "full" all of it. What SERA adds to the
     towers is always trained.
 
     Returns:
@@ -46,7 +49,7 @@ def apply_tuning(model: SeraForReferringSegmentation, *, vision: Tuning, text: T
     for name, (tower, tuning) in towers.items():
         _tune(tower, tuning)
         if name == "vision":
-            _freeze_what_nothing_reads(model)
+            _freeze_what_nothing_reads(model.model.vision)
         parameters = list(tower.parameters())
         counts[f"{name}_trained"] = sum(p.numel() for p in parameters if p.requires_grad)
         counts[f"{name}_total"] = sum(p.numel() for p in parameters)
@@ -65,18 +68,17 @@ def _tune(tower: nn.Module, tuning: Tuning) -> None:
     tower.requires_grad_(tuning == "full")
     if tuning == "norm_bias":
         for module in tower.modules():
-            if isinstance(module, nn.LayerNorm):
+            if isinstance(module, NORMS):
                 module.requires_grad_(True)
         for name, parameter in tower.named_parameters():
             if name.endswith("bias"):
                 parameter.requires_grad_(True)
 
 
-def _freeze_what_nothing_reads(model: SeraForReferringSegmentation) -> None:
+def _freeze_what_nothing_reads(vision: SeraVisionEncoder) -> None:
     """A parameter that no forward pass uses would stall distributed training."""
-    vision = model.model.vision
-    if vision.tower.embeddings.mask_token is not None:
-        vision.tower.embeddings.mask_token.requires_grad_(False)
-    vision.tower.encoder.layer[vision.depth :].requires_grad_(False)
-    if vision.depth < len(vision.tower.encoder.layer):
-        vision.tower.layernorm.requires_grad_(False)
+    for parameter in vision.family.unread(vision.tower):
+        parameter.requires_grad_(False)
+    vision.blocks[vision.depth :].requires_grad_(False)
+    if vision.depth < vision.family.depth:
+        vision.family.final_norm(vision.tower).requires_grad_(False)

@@ -33,7 +33,7 @@ def whiten_projections(model: SeraForReferringSegmentation, sample: Iterable[tup
         for layer in read:
             handle = layer.register_forward_pre_hook(lambda layer, inputs: read[layer].append(inputs[0].flatten(0, 1)))
             hooks.callback(handle.remove)
-        text = torch.tensor([[model.config.text_config.bos_token_id, model.config.text_config.eos_token_id]])
+        text = model.config.text_family.blank()
         for states, size in sample:
             pixels = torch.zeros(1, 1, 1, 1).expand(len(states), 3, *size)
             model(pixels, text.expand(len(states), -1), image_states=states.float())

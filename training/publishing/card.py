@@ -31,7 +31,7 @@ METADATA = {
     "library_name": "transformers",
     "pipeline_tag": "image-segmentation",
     "language": "en",
-    "tags": ["referring-image-segmentation", "mixture-of-experts", "dinov2", "clip"],
+    "tags": ["referring-image-segmentation", "mixture-of-experts"],
 }
 
 
@@ -97,6 +97,7 @@ def model_card(
     examples: list[tuple[str, str]],
     chosen: bool,
     predicts_presence: bool,
+    towers: tuple[str, str],
 ) -> str:
     """The card as text.
 
@@ -108,12 +109,13 @@ def model_card(
             same folder is the image without it.
         chosen: Whether somebody chose the examples. If not, they are the first held-out scenes.
         predicts_presence: Whether the model has a presence head.
+        towers: Families of the vision tower and of the text tower, such as ("DINOv2", "CLIP").
 
     Raises:
         ValueError: Two evaluations are of the same split.
     """
     name = repo_id.partition("/")[2]
-    metadata = dict(METADATA)
+    metadata = METADATA | {"tags": [*METADATA["tags"], *(tower.lower() for tower in towers)]}
     if run is not None:
         metadata |= {
             key: ids for key, ids in (("datasets", _dataset_ids(run)), ("base_model", _base_models(run))) if ids
@@ -138,6 +140,7 @@ def model_card(
         examples=examples,
         examples_note=CHOSEN if chosen else NOT_CHOSEN,
         predicts_presence=predicts_presence,
+        towers=towers,
         drawn_scenes=drawn_scenes,
         pretrained=without_folders(run.settings.model.pretrained) if run and run.settings.model.pretrained else None,
         pretrained_is_published=run is not None and run.settings.model.pretrained in _base_models(run),

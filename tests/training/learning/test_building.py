@@ -1,12 +1,14 @@
 """Building: a saved SERA goes on at another size and in whole precision, a fresh one fits its tokenizer."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 from builders import tiny_tokenizer
-from runs import TINY
+from runs import SMALL, TEXT, TINY
 from safetensors.torch import load_file, save_file
+from towers import save_bert, save_dinov3, save_siglip, word_tokenizer
 
 from modeling_sera import SeraForReferringSegmentation
 from processing_sera import SeraProcessor
@@ -140,3 +142,43 @@ def test_a_tokenizer_without_a_length_has_clips(tmp_path):
     settings = replace(TINY, model=ModelSettings(tokenizer=str(tmp_path), config=TINY.model.config))
     processor = build_processor(settings, generate_scenes(2, 0, 64))
     assert build_model(settings, processor).config.text_config.max_position_embeddings == 77
+
+
+@pytest.mark.parametrize("text", ["siglip", "bert"])
+def test_towers_of_other_families_are_built_with_a_processor_that_fits(tmp_path, text):
+    save_dinov3(tmp_path / "vision")
+    save_siglip(tmp_path / "text") if text == "siglip" else save_bert(tmp_path / "text")
+    model = ModelSettings(vision_model=str(tmp_path / "vision"), text_model=str(tmp_path / "text"), config=dict(SMALL))
+    settings = replace(TINY, model=model, data=replace(TINY.data, image_size=(48, 64)))
+    processor = build_processor(settings, generate_scenes(2, 0, 64))
+    built = build_model(settings, processor)
+    save_model(built, processor, tmp_path / "sera")
+    loaded, again = load_whole(tmp_path / "sera")
+    described = json.loads((tmp_path / "sera" / "processor_config.json").read_text())
+    assert described["image_processor"]["patch_size"] == again.image_processor.patch_size == 16
+    assert described["text_padding"] == ("max_length" if text == "siglip" else "longest")
+    assert again.max_tokens == {"siglip": 16, "bert": 24}[text]  # the tower's, where the tokenizer's is larger
+    inputs = again(images=torch.rand(3, 50, 60), text=[["left zebra", "a cup"]], return_tensors="pt")
+    assert inputs["input_ids"].shape == ((2, 16) if text == "siglip" else (2, 3))
+    with torch.inference_mode():
+        assert torch.equal(loaded(**inputs).logits, built.eval()(**inputs).logits)
+
+    sized = replace(settings, data=replace(settings.data, image_size=(48, 56)))
+    with pytest.raises(ValueError, match=r"\[48, 56\].*multiples of the patch, 16"):
+        build_model(sized, build_processor(sized, generate_scenes(2, 0, 64)))
+    other = replace(settings, model=replace(model, tokenizer=str(tmp_path / "clip")))
+    tiny_tokenizer().save_pretrained(tmp_path / "clip")
+    with pytest.raises(ValueError, match=r"tokenizer has \d+ tokens.*knows 309"):
+        build_model(other, build_processor(other, generate_scenes(2, 0, 64)))
+
+
+def test_a_new_tower_of_another_family_takes_its_tokenizer(tmp_path):
+    tokenizer = word_tokenizer(is_siglip=True, model_max_length=int(1e30))
+    tokenizer.save_pretrained(tmp_path)
+    text = TEXT | {"model_type": "siglip_text_model", "max_position_embeddings": 12}
+    config = TINY.model.config | {"text_config": text}
+    settings = replace(TINY, model=ModelSettings(tokenizer=str(tmp_path), config=config))
+    processor = build_processor(settings, generate_scenes(2, 0, 64))
+    built = build_model(settings, processor)
+    assert processor.max_tokens == built.model.text_family.fixed_length == 12
+    assert built.config.text_config.vocab_size == len(tokenizer) and built.config.text_config.pad_token_id == 0

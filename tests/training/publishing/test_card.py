@@ -55,7 +55,12 @@ def write_run(folder: Path, **settings) -> Path:
 
 
 def make_card(
-    evaluations=(), model_folder: Path | None = None, examples=(), chosen: bool = False, predicts_presence: bool = False
+    evaluations=(),
+    model_folder: Path | None = None,
+    examples=(),
+    chosen: bool = False,
+    predicts_presence: bool = False,
+    towers: tuple[str, str] = ("DINOv2", "CLIP"),
 ) -> str:
     run = None if model_folder is None else read_run(model_folder)
     return model_card(
@@ -65,7 +70,14 @@ def make_card(
         examples=list(examples),
         chosen=chosen,
         predicts_presence=predicts_presence,
+        towers=towers,
     )
+
+
+def test_the_card_names_the_kinds_of_towers():
+    card = make_card(towers=("DINOv3", "SigLIP"))
+    assert {"dinov3", "siglip"} <= set(front_matter(card)["tags"]) and "dinov2" not in card.lower()
+    assert "A DINOv3 vision tower" in card and "a SigLIP text tower" in card and "CLIP's" not in card
 
 
 def front_matter(card: str) -> dict:
