@@ -24,20 +24,13 @@ from jsonargparse import ArgumentParser
 
 from training.configuration import Orientation
 from training.examples.batches import open_as_annotated
+from training.sources.published_counts import PUBLISHED_REFS
 from training.sources.refer import REFER_FEATURES, load_refer
 from training.sources.row_checks import count_doubtful
 from training.support.commands import run_command
 from training.support.files import partial_folder, replace_folder, sha256_of, write_text
 
 logger = logging.getLogger(__name__)
-
-# Refs per split as the datasets' authors publish them; by (dataset, split_by).
-PUBLISHED_REFS: Mapping[tuple[str, str], Mapping[str, int]] = {
-    ("refcoco", "unc"): {"train": 42404, "val": 3811, "testA": 1975, "testB": 1810},
-    ("refcoco+", "unc"): {"train": 42278, "val": 3805, "testA": 1975, "testB": 1798},
-    ("refcocog", "umd"): {"train": 42226, "val": 2573, "test": 5023},
-    ("refcocog", "google"): {"train": 44822, "val": 5000},
-}
 
 SHARD_BYTES = 500_000_000  # of distinct images in a shard
 
