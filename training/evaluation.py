@@ -29,9 +29,9 @@ from training.examples.shapes import ShapeBatches
 from training.examples.splits import load_splits
 from training.learning.building import load_whole
 from training.learning.checkpoints import checksum
-from training.scoring.boundary import boundary_f_score
 from training.scoring.figures import draw_report, draw_sheet
 from training.scoring.flip_averaging import FlipCollator, average_answers
+from training.scoring.kept_predictions import score_answer
 from training.scoring.mask_selection import FIXED_THRESHOLD, MaskSelection
 from training.scoring.metric import SentenceScore, format_table
 from training.scoring.reports import Threshold, evaluation_record, format_report, model_index, selection_note
@@ -81,21 +81,32 @@ def score_sentences(
     scores = []
     options = {"batch_size": batch_size, "max_expressions": max_expressions, "num_workers": num_workers}
     asked = shuffled_sentences(rows) if shuffle else None
-    for (row, sentence), truth, result in _answers(model, processor, rows, accelerator, selection, asked, **options):
-        predicted = selection.mask(result, processor.mask_threshold).cpu().numpy()
-        scores.append(
-            SentenceScore(
-                row=row,
-                sentence=sentence,
-                kind=kinds[row][sentence],
-                intersection=int(np.count_nonzero(predicted & truth)),
-                predicted=int(np.count_nonzero(predicted)),
-                truth=int(np.count_nonzero(truth)),
-                boundary_f=boundary_f_score(predicted, truth),
-                no_target=result.get("no_target"),
-            )
-        )
+    for (row, sentence), truth, predicted, result in answer_sentences(
+        model, processor, rows, accelerator, selection, asked, **options
+    ):
+        scores.append(score_answer(row, sentence, kinds[row][sentence], predicted, truth, result))
     return sorted(gather_object(scores), key=lambda score: (score.row, score.sentence))
+
+
+def answer_sentences(
+    model: SeraForReferringSegmentation,
+    processor: SeraProcessor,
+    rows: datasets.Dataset,
+    accelerator: Accelerator,
+    selection: MaskSelection = FIXED_THRESHOLD,
+    asked: list[list[str]] | None = None,
+    **options: int,
+) -> Iterator[tuple[tuple[int, int], np.ndarray, np.ndarray, dict]]:
+    """This process's share of the answers, image by image. Arguments as in `score_sentences`.
+
+    Args:
+        asked: Sentences to ask instead of each row's own; the same number for each row.
+
+    Yields:
+        (row, sentence) in the split; the true and the predicted mask, bool (H, W); and the processor's result, with "score".
+    """
+    for source, truth, result in _answers(model, processor, rows, accelerator, selection, asked, **options):
+        yield source, truth, selection.mask(result, processor.mask_threshold).cpu().numpy(), result
 
 
 def threshold_curve(

@@ -36,6 +36,7 @@ from training.sources.hub_columns import HubColumns, read_hub
 from training.sources.labelme_records import read_labelme
 from training.sources.mask_folder import TableColumns, read_mask_folder
 from training.sources.own_rows import VAL_SHARE, make_rows
+from training.sources.published_counts import PUBLISHED_REFS
 from training.sources.refer import load_refer
 from training.sources.row_checks import count_doubtful
 from training.support.commands import run_command
@@ -45,14 +46,6 @@ logger = logging.getLogger(__name__)
 
 # Reads one of the files, folders or data sets that the command names.
 Reader = Callable[[str, Findings], Iterator[AnnotatedImage]]
-
-# Refs per split as the datasets' authors publish them; by (dataset, split_by).
-PUBLISHED_REFS: Mapping[tuple[str, str], Mapping[str, int]] = {
-    ("refcoco", "unc"): {"train": 42404, "val": 3811, "testA": 1975, "testB": 1810},
-    ("refcoco+", "unc"): {"train": 42278, "val": 3805, "testA": 1975, "testB": 1798},
-    ("refcocog", "umd"): {"train": 42226, "val": 2573, "test": 5023},
-    ("refcocog", "google"): {"train": 44822, "val": 5000},
-}
 
 
 def prepare_refer(

@@ -31,6 +31,8 @@ from processing_sera.image_processing_sera import to_rgb_image
 from training.learning.building import load_whole
 from training.learning.checkpoints import checksum
 from training.publishing.card import TrainingRun, check_card, model_card, read_evaluation, read_run
+from training.publishing.eval_results import FOLDER as RESULTS
+from training.publishing.eval_results import eval_result_files
 from training.scoring.overlay import overlay
 from training.sources.images import open_image
 from training.sources.scenes.dataset import generate_scenes
@@ -58,7 +60,9 @@ FILES |= {
     "requirements.txt",
     "examples/examples.json",
 }
-NUMBERED = re.compile(r"model-\d{5}-of-\d{5}\.safetensors|examples/\d+(-image)?\.png")
+NUMBERED = re.compile(
+    r"model-\d{5}-of-\d{5}\.safetensors|examples/\d+(-image)?\.png|" + re.escape(RESULTS) + r"/[\w.-]+\.yaml"
+)
 BINARY = {".safetensors", ".png"}
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 OTHER_HOME = re.compile(r"(?<![\w.~-])/(home|Users)/\w|\b[A-Z]:\\+Users\\")
@@ -176,6 +180,8 @@ def stage(
         towers=(model.config.vision_family.name, model.config.text_family.name),
     )
     write_text(target / "README.md", text)
+    for path, entries in eval_result_files(records).items():
+        write_text(target / path, entries)
 
     check_card(text, target)
     files = list_files(target)
@@ -324,7 +330,7 @@ def push_parser() -> ArgumentParser:
         type=str,
         action="append",
         default=[],
-        help="JSON file of training/evaluation.py; may be given several times",
+        help="JSON file of training/evaluation.py or training/papers_table.py; may be given several times",
     )
     parser.add_argument(
         "--example",

@@ -22,19 +22,20 @@ import re
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
 from training.prediction import OneLineParser, expression_argument, load_pipeline, probability_argument
-from training.support.commands import INPUT_ERRORS, describe_error, run_command
+from training.support.commands import run_command
 from training.support.files import write_text
+from training.support.processes import agree
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +49,6 @@ if TYPE_CHECKING:
     from training.sources.asked_images import AskedImages
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 MANIFEST, MASKS, OVERLAYS, PREVIEW = "manifest.json", "masks", "overlays", "preview.png"
 REFRESH_S = 2.0  # how often the bar looks for the parts that other processes have written
@@ -306,7 +306,7 @@ def segment(options: argparse.Namespace) -> Timing:
         _check_manifest(output, manifest)
         return list_parts(output)
 
-    done = _agree(accelerator, done_before)
+    done = agree(accelerator, done_before)
     try:
         _work(segmenter, asked, output, done, accelerator, options)
     except torch.OutOfMemoryError as error:
@@ -412,25 +412,6 @@ def _preview(segmenter: Segmenter, asked: AskedImages, output: Path, batch_size:
         raise ValueError("The data has no rows, so there is nothing to preview.")
     draw_predictions(examples, output / PREVIEW)
     logger.info(f"{output / PREVIEW}: {len(examples)} images; nothing else was written")
-
-
-def _agree(accelerator: Accelerator, decide: Callable[[], T]) -> T:
-    """What the main process decides, in every process; an error of its about the input ends them all, and is told once."""
-    from accelerate.utils import broadcast_object_list
-
-    said: list[Any] = [None, None]
-    error: Exception | None = None
-    if accelerator.is_main_process:
-        try:
-            said[0] = decide()
-        except INPUT_ERRORS as raised:
-            error, said[1] = raised, describe_error(raised) or str(raised)
-    broadcast_object_list(said)
-    if error is not None:
-        raise error
-    if said[1] is not None:
-        sys.exit(1)
-    return said[0]
 
 
 def _check_manifest(output: Path, manifest: dict[str, Any]) -> None:

@@ -178,3 +178,24 @@ def test_segment_many_images(run):
     (run.place / "read_masks.py").write_text(snippet + "\nprint(len(good), mask.dtype)\n")
     images = [path for path in (REPOSITORY / "docs").rglob("*") if path.suffix in IMAGE_SUFFIXES]
     assert f"{2 * len(images)} bool" in run("python read_masks.py")
+
+
+def test_the_papers_table(run):
+    """Each command of docs/papers-table.md and of the README, with options that make the work small."""
+    outputs, brief = run.place / "outputs", "--only refcoco-unc-val refcocog-umd-val"
+    if not (outputs / "refcoco").exists():  # where this test runs alone
+        (recipe,) = commands("Train")
+        run(f"{recipe} --optimization.epochs 1 --data.image_size '[112, 112]' --num_workers 0")
+    (command,) = commands("The table")
+    assert commands("The papers' table") == [command]
+    said = run(f"{command} {brief}")
+    assert "| SERA | mIoU | no | 76.5 |" in said and "| refcoco | mIoU | no |" in said
+    (command,) = commands("Zero-shot transfer")
+    said = run(f"{command} {brief}")
+    assert "refcocog-umd-val: scored before" in said and "Trained on: RefCOCO." in said and "RefCOCO val" not in said
+    shutil.copytree(outputs / "refcoco", outputs / "refcoco-late")
+    (command,) = commands("Comparing two models")
+    assert "| RefCOCO val | mIoU |" in run(command)
+    (command,) = commands("The paper's grid")
+    run(f"{command} --only both --seeds 0 --optimization.epochs 1 --data.image_size '[112, 112]' --num_workers 0")
+    assert "| both | 1 |" in (outputs / "ablation" / "refcoco" / "results.md").read_text()

@@ -16,7 +16,7 @@ FLOORS = (
     {"examples"},
     {"scoring", "distil_text"},
     {"ablations", "evaluation", "prediction", "publishing"},
-    {"ablation", "experts", "export", "preparation", "push", "scene_statistics", "segment", "train"},
+    {"ablation", "experts", "export", "papers_table", "preparation", "push", "scene_statistics", "segment", "train"},
 )
 MODULES = sorted(TRAINING.rglob("*.py"))
 MAX_LINES = 600

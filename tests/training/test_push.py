@@ -19,7 +19,7 @@ import torch
 import yaml
 from builders import image_bytes
 from conftest import REPOSITORY
-from evaluations import write_evaluation
+from evaluations import SCENES, write_evaluation
 from huggingface_hub import constants
 from PIL import Image
 from runs import ENVIRONMENT, ON_CPU
@@ -335,6 +335,25 @@ def test_examples_are_drawn_from_pixels_alone(run_folder, tmp_path, monkeypatch)
         not (target / "examples" / "2.png").exists()
         and "publisher of the model chose" in (target / "README.md").read_text()
     )
+
+
+def test_figures_on_a_data_set_of_the_hub_have_a_file_of_their_own(run_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(push, "check_answer", lambda folder: None)
+    monkeypatch.setattr(push, "read_evaluation", lambda path, models: json.loads(path.read_text()))
+    paths = [
+        write_evaluation(tmp_path / f"{i}.json", data, "val")
+        for i, data in enumerate((DataSettings(root="refer"), SCENES))
+    ]
+    record = json.loads(paths[0].read_text())
+    record["counts"]["objects"] = 3811  # RefCOCO's
+    paths[0].write_text(json.dumps(record))
+    files = push.stage(run_folder / "model", REPO, tmp_path / "staged", evaluations=paths, examples=[])
+    (sent,) = (file.path for file in files if file.path.startswith(".eval_results/"))
+    (entry,) = yaml.safe_load((tmp_path / "staged" / sent).read_text())
+    assert entry["dataset"] == {"id": "jxu124/refcoco", "task_id": "val_mIoU"}
+    index = yaml.safe_load((tmp_path / "staged" / "README.md").read_text().split("---\n")[1])["model-index"]
+    types = [result["dataset"]["type"] for result in index[0]["results"]]
+    assert types == ["refcoco", "embedded-scenes"]  # the card has both
 
 
 def test_a_second_push_to_the_same_place(hub, already_staged, run_folder):

@@ -68,7 +68,7 @@ def read_run(model_folder: Path) -> TrainingRun | None:
 
 
 def read_evaluation(path: Path, models: set[str]) -> dict[str, Any]:
-    """Read a record that `training/evaluation.py` wrote about a model with one of the names `models`.
+    """Read a record that `training/evaluation.py` or `training/papers_table.py` wrote about a model with one of the names `models`.
 
     Raises:
         ValueError: The file is no such record, is about another model, or its figures do not follow from its scores.
@@ -117,9 +117,10 @@ def model_card(
     name = repo_id.partition("/")[2]
     metadata = METADATA | {"tags": [*METADATA["tags"], *(tower.lower() for tower in towers)]}
     if run is not None:
-        metadata |= {
-            key: ids for key, ids in (("datasets", _dataset_ids(run)), ("base_model", _base_models(run))) if ids
-        }
+        ids = {"datasets": _dataset_ids(run), "base_model": _base_models(run)}
+        metadata |= {key: found for key, found in ids.items() if found}
+        if ids["base_model"]:
+            metadata["base_model_relation"] = "finetune"
     if examples:
         metadata["widget"] = [{"text": text, "output": {"url": path}} for text, path in examples]
     if evaluations:

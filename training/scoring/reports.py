@@ -48,7 +48,7 @@ def evaluation_record(
     split: str,
     rows: datasets.Dataset,
     scores: list[SentenceScore],
-    shuffled: list[SentenceScore],
+    shuffled: list[SentenceScore] | None,
     threshold: Threshold,
     selection: MaskSelection = FIXED_THRESHOLD,
     weights: str | None = None,
@@ -64,7 +64,7 @@ def evaluation_record(
         split: Name of the split.
         rows: The split.
         scores: The score of every sentence.
-        shuffled: The scores with each object given the sentences of another.
+        shuffled: The scores with each object given the sentences of another. `None`: that was not measured.
         threshold: The threshold of both.
         selection: How masks were selected.
         weights: Checksum of the model's weights. Models of the same name may differ.
@@ -100,7 +100,7 @@ def evaluation_record(
         "expected_iou": selection.expected_iou,
         "largest_component": selection.largest_component,
         "predicts_presence": any(score.no_target is not None for score in scores),
-        "summary": {"as written": summarize(scores), "shuffled": summarize(shuffled)},
+        "summary": {"as written": summarize(scores)} | ({} if shuffled is None else {"shuffled": summarize(shuffled)}),
         "intervals": {name: intervals(group) for name, group in by_kind(scores).items()},
         "slices": {
             dimension: {
@@ -134,7 +134,8 @@ def format_report(record: dict[str, Any]) -> str:
         "",
         "mIoU is the mean over expressions. oIoU is total intersection / total union. Pr@X is the share of expressions with "
         "IoU > X. boundary_F is the mean boundary F-score within "
-        f"{record['boundary_tolerance']:g} of the image's diagonal. Shuffled: each object was given the sentences of another.",
+        f"{record['boundary_tolerance']:g} of the image's diagonal."
+        + (" Shuffled: each object was given the sentences of another." if "shuffled" in record["summary"] else ""),
         "",
         format_table(record["summary"], record["intervals"]),
         "",

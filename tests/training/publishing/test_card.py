@@ -210,6 +210,8 @@ def test_towers_and_data_are_named_by_their_ids_and_folders_are_not(tmp_path, mo
     assert metadata["base_model"] == ["facebook/dinov2-with-registers-base"] and metadata["datasets"] == [
         "lmms-lab/RefCOCO"
     ]
+    assert metadata["base_model_relation"] == "finetune"
+    assert "base_model_relation" not in front_matter(make_card([], write_run(tmp_path / "outputs" / "fresh")))
     assert str(tmp_path) not in card
     further = [
         MixedSet(dataset="refcoco+", weight=1),
