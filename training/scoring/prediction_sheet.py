@@ -35,7 +35,7 @@ def draw_predictions(examples: Sequence[tuple[Image.Image | None, Sequence[Predi
         written = [(_label(predictions[0].image), "black")]
         masks = 0
         for prediction in predictions[:LINES]:
-            said = f"{prediction.score:.2f}" if prediction.error is None else prediction.error
+            said = prediction.error or (f"{prediction.score:.2f}" if prediction.area else "nothing there")
             color = COLORS[masks % len(COLORS)] if prediction.error is None else "black"
             masks += prediction.error is None
             written.append((f"{_label(prediction.expression or '')}  {_label(said)}", color))
