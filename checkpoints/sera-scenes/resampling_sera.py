@@ -55,9 +55,7 @@ def image_axis(cells: int, length: int, start: float, extent: float) -> Axis:
 
 
 def resampled_bands(values: Tensor, rows: Axis, columns: Axis) -> Iterator[tuple[slice, Tensor]]:
-    """Interpolate bilinearly to the pixels of an image, a band of rows at a time.
-
-    A pixel has the same bits in any band.
+    """Interpolate bilinearly to the pixels of an image, a band of rows at a time. The bands follow from the size of the image.
 
     Args:
         values: (h, w), the cells of both axes.
