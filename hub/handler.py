@@ -59,11 +59,13 @@ class EndpointHandler:
             data: `{"inputs": …, "parameters": …}`. `inputs` is `{"image": image, "text": expressions}` or the image alone,
                 with `"text"` among the parameters. An image is the base64 of a file (`data:` URLs too), the file's bytes or a
                 PIL image; expressions are a string or a list of strings, also under the name `"expressions"`. The other
-                parameter is `"threshold"`, the probability within (0, 1) at the mask's edge, by default the processor's.
+                parameter is `"threshold"`, the probability within (0, 1) at the mask's edge; by default masks are selected as the
+                processor says.
 
         Returns:
             Per expression, in order, `{"label": str, "score": float, "mask": str}`: the expression as given, a number in [0, 1],
-            and the base64 of a PNG of the upright image's size, 255 on the object and 0 elsewhere.
+            and the base64 of a PNG of the upright image's size, 255 on the object and 0 elsewhere. From a model that predicts
+            presence also `"no_target"`, the probability that nothing in the image is meant. Where it is likely, the mask is empty.
 
         Raises:
             ValueError: Where the request cannot be answered, with what to change.
@@ -106,7 +108,7 @@ class EndpointHandler:
         for n, label in enumerate(expressions):  # masks have the image's own size and are large: one at a time
             alone = {name: outputs[name][n : n + 1] for name in ("logits", "presence_logits") if name in outputs}
             (result,) = self.processor.post_process_referring_segmentation(alone, about_it, threshold=threshold)
-            answers.append({"label": label, "score": result["score"], "mask": encode_mask(result["mask"])})
+            answers.append({"label": label, **result, "mask": encode_mask(result["mask"])})
         return answers
 
 

@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 
 from training.configuration import DataSettings
+from training.scoring.mask_selection import MaskSelection
 from training.scoring.metric import SentenceScore
 from training.scoring.reports import Threshold, evaluation_record
 from training.sources.scenes.dataset import generate_scenes
@@ -19,7 +20,9 @@ def made_up_record(shift: int) -> str:
     """The JSON of an evaluation with made-up answers to the sentences of two scenes."""
     rows = generate_scenes(2, 0, 64, split="test")
     scores = [
-        SentenceScore(i, j, kind, intersection=40 + 7 * (i % 5) + shift, predicted=100 + j, truth=90, boundary_f=0.5)
+        SentenceScore(
+            i, j, kind, intersection=40 + 7 * (i % 5) + shift, predicted=100 + j, truth=90, boundary_f=0.5, score=0.4
+        )
         for i, kinds in enumerate(rows["sentence_kinds"])
         for j, kind in enumerate(kinds)
     ]
@@ -31,6 +34,7 @@ def made_up_record(shift: int) -> str:
         scores=scores,
         shuffled=scores,
         threshold=Threshold(0.35, "chosen on val for the highest mIoU"),
+        selection=MaskSelection(0.35, keep_largest_component=False),
         command="python training/evaluation.py model --split test",
         processes=1,
     )

@@ -7,7 +7,7 @@ the same figures as Markdown, a PNG with curves and the worst and best cases, an
 import json
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -17,22 +17,23 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, tqdm
-from jsonargparse import ArgumentParser
+from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt, OpenUnitInterval, PositiveInt
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from modeling_sera import SeraForReferringSegmentation
 from processing_sera import SeraProcessor
+from processing_sera.mask_selection_sera import EXPECTED_IOU, calibrated
 from training.configuration import DataSettings, default_data
 from training.examples.batches import Collator, EvaluationExamples, shuffled_sentences
 from training.examples.shapes import ShapeBatches
 from training.examples.splits import load_splits
 from training.learning.building import load_whole
 from training.learning.checkpoints import checksum
+from training.scoring.calibration import IDENTITY, fit_calibration
 from training.scoring.figures import draw_report, draw_sheet
-from training.scoring.flip_averaging import FlipCollator, average_answers
 from training.scoring.kept_predictions import score_answer
-from training.scoring.mask_selection import FIXED_THRESHOLD, MaskSelection
+from training.scoring.mask_selection import PROCESSORS_OWN, MaskSelection
 from training.scoring.metric import SentenceScore, format_table
 from training.scoring.reports import Threshold, evaluation_record, format_report, model_index, selection_note
 from training.support.commands import run_command
@@ -43,8 +44,8 @@ from training.support.workers import end_with_parent
 
 logger = logging.getLogger(__name__)
 
-# (row, sentence) in the split, the true mask, and the model's answer after post-processing
-Answer = tuple[tuple[int, int], np.ndarray, dict]
+# (row, sentence) in the split, the true mask, and the processor's results for each mask selection, made one at a time
+Answer = tuple[tuple[int, int], np.ndarray, Iterator[dict]]
 CALIBRATION_SPLITS = ("val", "validation")
 CALIBRATION_THRESHOLDS = tuple(i / 20 for i in range(1, 20))
 
@@ -54,7 +55,7 @@ def score_sentences(
     processor: SeraProcessor,
     rows: datasets.Dataset,
     accelerator: Accelerator,
-    selection: MaskSelection = FIXED_THRESHOLD,
+    selection: MaskSelection = PROCESSORS_OWN,
     *,
     batch_size: int = 8,
     max_expressions: int = 64,
@@ -93,7 +94,7 @@ def answer_sentences(
     processor: SeraProcessor,
     rows: datasets.Dataset,
     accelerator: Accelerator,
-    selection: MaskSelection = FIXED_THRESHOLD,
+    selection: MaskSelection = PROCESSORS_OWN,
     asked: list[list[str]] | None = None,
     **options: int,
 ) -> Iterator[tuple[tuple[int, int], np.ndarray, np.ndarray, dict]]:
@@ -105,8 +106,8 @@ def answer_sentences(
     Yields:
         (row, sentence) in the split; the true and the predicted mask, bool (H, W); and the processor's result, with "score".
     """
-    for source, truth, result in _answers(model, processor, rows, accelerator, selection, asked, **options):
-        yield source, truth, selection.mask(result, processor.mask_threshold).cpu().numpy(), result
+    for source, truth, (result,) in _answers(model, processor, rows, accelerator, [selection], asked, **options):
+        yield source, truth, result["mask"].cpu().numpy(), result
 
 
 def threshold_curve(
@@ -114,7 +115,7 @@ def threshold_curve(
     processor: SeraProcessor,
     rows: datasets.Dataset,
     accelerator: Accelerator,
-    selection: MaskSelection = FIXED_THRESHOLD,
+    selection: MaskSelection = PROCESSORS_OWN,
     **options: int,
 ) -> dict[float, float]:
     """mIoU of a split at every threshold of CALIBRATION_THRESHOLDS, from one pass over it. Arguments as in `score_sentences`.
@@ -122,14 +123,13 @@ def threshold_curve(
     The selection's own threshold is not used. A mask that the presence head leaves empty is empty at every threshold.
     """
     found = []
-    answered = _answers(model, processor, rows, accelerator, selection, return_probabilities=True, **options)
-    for source, truth, result in answered:
-        inside = torch.from_numpy(truth).to(result["probabilities"].device)
+    selections = [replace(selection, threshold=threshold) for threshold in CALIBRATION_THRESHOLDS]
+    for source, truth, results in _answers(model, processor, rows, accelerator, selections, **options):
         ious = []
-        for threshold in CALIBRATION_THRESHOLDS:
-            mask = replace(selection, threshold=threshold).mask(result, threshold)
-            union = int((mask | inside).sum())
-            ious.append(int((mask & inside).sum()) / union if union else 1.0)
+        for result in results:
+            mask = result["mask"].cpu().numpy()
+            union = np.count_nonzero(mask | truth)
+            ious.append(np.count_nonzero(mask & truth) / union if union else 1.0)
         found.append((source, ious))
     table = np.array([ious for _, ious in sorted(gather_object(found))])
     return {
@@ -148,13 +148,11 @@ def _answers(
     processor: SeraProcessor,
     rows: datasets.Dataset,
     accelerator: Accelerator,
-    selection: MaskSelection,
+    selections: list[MaskSelection],
     asked: list[list[str]] | None = None,
-    *,
-    return_probabilities: bool = False,
     **options: int,
 ) -> Iterator[Answer]:
-    """The answers to this process's sentences."""
+    """The answers to this process's sentences. The selections differ in what happens after the model."""
     examples = EvaluationExamples(rows, asked)
     numbers = range(accelerator.process_index, len(examples), accelerator.num_processes)
     mine = Subset(examples, numbers)
@@ -163,23 +161,9 @@ def _answers(
     was_training = model.training
     model.eval()
     try:
-        wants_probabilities = selection.needs_probabilities or return_probabilities
-        found = _ask(mine, shapes, model, processor, accelerator, selection, wants_probabilities, **options)
-        if selection.flip:
-            found = _averaged(found)
-        yield from found
+        yield from _ask(mine, shapes, model, processor, accelerator, selections, **options)
     finally:
         model.train(was_training)
-
-
-def _averaged(found: Iterable[Answer]) -> Iterator[Answer]:
-    """The mean of the two answers to each sentence."""
-    about_images = {}  # the answers for one image; the answers for its flipped image follow them
-    for source, truth, result in found:
-        if source in about_images:
-            yield source, truth, average_answers(about_images.pop(source), result)
-        else:
-            about_images[source] = result
 
 
 def _ask(
@@ -188,37 +172,33 @@ def _ask(
     model: SeraForReferringSegmentation,
     processor: SeraProcessor,
     accelerator: Accelerator,
-    selection: MaskSelection,
-    return_probabilities: bool,
+    selections: list[MaskSelection],
     *,
     batch_size: int,
     max_expressions: int,
     num_workers: int = 0,
 ) -> Iterator[Answer]:
-    """The model's own answers. With flips, the answers for a flipped image follow all answers for its image."""
-    collator = (FlipCollator if selection.flip else Collator)(processor, with_labels=False)
-    images = max(batch_size // 2, 1) if selection.flip else batch_size  # each comes with its flipped image
-    batches = ShapeBatches(lambda: shapes, images, shuffle=False)
+    """The model's answers to all sentences of the examples."""
+    collator = Collator(processor, with_labels=False)
+    batches = ShapeBatches(lambda: shapes, batch_size, shuffle=False)
     workers = {"num_workers": num_workers, "worker_init_fn": end_with_parent}
     loader = DataLoader(examples, batch_sampler=batches, collate_fn=collator, **workers)
     for inputs, batch in tqdm(loader, desc="evaluating", leave=False):
-        sources = (source for example in batch for source in example.sources)
-        truths = (mask for example in batch for mask in example.masks)
+        asked = [
+            (source, mask) for example in batch for source, mask in zip(example.sources, example.masks, strict=True)
+        ]
+        text = [sentence for example in batch for sentence in example.text]
         inputs = inputs.to(accelerator.device)
         one_each = torch.arange(len(inputs["input_ids"]), device=accelerator.device)  # what the processor leaves out
         inputs.setdefault("image_index", one_each)
         with torch.inference_mode(), accelerator.autocast():
-            outputs = model(**inputs, max_expressions=max_expressions)
-        answers = {name: outputs[name] for name in ("logits", "presence_logits") if outputs.get(name) is not None}
-        # masks have the size of the image and are far larger than logits, so they are made in parts too
-        for part in torch.arange(len(outputs.logits)).split(max_expressions):
-            asked_now = {**inputs, "image_index": inputs["image_index"][part]}
-            answers_now = {name: values[part] for name, values in answers.items()}
-            results = processor.post_process_referring_segmentation(
-                answers_now, asked_now, selection.threshold, return_probabilities
-            )
-            for result in results:
-                yield next(sources), next(truths), result
+            answers, _ = selections[0].ask(model, processor, inputs, text, max_expressions=max_expressions)
+        # masks have the size of the image and are far larger than logits, so they are made one at a time
+        for n, (source, truth) in enumerate(asked):
+            one = slice(n, n + 1)
+            own = {name: values[one] for name, values in answers.items()}
+            about = {**inputs, "image_index": inputs["image_index"][one]}
+            yield source, truth, (selection.results(processor, own, about)[0] for selection in selections)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -236,6 +216,9 @@ def main(arguments: list[str] | None = None) -> None:
     if options.expected_iou and (options.calibrate or options.threshold is not None):
         parser.error("--expected_iou gives each answer its own threshold; leave out --threshold and --calibrate.")
     location = locate_model(options.model)
+    processor_file = Path(location.source, "processor_config.json")
+    if options.fit_scores:
+        _check_fit(parser, options, processor_file)
     settings_file = Path(options.settings) if options.settings else location.settings
     if settings_file is not None and settings_file.is_file():
         default_data(parser, settings_file)
@@ -256,19 +239,26 @@ def main(arguments: list[str] | None = None) -> None:
     ask = {"batch_size": options.batch_size, "max_expressions": options.max_expressions}
     ask |= {"num_workers": options.num_workers}
     selection = MaskSelection(
-        flip=options.tta == "flip", largest_component=options.largest_component, expected_iou=options.expected_iou
-    )
-    threshold = Threshold(processor.mask_threshold, "the processor's")
-    if options.expected_iou:
-        threshold = Threshold(None, "each answer's own")
-    elif options.threshold is not None:
-        threshold = Threshold(float(options.threshold), "given")
-    elif options.calibrate:
+        threshold=EXPECTED_IOU if options.expected_iou else options.threshold,
+        keep_largest_component=options.largest_component,
+        flip=options.tta == "flip",
+    ).completed(processor)
+    if options.calibrate:
         curve = threshold_curve(model, processor, calibration_rows[0], accelerator, selection, **ask)
         here = ", the split scored here," if options.calibrate == options.split else ""
         threshold = Threshold(best_threshold(curve), f"chosen on {options.calibrate}{here} for the highest mIoU", curve)
-    selection = replace(selection, threshold=threshold.value)
+        selection = replace(selection, threshold=threshold.value)
+    elif selection.threshold == EXPECTED_IOU:
+        threshold = Threshold(None, "each answer's own")
+    else:
+        threshold = Threshold(selection.threshold, "the processor's" if options.threshold is None else "given")
+    calibration = None if processor.score_calibration is None else "the processor's estimates of the IoU"
+    if options.fit_scores:
+        processor.score_calibration = IDENTITY
     scores = score_sentences(model, processor, rows, accelerator, selection, **ask)
+    if options.fit_scores:
+        scores = _fit_scores(processor, scores)
+        calibration = "estimates of the IoU, fitted on this split"
     shuffled = score_sentences(model, processor, rows, accelerator, selection, shuffle=True, **ask)
     if not accelerator.is_main_process:
         return
@@ -282,6 +272,7 @@ def main(arguments: list[str] | None = None) -> None:
         shuffled=shuffled,
         threshold=threshold,
         selection=selection,
+        calibration=calibration,
         weights=checksum(model.state_dict()),
         command=command_line("training/evaluation.py", arguments),
         processes=accelerator.num_processes,
@@ -296,6 +287,44 @@ def main(arguments: list[str] | None = None) -> None:
     if options.sheet:
         draw_sheet(model, processor, rows, scores, Path(options.sheet), selection=selection)
     logger.info(f"{output} and, beside it, .md, .png and .yaml (model-index)")
+    if options.fit_scores:
+        settings = json.loads(processor_file.read_text(encoding="utf-8")) | {
+            "mask_threshold": selection.threshold,
+            "keep_largest_component": selection.keep_largest_component,
+            "score_calibration": processor.score_calibration,
+        }
+        write_text(processor_file, json.dumps(settings, indent=2, sort_keys=True) + "\n")
+        logger.info(f"{processor_file.name} of {location.name} has this mask selection and the fitted scores now")
+
+
+def _check_fit(parser: ArgumentParser, options: Namespace, processor_file: Path) -> None:
+    """Refuse what --fit_scores cannot be used with."""
+    if options.split.startswith("test"):
+        parser.error(f"--fit_scores --split {options.split}: scores are not fitted on a test split.")
+    if options.tta:
+        parser.error("--fit_scores fits the scores of one pass; leave out --tta.")
+    if not processor_file.is_file():
+        parser.error(f"--fit_scores writes into the model's folder, and {processor_file} is not there.")
+
+
+def _fit_scores(processor: SeraProcessor, scores: list[SentenceScore]) -> list[SentenceScore]:
+    """Give the processor a calibration of its raw scores. Masks that are empty because of absence have a score of their own.
+
+    Args:
+        processor: Its calibration is replaced.
+        scores: With raw scores.
+
+    Returns:
+        The same with calibrated scores.
+    """
+    is_absent = [(score.no_target or 0.0) > processor.no_target_threshold for score in scores]
+    fitted = [score for score, absent in zip(scores, is_absent, strict=True) if not absent]
+    knots = fit_calibration([score.score for score in fitted], [score.iou for score in fitted])
+    processor.score_calibration = knots
+    return [
+        score if absent else replace(score, score=calibrated(score.score, knots))
+        for score, absent in zip(scores, is_absent, strict=True)
+    ]
 
 
 def evaluation_parser() -> ArgumentParser:
@@ -325,7 +354,7 @@ def evaluation_parser() -> ArgumentParser:
         "--threshold",
         type=OpenUnitInterval | None,
         default=None,
-        help="probability above which a pixel is in the mask (default: the processor's)",
+        help="probability above which a pixel is in the mask (default: the processor's mask selection)",
     )
     parser.add_argument(
         "--calibrate",
@@ -347,8 +376,15 @@ def evaluation_parser() -> ArgumentParser:
     )
     parser.add_argument(
         "--largest_component",
+        action=ActionYesNo,
+        default=None,
+        help="keep the connected component of each mask with the largest sum of probabilities (default: as the processor does)",
+    )
+    parser.add_argument(
+        "--fit_scores",
         action="store_true",
-        help="keep the connected component of each mask with the largest sum of probabilities",
+        help="fit the scores to the IoU on this split, and make them and the mask selection used here the model's own, in its "
+        "processor_config.json",
     )
     parser.add_argument(
         "--output",

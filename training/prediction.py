@@ -83,7 +83,8 @@ def main(arguments: list[str] | None = None) -> None:
     sys.stdout.reconfigure(errors="backslashreplace")  # the terminal's encoding may lack characters of an expression
     for record in records:
         absence = f", no target {record['no_target']:.3f}" if "no_target" in record else ""
-        print(f"{output / record['mask']}: score {record['score']:.3f}{absence}, {record['expression']}")
+        nothing = "" if _area(record) else ", nothing there"
+        print(f"{output / record['mask']}: score {record['score']:.3f}{absence}{nothing}, {record['expression']}")
     print(output / "overlay.png")
     if options.experts:
         print(output / EXPERTS_FILE)
@@ -184,6 +185,13 @@ def write_prediction(image: Image.Image, results: Iterable[dict[str, Any]], outp
     return records
 
 
+def _area(record: dict[str, Any]) -> int:
+    """Pixels in the mask of a record."""
+    from pycocotools import mask as coco_mask
+
+    return int(coco_mask.area({**record["rle"], "counts": record["rle"]["counts"].encode("ascii")}))
+
+
 def write_experts(
     pipe: ReferringImageSegmentationPipeline,
     image: Image.Image,
@@ -232,7 +240,7 @@ def _parser() -> OneLineParser:
         "--threshold",
         type=probability_argument,
         metavar="P",
-        help="probability, between 0 and 1, above which a pixel is in the mask (default: the model's own)",
+        help="probability, between 0 and 1, above which a pixel is in the mask (default: the model's own mask selection)",
     )
     parser.add_argument(
         "--experts",

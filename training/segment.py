@@ -108,7 +108,7 @@ class Segmenter:
     Attributes:
         model: The model, on its device.
         processor: Its processor.
-        threshold: Probability at the mask's edge; `None`: the processor's.
+        threshold: Probability at the mask's edge; `None`: the processor's mask selection.
         max_expressions: Expressions that the model works on at once.
         timing: Is kept.
     """
@@ -299,6 +299,9 @@ def segment(options: argparse.Namespace) -> Timing:
             "masks": options.masks,
             "overlays": options.overlays,
             "threshold": pipe.processor.mask_threshold if options.threshold is None else options.threshold,
+            "keep_largest_component": pipe.processor.keep_largest_component,
+            "no_target_threshold": pipe.processor.no_target_threshold,
+            "score_calibration": pipe.processor.score_calibration,
             "dtype": dtype,
             "size": dict(pipe.processor.image_processor.size),
             "weights": checksum(pipe.model.state_dict()),
@@ -484,7 +487,12 @@ def segment_parser() -> OneLineParser:
     add("--preview", type=_count, metavar="N", help=f"draw the first N images as {PREVIEW}, and stop")
     add("--masks", action="store_true", help="also write each mask as a PNG file")
     add("--overlays", action="store_true", help="also write each image with its masks")
-    add("--threshold", type=probability_argument, metavar="P", help="probability at a mask's edge")
+    add(
+        "--threshold",
+        type=probability_argument,
+        metavar="P",
+        help="probability at a mask's edge (default: the model's own)",
+    )
     data = parser.add_argument_group("where the data has several of them, or other names")
     data.add_argument("--split", metavar="NAME", help="split")
     data.add_argument("--subset", metavar="NAME", help="configuration of a data set on the Hub")

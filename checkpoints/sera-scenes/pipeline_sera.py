@@ -25,12 +25,15 @@ class ReferringImageSegmentationPipeline(Pipeline):
         model: a `SeraForReferringSegmentation`.
         processor: its `SeraProcessor`.
         text: the expressions, unless each call or input brings its own.
-        threshold: the probability, within (0, 1), above which a pixel is in the mask; by default the processor's.
+        threshold: the probability, within (0, 1), above which a pixel is in the mask; by default masks are selected as the
+            processor says.
+        tta: "flip" for test-time augmentation: the answer is averaged with that for the horizontally flipped image, with "left" and
+            "right" swapped in the (English) expressions. It takes twice the time.
         max_expressions: how many expressions go through the model at once, as memory allows. Small models gain from
             many; on a CPU a large one is fastest with about four.
 
     Raises:
-        ValueError: no processor, a threshold outside (0, 1), `max_expressions` below 1.
+        ValueError: no processor, a threshold outside (0, 1), another `tta` than "flip", `max_expressions` below 1.
         TypeError: an unknown argument.
     """
 
@@ -53,7 +56,7 @@ class ReferringImageSegmentationPipeline(Pipeline):
                 list, tuple, array of paths, pandas Series, generator, dataset or Column of a dataset.
             text: one expression or several in a list, tuple, array, Column or Series, about every image that comes without
                 its own.
-            kwargs: `threshold` and `max_expressions` as at construction; `batch_size`, how many images are processed at
+            kwargs: `threshold`, `tta` and `max_expressions` as at construction; `batch_size`, how many images are processed at
                 once with all their expressions; `num_workers`, as in every pipeline.
 
         Returns:
@@ -84,18 +87,23 @@ class ReferringImageSegmentationPipeline(Pipeline):
         self,
         text: str | Sequence[str] | None = None,
         threshold: float | None = None,
+        tta: str | None = None,
         max_expressions: int | None = None,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         if threshold is not None and not (isinstance(threshold, Real) and 0 < threshold < 1):
             raise ValueError(f"threshold must be a number between 0 and 1, got {threshold!r}.")
+        if tta not in (None, "flip"):
+            raise ValueError(f'tta must be "flip" or None, got {tta!r}.')
         if max_expressions is not None and not (isinstance(max_expressions, Integral) and max_expressions > 0):
             raise ValueError(f"max_expressions must be a positive integer, got {max_expressions!r}.")
-        preprocess_parameters = {} if text is None else {"text": text}
+        preprocess_parameters = ({} if text is None else {"text": text}) | ({} if tta is None else {"tta": tta})
         forward_parameters = {} if max_expressions is None else {"max_expressions": max_expressions}
         postprocess_parameters = {} if threshold is None else {"threshold": threshold}
         return preprocess_parameters, forward_parameters, postprocess_parameters
 
-    def preprocess(self, inputs: Any, text: str | Sequence[str] | None = None) -> dict[str, Any]:
+    def preprocess(
+        self, inputs: Any, text: str | Sequence[str] | None = None, tta: str | None = None
+    ) -> dict[str, Any]:
         image = inputs
         if isinstance(inputs, Mapping) and not is_undecoded(inputs):
             image, text = inputs.get("image"), text if inputs.get("text") is None else inputs["text"]
@@ -108,14 +116,21 @@ class ReferringImageSegmentationPipeline(Pipeline):
         if expressions is None:
             raise TypeError(f"text must be a string or a list of strings, got {type(text).__name__}.")
         features = self.processor(images=[image], text=[expressions], return_tensors="pt")
-        return {"features": dict(features), "text": expressions}
+        flipped = {} if tta is None else {"flipped": self.processor.flipped_inputs(features, expressions)}
+        return {"features": dict(features), "text": expressions, **flipped}
 
     def _forward(self, model_inputs: dict[str, Any], max_expressions: int = 32) -> dict[str, Any]:
         # The base class collates a batch into lists and takes them apart again, but reshapes the tensors in them. So the
         # model's outputs are kept among the features.
         is_batch = isinstance(model_inputs["features"], list)
-        items = model_inputs["features"] if is_batch else [model_inputs["features"]]
+        items, *flipped = (
+            model_inputs[name] if is_batch else [model_inputs[name]]
+            for name in ("features", "flipped")
+            if name in model_inputs
+        )
         outputs = self._run_model(self._join(items), max_expressions)
+        if flipped:
+            outputs = self.processor.average_flipped(outputs, self._run_model(self._join(*flipped), max_expressions))
         counts = [len(item["input_ids"]) for item in items]
         for name, values in outputs.items():
             items = [{**item, name: own} for item, own in zip(items, values.split(counts), strict=True)]

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -15,11 +15,12 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase, Trunca
 from transformers.utils import PaddingStrategy
 
 from .expressions_sera import DEFAULT_MAX_TOKENS, clean_expression, grouped_expressions, shortened
+from .flip_averaging_sera import average_answers, swap_left_right
 from .image_decoding_sera import ImageLike, as_image_list, as_list
-from .image_processing_sera import LetterboxBox
+from .mask_selection_sera import EXPECTED_IOU, calibrated, checked_calibration, select_on_grid
 from .pipeline_sera import ReferringImageSegmentationPipeline  # so that its file is saved with the processor
+from .resampling_sera import image_axis, resampled_bands
 
-NO_TARGET_THRESHOLD = 0.5  # probability of absence above which a mask is left empty
 UNSET_LENGTH = 10**6  # a tokenizer's model_max_length is far above this where nobody set it
 LOADING_OPTIONS = ("dtype", "is_local", "local_files_only")  # transformers keeps these among the tokenizer's settings
 TEXT_PADDINGS = (PaddingStrategy.LONGEST.value, PaddingStrategy.MAX_LENGTH.value)
@@ -59,13 +60,29 @@ class SeraProcessor(ProcessorMixin):
     Args:
         image_processor: a `SeraImageProcessor`.
         tokenizer: the text tower's tokenizer. It says which token pads, and how many tokens are read at most.
-        mask_threshold: the probability, within (0, 1), above which a pixel belongs to the predicted mask.
+        mask_threshold: the probability, within (0, 1), above which a pixel belongs to the predicted mask. Or "expected_iou":
+            each answer has its own threshold, that of the mask with the largest expected IoU.
+        keep_largest_component: whether only the connected component with the largest sum of probabilities stays of a mask. Leave
+            it off where an expression may mean several things.
+        no_target_threshold: the probability of absence, within (0, 1), above which a mask is left empty. It has an effect only
+            where the model predicts presence.
+        score_calibration: pairs [raw score, IoU] that make the score an estimate of the mask's IoU, with rising raw scores. None:
+            the score is the mean probability inside the mask. See `post_process_referring_segmentation`.
         text_padding: how expressions are padded where a call does not say it: "longest", or "max_length" for a tower that
             reads expressions of one length only. None: `text_padding_of` the tokenizer.
+
+    `mask_threshold` to `score_calibration` say how the masks of this checkpoint are selected. They are saved in `processor_config.json`.
     """
 
     def __init__(
-        self, image_processor: Any, tokenizer: Any, mask_threshold: float = 0.5, text_padding: str | None = None
+        self,
+        image_processor: Any,
+        tokenizer: Any,
+        mask_threshold: float | str = 0.5,
+        keep_largest_component: bool = False,
+        no_target_threshold: float = 0.5,
+        score_calibration: Sequence[Sequence[float]] | None = None,
+        text_padding: str | None = None,
     ):
         super().__init__(image_processor, tokenizer)
         if tokenizer.pad_token_id is None:
@@ -75,7 +92,10 @@ class SeraProcessor(ProcessorMixin):
         if text_padding is not None and text_padding not in TEXT_PADDINGS:
             raise ValueError(f"text_padding is {text_padding!r}; it must be one of {TEXT_PADDINGS}.")
         self.text_padding = text_padding or text_padding_of(tokenizer)
-        self.mask_threshold = _checked_threshold(mask_threshold)
+        self.mask_threshold = _checked_mask_threshold(mask_threshold)
+        self.keep_largest_component = bool(keep_largest_component)
+        self.no_target_threshold = _checked_threshold(no_target_threshold, "no-target")
+        self.score_calibration = checked_calibration(score_calibration)
 
     valid_processor_kwargs = SeraProcessorKwargs
 
@@ -238,7 +258,7 @@ class SeraProcessor(ProcessorMixin):
         )
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
-        """Save image processor, tokenizer, threshold and text padding.
+        """Save image processor, tokenizer, mask selection and text padding.
 
         The tokenizer's last padding and truncation are cleared first, because after loading they would outrank what a caller
         asks for. What loading left among its settings is cleared too, so that a loaded processor is saved as it was.
@@ -255,43 +275,49 @@ class SeraProcessor(ProcessorMixin):
         self,
         outputs: Any,
         inputs: Any,
-        threshold: float | None = None,
+        threshold: float | str | None = None,
         return_probabilities: bool = False,
-        no_target_threshold: float = NO_TARGET_THRESHOLD,
+        no_target_threshold: float | None = None,
+        keep_largest_component: bool | None = None,
     ) -> list[dict[str, Any]]:
-        """Masks of the images' own sizes from logits that cover the letterboxed frame.
+        """Masks of the images' own sizes from logits that cover the frame.
 
-        Logits are interpolated once, bilinearly, straight to the image's pixels, one expression at a time.
-        Pixels at the image's border take the nearest logit that lies completely inside the image. The next logit covers
-        padding too.
+        What is not given is the processor's own. Threshold and component are found on the logits' grid, on the cells that the image
+        covers. Then the logits are interpolated bilinearly to the image's pixels, in bands of rows and one expression at a time.
+        Pixels at the image's border take the nearest logit that lies completely inside the image. The next logit covers padding
+        too.
 
         Args:
             outputs: what the model returned, with `logits` (N, h, w); h x w need not be H x W; and, from a model
                 that predicts presence, `presence_logits` (N,).
             inputs: what this processor returned: `original_sizes`, `pixel_values` and, unless there is one
                 expression per image, `image_index`.
-            threshold: probability above which a pixel is in the mask; None for the processor's
-                `mask_threshold`.
+            threshold: probability above which a pixel is in the mask, or "expected_iou". A number takes the place of the
+                expected-IoU threshold of the processor; the component is kept as the processor says.
             return_probabilities: also return the probabilities, as "probabilities": float32 (H0, W0).
-            no_target_threshold: probability of absence, within (0, 1), above which the mask is left empty. It has an effect
-                only where the model predicts presence.
+            no_target_threshold: probability of absence, within (0, 1), above which the mask is left empty.
+            keep_largest_component: whether only the largest connected component of the mask stays.
 
         Returns:
-            Per expression {"mask": bool (H0, W0), "score": float}. The score is the mean probability inside
-            the mask; for an empty mask the highest anywhere. With `presence_logits` also {"no_target": float},
+            Per expression {"mask": bool (H0, W0), "score": float}. With `presence_logits` also {"no_target": float},
             the probability in [0, 1] that the expression refers to nothing in the image.
+
+            Without `score_calibration` the score is the mean probability inside the mask; for an empty mask the highest anywhere.
+            With it the score estimates the IoU of the mask: it is the calibrated expected IoU of the mask, times the probability of
+            presence where the model predicts it. For a mask that is left empty it is the probability of absence. The calibration
+            is fitted to the processor's own mask selection. For another threshold the score still ranks masks, but it may be too
+            high or too low.
 
         Raises:
             ValueError: no `original_sizes`, or logits, index and sizes that do not fit each other; a threshold
                 outside (0, 1).
         """
-        threshold = self.mask_threshold if threshold is None else _checked_threshold(threshold)
-        no_target_threshold = _checked_threshold(no_target_threshold, "no-target")
-        logits = outputs["logits"] if isinstance(outputs, Mapping) else getattr(outputs, "logits", outputs)
-        if isinstance(outputs, Mapping):
-            presence_logits = outputs.get("presence_logits")
-        else:
-            presence_logits = getattr(outputs, "presence_logits", None)
+        threshold = self.mask_threshold if threshold is None else _checked_mask_threshold(threshold)
+        keep = self.keep_largest_component if keep_largest_component is None else keep_largest_component
+        limit = self.no_target_threshold
+        limit = limit if no_target_threshold is None else _checked_threshold(no_target_threshold, "no-target")
+        found = _named_outputs(outputs)
+        logits = found["logits"]
         if logits.ndim != 3:
             raise ValueError(f"logits must have shape (expressions, height, width), got {tuple(logits.shape)}.")
         if inputs.get("original_sizes") is None:
@@ -303,49 +329,96 @@ class SeraProcessor(ProcessorMixin):
             raise ValueError(f"{len(logits)} logits do not fit image_index {index} and {len(sizes)} original_sizes.")
         pixel_values = inputs.get("pixel_values")
         frame = self.image_processor.frame_of(sizes) if pixel_values is None else tuple(pixel_values.shape[-2:])
-        absence = None if presence_logits is None else (-presence_logits.float()).sigmoid().tolist()
+        presence = found.get("presence_logits")
+        absences = [None] * len(index) if presence is None else (-presence.float()).sigmoid().tolist()
         results = []
-        for n, (expression_logits, i) in enumerate(zip(logits, index, strict=True)):
-            box = self.image_processor.box(sizes[i], frame)
-            probabilities = _resample(expression_logits.float(), sizes[i], box, frame).sigmoid()
-            mask = probabilities > threshold
-            if absence is not None and absence[n] > no_target_threshold:
-                mask = torch.zeros_like(mask)
-            count = int(mask.sum())
-            # `torch.threshold` keeps what the mask keeps, in one pass
-            score = torch.threshold(probabilities, threshold, 0).sum() / count if count else probabilities.max()
-            results.append({"mask": mask, "score": score.item()})
+        for own, i, absence in zip(logits.detach().float(), index, absences, strict=True):
+            is_absent = absence is not None and absence > limit
+            result = self._answer(own, sizes[i], frame, threshold, keep, is_absent, return_probabilities)
+            if self.score_calibration is not None:
+                raw = result["score"] * (1 - (absence or 0.0))
+                result["score"] = absence if is_absent else calibrated(raw, self.score_calibration)
             if absence is not None:
-                results[-1]["no_target"] = absence[n]
-            if return_probabilities:
-                results[-1]["probabilities"] = probabilities
+                result["no_target"] = absence
+            results.append(result)
         return results
 
+    def _answer(
+        self,
+        logits: Tensor,
+        original_size: tuple[int, int],
+        frame: tuple[int, int],
+        threshold: float | str,
+        keep_largest_component: bool,
+        is_absent: bool,
+        return_probabilities: bool,
+    ) -> dict[str, Any]:
+        """The answer to one expression, with the raw score, from float32 logits (h, w) of the frame."""
+        top, left, height, width = self.image_processor.box(original_size, frame)
+        rows = image_axis(logits.shape[0], original_size[0], top / frame[0], height / frame[0])
+        columns = image_axis(logits.shape[1], original_size[1], left / frame[1], width / frame[1])
+        logits = chosen = logits[rows.cells, columns.cells]
+        expected = None
+        if keep_largest_component or threshold == EXPECTED_IOU or self.score_calibration is not None:
+            selected = select_on_grid(logits.cpu().numpy(), threshold, keep_largest_component)
+            threshold, expected = selected.threshold, selected.expected_iou
+            chosen = torch.as_tensor(selected.logits, device=logits.device)
+        mask = torch.zeros(original_size, dtype=torch.bool, device=logits.device)
+        total, highest, count = logits.new_zeros(()), logits.new_zeros(()), 0
+        for band, values in resampled_bands(chosen, rows, columns):
+            probabilities = values.sigmoid_()
+            highest = torch.maximum(highest, probabilities.max())
+            if not is_absent:
+                torch.gt(probabilities, threshold, out=mask[band])
+                count += int(mask[band].sum())
+                total = total + torch.threshold_(probabilities, threshold, 0).sum()  # what the mask keeps, in one pass
+        score = expected if self.score_calibration is not None else (total / count if count else highest).item()
+        result = {"mask": mask, "score": score}
+        if return_probabilities:
+            result["probabilities"] = logits.new_empty(original_size)
+            for band, values in resampled_bands(logits, rows, columns):
+                result["probabilities"][band] = values.sigmoid_()
+        return result
 
-def _resample(values: Tensor, original_size: tuple[int, int], box: LetterboxBox, frame_size: tuple[int, int]) -> Tensor:
-    """Interpolate values (h, w) that cover the frame to the pixels (H0, W0) of the image, which lies at `box` in it."""
-    top, left, height, width = box
-    values = _resample_axis(values, 0, original_size[0], top / frame_size[0], height / frame_size[0])
-    return _resample_axis(values, 1, original_size[1], left / frame_size[1], width / frame_size[1])
+    def flipped_inputs(self, inputs: Mapping[str, Any], text: Sequence[str]) -> dict[str, Any]:
+        """Inputs for the horizontally flipped images, with "left" and "right" swapped in the (English) expressions.
+
+        The frames are flipped, so the model's logits for them are those of the images with their columns turned.
+
+        Args:
+            inputs: what this processor returned for the images and the expressions, as tensors.
+            text: the N expressions, in the order of `input_ids`.
+
+        Returns:
+            The same names, on the same devices. The expressions may have another number of tokens.
+        """
+        pixel_values = inputs["pixel_values"].flip(-1)
+        swapped = self(text=[swap_left_right(expression) for expression in text], return_tensors="pt")
+        return {**inputs, "pixel_values": pixel_values, **swapped.to(pixel_values.device)}
+
+    def average_flipped(self, outputs: Any, flipped_outputs: Any) -> dict[str, Tensor]:
+        """The model's answers for images and for their flipped images, averaged: test-time augmentation.
+
+        Args:
+            outputs: what the model returned for the images.
+            flipped_outputs: what it returned for `flipped_inputs`.
+
+        Returns:
+            What `post_process_referring_segmentation` takes as `outputs`: the logits of the mean probabilities.
+        """
+        return average_answers(_named_outputs(outputs), _named_outputs(flipped_outputs))
 
 
-def _resample_axis(values: Tensor, axis: int, length: int, start: float, extent: float) -> Tensor:
-    """Interpolate one axis linearly to `length` pixels, over the part of it from `start` on, `extent` long (both shares of it)."""
-    n = values.shape[axis]
-    # an image smaller than its share of the logits takes averages of several samples per pixel
-    samples = max(1, round(n * extent / length))
-    position = (start + (np.arange(length * samples) + 0.5) / (length * samples) * extent) * n - 0.5
-    first, last = np.ceil(start * n - 1e-6), np.floor((start + extent) * n + 1e-6) - 1
-    position = position.clip(first, last) if first <= last else position.clip(0, n - 1)
-    before = position.astype(np.int64)
-    after = np.minimum(before + 1, n - 1)
-    share = torch.as_tensor(position - before, dtype=values.dtype, device=values.device)
-    resampled = torch.lerp(
-        values.index_select(axis, torch.as_tensor(before, device=values.device)),
-        values.index_select(axis, torch.as_tensor(after, device=values.device)),
-        share[:, None] if axis == 0 else share,
-    )
-    return resampled.unflatten(axis, (length, samples)).mean(axis + 1) if samples > 1 else resampled
+def _named_outputs(outputs: Any) -> dict[str, Tensor]:
+    """`logits` and, where there are any, `presence_logits`, of a model's output, a dictionary or the logits alone."""
+    if isinstance(outputs, Mapping):
+        found = {name: outputs.get(name) for name in ("logits", "presence_logits")}
+    else:
+        found = {
+            "logits": getattr(outputs, "logits", outputs),
+            "presence_logits": getattr(outputs, "presence_logits", None),
+        }
+    return {name: values for name, values in found.items() if values is not None}
 
 
 def _check_number(texts: int, images: int, is_nested: bool) -> None:
@@ -373,9 +446,15 @@ def _flattened_masks(masks: Any, groups: list[list[str]], is_single: bool, is_ne
     return found
 
 
-def _checked_threshold(threshold: float, name: str = "mask") -> float:
-    if not 0 < threshold < 1:
-        raise ValueError(f"The {name} threshold must lie between 0 and 1, got {threshold}.")
+def _checked_mask_threshold(threshold: float | str) -> float | str:
+    return (
+        threshold if threshold == EXPECTED_IOU else _checked_threshold(threshold, "mask", f', or be "{EXPECTED_IOU}"')
+    )
+
+
+def _checked_threshold(threshold: float, name: str, other: str = "") -> float:
+    if not isinstance(threshold, Real) or not 0 < threshold < 1:
+        raise ValueError(f"The {name} threshold must lie between 0 and 1{other}, got {threshold!r}.")
     return float(threshold)
 
 

@@ -157,12 +157,12 @@ class Segmenter:
             adapter=_by_depth(config.adapter_layers, outputs.adapter_router_weights),
         )
 
-    def results(self, answer: Answer, threshold: float, size: tuple[int, int]) -> list[dict[str, Any]]:
+    def results(self, answer: Answer, threshold: float | None, size: tuple[int, int]) -> list[dict[str, Any]]:
         """Masks from an answer, without another run of the model.
 
         Args:
             answer: The model's answer.
-            threshold: Probability in (0, 1) above which a pixel is in a mask.
+            threshold: Probability in (0, 1) above which a pixel is in a mask. `None`: the processor's mask selection.
             size: (height, width) of the masks, in the image's proportions.
 
         Returns:
@@ -262,13 +262,19 @@ def encode_rle(mask: np.ndarray) -> dict[str, Any]:
     return {"size": list(mask.shape), "counts": rle["counts"].decode("ascii")}
 
 
-def legend(expressions: list[str], results: list[dict[str, Any]]) -> list[tuple[str, int]]:
-    """For each expression, the text beside its box and its number."""
+def legend(expressions: list[str], results: list[dict[str, Any]], no_target_threshold: float) -> list[tuple[str, int]]:
+    """For each expression, the text beside its box and its number.
+
+    Args:
+        expressions: The expressions.
+        results: Their results.
+        no_target_threshold: Probability of absence above which the processor leaves a mask empty.
+    """
     choices = []
     for i, (expression, result) in enumerate(zip(expressions, results, strict=True)):
         if result["mask"].any():
             said = f"score {result['score']:.2f}"
-        elif result.get("no_target", 0.0) > 0.5:
+        elif result.get("no_target", 0.0) > no_target_threshold:
             said = f"not in the image ({result['no_target']:.0%})"
         else:
             said = "no pixel above the threshold"
@@ -368,11 +374,12 @@ def build_app(segmenter: Segmenter, examples: list[list[str]]) -> gr.Blocks:
                 with gr.Column(visible=False) as details:
                     shown = gr.CheckboxGroup(label="Shown", type="value", elem_id="shown")
                     threshold = gr.Slider(
-                        0.01,
+                        0,
                         0.99,
-                        value=segmenter.processor.mask_threshold,
+                        value=0,
                         step=0.01,
                         label="Threshold",
+                        info="0: the model's own",
                         elem_id="threshold",
                     )
                     make = gr.Button("Prepare files to download", size="sm", elem_id="make")
@@ -400,11 +407,11 @@ def build_app(segmenter: Segmenter, examples: list[list[str]]) -> gr.Blocks:
 
         def draw(answer: Answer | None, chosen: list[int], threshold: float) -> dict[Any, Any]:
             check_kept(answer)
-            results = segmenter.results(answer, threshold, answer.image.shape[:2])
+            results = segmenter.results(answer, threshold or None, answer.image.shape[:2])
             masks = {i: results[i]["mask"] for i in sorted(chosen)}
             return {
                 overlay: draw_overlay(answer.image, masks),
-                shown: gr.update(choices=legend(answer.expressions, results)),
+                shown: gr.update(choices=legend(answer.expressions, results, segmenter.processor.no_target_threshold)),
                 routing: routing_bars(answer, masks),
                 files: gr.update(value=None, visible=False),  # they belong to another threshold
             }
@@ -415,7 +422,7 @@ def build_app(segmenter: Segmenter, examples: list[list[str]]) -> gr.Blocks:
 
         def make_files(answer: Answer | None, threshold: float) -> dict[str, Any]:
             check_kept(answer)
-            results = segmenter.results(answer, threshold, answer.size)
+            results = segmenter.results(answer, threshold or None, answer.size)
             place = Path(files.GRADIO_CACHE)  # where gradio deletes them after a while
             place.mkdir(parents=True, exist_ok=True)
             folder = Path(tempfile.mkdtemp(dir=place))

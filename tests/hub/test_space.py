@@ -185,7 +185,7 @@ def test_the_legend_says_when_nothing_is_meant(app):
         {"mask": empty, "score": 0.25},
     ]
     said = ["score 0.88", "score 0.50", "not in the image (93%)", *["no pixel above the threshold"] * 2]
-    assert app.legend(list("abcde"), results) == [(f"{'abcde'[i]} · {text}", i) for i, text in enumerate(said)]
+    assert app.legend(list("abcde"), results, 0.5) == [(f"{'abcde'[i]} · {text}", i) for i, text in enumerate(said)]
 
 
 def test_bars_show_the_shares_of_the_chosen_expressions(app):

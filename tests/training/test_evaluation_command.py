@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 from runs import ENVIRONMENT, ON_CPU
 from stand_ins import StandIn, make_processor, make_rows, places, tiny_model
 
+from processing_sera import SeraProcessor
 from training import evaluation
 from training.configuration import DataSettings, TrainingSettings, dump_settings
 from training.evaluation import score_sentences
@@ -232,6 +234,9 @@ def refusal(run_folder, tmp_path, monkeypatch, capsys):
         (["--threshold", "0"], "threshold"),
         (["--threshold", "0.4", "--expected_iou"], "leave out --threshold and --calibrate"),
         (["--calibrate", "val", "--expected_iou"], "leave out --threshold and --calibrate"),
+        (["--fit_scores", "--split", "test"], "not fitted on a test split"),
+        (["--fit_scores", "--split", "testA"], "not fitted on a test split"),
+        (["--fit_scores", "--split", "val", "--tta", "flip"], "leave out --tta"),
         (["--threshold", "1"], "threshold"),
         (["--threshold", "1.5"], "1.5"),
         (["--threshold", "nan"], "nan"),
@@ -255,6 +260,51 @@ def test_a_missing_model_or_its_data_is_named(refusal, run_folder, tmp_path):
     assert "A model on the Hub brings no settings.yaml" in refusal(model="someone/zebra-finder")
     (tmp_path / "empty").mkdir()
     assert str(tmp_path / "empty") in refusal("--data.source", "scenes", model=tmp_path / "empty")
+
+
+# The model's own mask selection, and honest scores
+
+
+def test_the_processors_mask_selection_is_the_default_and_can_be_overridden(run_folder, tmp_path):
+    folder = Path(shutil.copytree(run_folder, tmp_path / "run"))
+    processor = SeraProcessor.from_pretrained(folder / "model")
+    processor.mask_threshold, processor.keep_largest_component = "expected_iou", True
+    processor.save_pretrained(folder / "model")
+    own = evaluate(folder, tmp_path / "a.json")
+    asked = evaluate(run_folder, "--expected_iou", "--largest_component", tmp_path / "b.json")
+    assert own["scores"] == asked["scores"] and own["expected_iou"] and own["largest_component"]
+    off = evaluate(folder, "--threshold", 0.5, "--no_largest_component", tmp_path / "c.json")
+    plain = evaluate(run_folder, tmp_path / "d.json")
+    assert off["scores"] == plain["scores"] != own["scores"]
+    assert off["threshold"]["value"] == 0.5 and not off["expected_iou"] and not off["largest_component"]
+
+
+def test_every_record_says_how_honest_the_scores_are(evaluated):
+    record, report = json.loads(evaluated.read_text()), evaluated.with_suffix(".md").read_text()
+    quality, scores = record["score_quality"], scores_in(record)
+    assert quality["calibration"] is None and "mean probabilities inside the masks" in report
+    assert sum(part["number"] for part in quality["bins"]) == len(scores) and len(quality["bins"]) == 5
+    total = sum(part["number"] * abs(part["score"] - part["IoU"]) for part in quality["bins"])
+    assert quality["ECE"] == pytest.approx(total / len(scores))
+    assert f"{quality['ECE']:.3f} in 5 bins" in report and f"about {quality['ECE_by_chance']:.3f}, by chance" in report
+
+
+def test_fitted_scores_and_their_mask_selection_become_the_models_own(run_folder, tmp_path):
+    folder = Path(shutil.copytree(run_folder, tmp_path / "run"))
+    before = json.loads((folder / "model" / "processor_config.json").read_text())
+    selection = ["--expected_iou", "--largest_component"]
+    fitted = evaluate(folder, "--split", "val", *selection, "--fit_scores", tmp_path / "a.json")
+    after = json.loads((folder / "model" / "processor_config.json").read_text())
+    changed = {"mask_threshold": "expected_iou", "keep_largest_component": True}
+    assert after == before | changed | {"score_calibration": after["score_calibration"]}
+    assert "fitted on this split" in fitted["score_quality"]["calibration"]
+    own = evaluate(folder, "--split", "val", tmp_path / "b.json")
+    plain = evaluate(run_folder, "--split", "val", *selection, tmp_path / "c.json")
+    for score, reference, other in zip(own["scores"], fitted["scores"], plain["scores"], strict=True):
+        assert score == reference | {"score": pytest.approx(reference["score"], abs=1e-6)}
+        assert other | {"score": None} == score | {"score": None}
+    assert own["score_quality"]["ECE"] < plain["score_quality"]["ECE"]
+    assert own["score_quality"]["calibration"] == "the processor's estimates of the IoU"
 
 
 # Two processes

@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
-from builders import tiny_tokenizer
+from builders import iou, tiny_tokenizer
 from conftest import REPOSITORY, make_inputs, make_model
 from documents import commands
 from torch.nn.functional import pad
@@ -82,8 +82,9 @@ def run_folder(tmp_path_factory):
         model(**make_inputs(*LEARNT), labels=labels).loss.backward()
         optimizer.step()
     model.save_pretrained(folder / "model")
-    processor = SeraProcessor(SeraImageProcessor(size={"height": 56, "width": 56}), tiny_tokenizer())
-    processor.save_pretrained(folder / "model")
+    image_processor = SeraImageProcessor(size={"height": 56, "width": 56})
+    selection = {"mask_threshold": "expected_iou", "keep_largest_component": True}
+    SeraProcessor(image_processor, tiny_tokenizer(), **selection).save_pretrained(folder / "model")
     data = DataSettings(source="scenes", num_scenes=(1, 1, 2), scene_size=64)
     (folder / "settings.yaml").write_text(dump_settings(TrainingSettings(data=data)))
     return folder
@@ -106,6 +107,22 @@ def exported(run_folder):
 @pytest.fixture(scope="module")
 def trained(run_folder):
     return SeraForReferringSegmentation.from_pretrained(run_folder / "model").eval()
+
+
+@needs_onnx
+def test_the_graphs_masks_are_the_models(run_folder, trained, exported):
+    """With the mask selection of the processor, which the export has too."""
+    own, processor = (SeraProcessor.from_pretrained(folder) for folder in (run_folder / "model", exported))
+    assert (processor.mask_threshold, processor.keep_largest_component) == ("expected_iou", True)
+    inputs = make_inputs(*LEARNT) | {"original_sizes": torch.tensor([[300, 200], [150, 150]])}
+    graph = OnnxSegmentation(exported / "model.onnx")
+    with torch.inference_mode():
+        expected = own.post_process_referring_segmentation(trained(**inputs), inputs)
+    for result, reference in zip(
+        processor.post_process_referring_segmentation(graph(**inputs), inputs), expected, strict=True
+    ):
+        assert reference["mask"].any() and iou(result["mask"].numpy(), reference["mask"].numpy()) >= 0.999
+        assert result["score"] == pytest.approx(reference["score"], abs=1e-4)
 
 
 @needs_onnx

@@ -358,6 +358,16 @@ def test_other_options_do_not_go_on(model, folder, tmp_path):
             run(model, tmp_path / "data", tmp_path / "out", *options)
     with pytest.raises(ValueError, match="weights was"):
         run(other, tmp_path / "data", tmp_path / "out")
+    settings = json.loads((model / "processor_config.json").read_text())
+    for name, value in (
+        ("keep_largest_component", True),
+        ("no_target_threshold", 0.4),
+        ("score_calibration", [[0.0, 0.0], [1.0, 0.9]]),
+    ):
+        selecting = Path(shutil.copytree(model, tmp_path / name))
+        (selecting / "processor_config.json").write_text(json.dumps(settings | {name: value}))
+        with pytest.raises(ValueError, match=f"{name} was"):
+            run(selecting, tmp_path / "data", tmp_path / "out")
     (tmp_path / "data" / "phrases.csv").open("a").write("003.png,left\n")
     with pytest.raises(ValueError, match="data was"):
         run(model, tmp_path / "data", tmp_path / "out")

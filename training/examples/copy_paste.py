@@ -14,7 +14,7 @@ import datasets
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
-from training.examples.augmentation import swap_left_right
+from processing_sera.flip_averaging_sera import swap_left_right
 from training.examples.batches import ImageExample, image_as_annotated
 from training.sources.masks import decode_mask
 

@@ -18,8 +18,7 @@ from processing_sera import SeraProcessor
 from training.examples.batches import image_as_annotated
 from training.learning.routing_health import ADAPTER_EXPERTS
 from training.scoring.boundary import mask_outline
-from training.scoring.flip_averaging import average_answers, flip_image
-from training.scoring.mask_selection import FIXED_THRESHOLD, MaskSelection
+from training.scoring.mask_selection import PROCESSORS_OWN, MaskSelection
 from training.scoring.metric import SentenceScore
 from training.scoring.overlay import COLORS, fit_lines, overlay
 from training.scoring.reports import threshold_note
@@ -53,7 +52,7 @@ def draw_sheet(
     scores: list[SentenceScore],
     path: Path,
     num_examples: int = 12,
-    selection: MaskSelection = FIXED_THRESHOLD,
+    selection: MaskSelection = PROCESSORS_OWN,
 ) -> None:
     """Draw a PNG with examples: image, truth, prediction, expression, IoU, and the shares of the experts.
 
@@ -68,7 +67,7 @@ def sheet_figure(
     processor: SeraProcessor,
     rows: datasets.Dataset,
     chosen: Sequence[SentenceScore],
-    selection: MaskSelection = FIXED_THRESHOLD,
+    selection: MaskSelection = PROCESSORS_OWN,
     title: str = SHEET_TITLE,
 ) -> Figure:
     """The sheet of the given examples, two in a row. An expression that is too long for its place ends in "…"."""
@@ -113,7 +112,7 @@ def draw_report(
     shuffled: list[SentenceScore],
     record: dict[str, Any],
     path: Path,
-    selection: MaskSelection = FIXED_THRESHOLD,
+    selection: MaskSelection = PROCESSORS_OWN,
     num_cases: int = 5,
 ) -> None:
     """Draw a PNG of an evaluation: Pr@X over X, a histogram of IoU, mIoU by slice, and the worst, median and best cases.
@@ -196,21 +195,11 @@ def _predict(
     selection: MaskSelection,
 ) -> tuple[np.ndarray, SeraReferringSegmentationOutput]:
     """The mask, bool (H, W), and the model's outputs for the unflipped image."""
-
-    def ask(image: Image.Image, text: list[str]) -> tuple[dict[str, Any], SeraReferringSegmentationOutput]:
-        inputs = processor(images=[image], text=[text], return_tensors="pt").to(model.device)
-        with torch.inference_mode():
-            outputs = model(**inputs, output_router_weights=True)
-        (answer,) = processor.post_process_referring_segmentation(
-            outputs, inputs, selection.threshold, return_probabilities=selection.needs_probabilities
-        )
-        return answer, outputs
-
-    answer, outputs = ask(image, [text])
-    if selection.flip:
-        answer_there, _ = ask(*flip_image(image, [text]))
-        answer = average_answers(answer, answer_there)
-    return selection.mask(answer, processor.mask_threshold).cpu().numpy(), outputs
+    inputs = processor(images=[image], text=[[text]], return_tensors="pt").to(model.device)
+    with torch.inference_mode():
+        answers, outputs = selection.ask(model, processor, inputs, [text], output_router_weights=True)
+    (result,) = selection.results(processor, answers, inputs)
+    return result["mask"].cpu().numpy(), outputs
 
 
 def _write_above(figure: Figure, place: SubplotSpec, text: str, fontsize: float) -> None:

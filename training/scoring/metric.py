@@ -26,6 +26,7 @@ class SentenceScore:
         truth: Pixels in the true mask; 0 if there is no target.
         boundary_f: Boundary F-score in [0, 1].
         no_target: The model's probability of no target, in [0, 1]. `None` if the model does not predict presence.
+        score: The score of the mask, in [0, 1]. `None` in older records.
     """
 
     row: int
@@ -36,6 +37,7 @@ class SentenceScore:
     truth: int
     boundary_f: float
     no_target: float | None = None
+    score: float | None = None
 
     @property
     def union(self) -> int:

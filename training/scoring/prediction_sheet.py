@@ -23,7 +23,7 @@ def draw_predictions(examples: Sequence[tuple[Image.Image | None, Sequence[Predi
 
 
 def _line(prediction: Prediction) -> Line:
-    said = f"{prediction.score:.2f}" if prediction.error is None else prediction.error
+    said = prediction.error or (f"{prediction.score:.2f}" if prediction.area else "nothing there")
     return Line((prediction.expression or "", said), prediction.error is None)
 
 

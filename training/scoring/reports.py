@@ -7,10 +7,12 @@ from typing import Any
 import datasets
 from huggingface_hub import EvalResult, ModelCardData
 
+from processing_sera.mask_selection_sera import EXPECTED_IOU
 from training.configuration import DataSettings
 from training.scoring.boundary import TOLERANCE
+from training.scoring.calibration import BINS, GOOD_IOU, score_quality
 from training.scoring.intervals import LEVEL, RESAMPLES, bootstrap_intervals
-from training.scoring.mask_selection import FIXED_THRESHOLD, MaskSelection
+from training.scoring.mask_selection import MaskSelection
 from training.scoring.metric import SentenceScore, by_kind, format_table, format_value, score_terms, summarize
 from training.scoring.slices import slice_scores
 from training.support.environment import counted, describe_hardware, library_versions, without_folders
@@ -20,7 +22,7 @@ SLICE_COLUMNS = ("mIoU", "oIoU", "Pr@0.5", "boundary_F")
 FLIPPED = (
     " Test-time augmentation: each answer is the mean of those for the image and for the horizontally flipped image."
 )
-EXPECTED_IOU = " Each answer has its own expected-IoU threshold."
+OWN_THRESHOLDS = " Each answer has its own expected-IoU threshold."
 LARGEST_COMPONENT = " The largest connected component of each mask is kept."
 # the fields of a record that say how masks were selected
 SELECTION_FIELDS = ("threshold", "tta", "expected_iou", "largest_component")
@@ -50,7 +52,8 @@ def evaluation_record(
     scores: list[SentenceScore],
     shuffled: list[SentenceScore] | None,
     threshold: Threshold,
-    selection: MaskSelection = FIXED_THRESHOLD,
+    selection: MaskSelection,
+    calibration: str | None = None,
     weights: str | None = None,
     command: str,
     processes: int,
@@ -66,7 +69,8 @@ def evaluation_record(
         scores: The score of every sentence.
         shuffled: The scores with each object given the sentences of another. `None`: that was not measured.
         threshold: The threshold of both.
-        selection: How masks were selected.
+        selection: How masks were selected, without settings that are `None`.
+        calibration: Where the calibration of the scores is from. `None`: they are mean probabilities.
         weights: Checksum of the model's weights. Models of the same name may differ.
         command: The command of the evaluation.
         processes: Number of processes that shared the work.
@@ -97,8 +101,8 @@ def evaluation_record(
             "candidates": None if threshold.curve is None else {f"{k:g}": v for k, v in threshold.curve.items()},
         },
         "tta": "flip" if selection.flip else None,
-        "expected_iou": selection.expected_iou,
-        "largest_component": selection.largest_component,
+        "expected_iou": selection.threshold == EXPECTED_IOU,
+        "largest_component": selection.keep_largest_component,
         "predicts_presence": any(score.no_target is not None for score in scores),
         "summary": {"as written": summarize(scores)} | ({} if shuffled is None else {"shuffled": summarize(shuffled)}),
         "intervals": {name: intervals(group) for name, group in by_kind(scores).items()},
@@ -108,6 +112,10 @@ def evaluation_record(
             }
             for dimension, groups in slice_scores(rows, scores).items()
         },
+        "score_quality": score_quality(
+            [score.score for score in scores], [score.iou for score in scores], [images[score.row] for score in scores]
+        )
+        | {"calibration": calibration},
         "bootstrap": {"resamples": RESAMPLES, "level": LEVEL, "unit": "image", "seed": 0},
         "boundary_tolerance": TOLERANCE,
         "command": command,
@@ -139,6 +147,7 @@ def format_report(record: dict[str, Any]) -> str:
         "",
         format_table(record["summary"], record["intervals"]),
         "",
+        *([scores_note(record["score_quality"]), ""] if "score_quality" in record else []),  # older records lack it
         "| | | expressions | " + " | ".join(SLICE_COLUMNS) + " |",
         "|---|---|--:|" + "--:|" * len(SLICE_COLUMNS),
     ]
@@ -198,8 +207,19 @@ def data_name(record: dict[str, Any]) -> str:
 
 def selection_note(record: dict[str, Any]) -> str:
     """How masks were selected, in whole sentences."""
-    notes = {"tta": FLIPPED, "expected_iou": EXPECTED_IOU, "largest_component": LARGEST_COMPONENT}
+    notes = {"tta": FLIPPED, "expected_iou": OWN_THRESHOLDS, "largest_component": LARGEST_COMPONENT}
     return threshold_note(record) + "." + "".join(note for name, note in notes.items() if record.get(name))
+
+
+def scores_note(quality: dict[str, Any]) -> str:
+    """What the scores say about the masks, in whole sentences."""
+    kind = "mean probabilities inside the masks" if quality["calibration"] is None else quality["calibration"]
+    area = "not defined" if quality["AUC"] is None else f"{quality['AUC']:.2f}"
+    return (
+        f"Scores: {kind}. As estimates of the IoU they have an expected calibration error of {quality['ECE']:.3f} in {BINS} bins "
+        f"of equal mass (a perfect estimate: about {quality['ECE_by_chance']:.3f}, by chance). Area under the ROC curve for IoU > "
+        f"{GOOD_IOU:g}: {area}."
+    )
 
 
 def threshold_note(record: dict[str, Any]) -> str:

@@ -1,21 +1,19 @@
 """From rows to batches: variations keep words true and masks whole, what is drawn, what is shuffled, how it is collated."""
 
 import io
-import re
 from collections import Counter
 
 import datasets
 import numpy as np
 import pytest
 from builders import tiny_tokenizer
-from conftest import REFER_MINI, needs_refer_mini
 from PIL import ExifTags, Image, ImageOps, features
 from squares import COLORS, make_rows, png
 from torch.utils.data import DataLoader
 
 from processing_sera import SeraImageProcessor, SeraProcessor
 from training.configuration import AugmentationSettings
-from training.examples.augmentation import augment, drop_words, swap_left_right
+from training.examples.augmentation import augment, drop_words
 from training.examples.batches import (
     Collator,
     EvaluationExamples,
@@ -26,7 +24,7 @@ from training.examples.batches import (
     shuffled_sentences,
 )
 from training.sources.masks import decode_mask, encode_mask
-from training.sources.refer import REFER_FEATURES, load_refer
+from training.sources.refer import REFER_FEATURES
 
 PLAIN = AugmentationSettings()
 STRONG = AugmentationSettings(flip=0.5, min_crop=0.6, color_jitter=0.0, word_dropout=0.0)
@@ -55,86 +53,6 @@ def content(example: ImageExample) -> tuple:
 @pytest.fixture
 def processor() -> SeraProcessor:
     return SeraProcessor(SeraImageProcessor(size={"height": 56, "width": 70}), tiny_tokenizer())
-
-
-# Words of a flipped image
-
-
-@pytest.mark.parametrize(
-    ("sentence", "flipped"),
-    [
-        ("left zebra", "right zebra"),
-        ("the leftmost cup", "the rightmost cup"),
-        ("left hand of the man on the right", "right hand of the man on the left"),
-        ("lefthand side, rightside", "righthand side, leftside"),
-        ("left-most (right)", "right-most (left)"),
-        ("cup second from left.", "cup second from right."),
-        ("zebra's left's neighbour", "zebra's right's neighbour"),
-        ("girl on rights umbrella", "girl on lefts umbrella"),
-        ("the leftest dog", "the rightest dog"),
-        ("middleright, bottomright", "middleleft, bottomleft"),
-        ("mostleft cup", "mostright cup"),
-        ("righthanded batter", "lefthanded batter"),
-        ("2nd from theleft", "2nd from theright"),
-        ("3left", "3right"),
-        ("right of the lamp", "left of the lamp"),
-        ("the one on the right behind the cup", "the one on the left behind the cup"),
-        ("far right next to the wall", "far left next to the wall"),
-        ("top-right above the cup", "top-left above the cup"),
-        ("right, next to the man", "left, next to the man"),
-        ("man looking right near the wall", "man looking left near the wall"),
-        ("right out of view", "left out of view"),
-        ("top of the bottom one", "top of the bottom one"),
-    ],
-)
-def test_left_and_right_change_places(sentence, flipped):
-    assert swap_left_right(sentence) == flipped
-    assert swap_left_right(flipped) == sentence
-
-
-@pytest.mark.parametrize(
-    ("sentence", "flipped"),
-    [
-        ("black luggage bottom lef", "black luggage bottom right"),
-        ("rigth zebra", "left zebra"),
-        ("lefside", "rightside"),
-        ("bottomrigth", "bottomleft"),
-    ],
-)
-def test_misspelt_sides_change_places_too(sentence, flipped):
-    assert swap_left_right(sentence) == flipped
-
-
-@pytest.mark.parametrize(
-    "sentence",
-    [
-        "bright cup on an upright shelf beside the cleft",
-        "leftovers, copyright, elefant, straight, slightly, downright",
-        "the chair right above the dog",
-        "zebra right behind the cup",
-        "chick right next to the girl",
-        "cup right in front of the bowl",
-        "RIGHT Below the lamp",
-        "the box that is right side up",
-    ],
-)
-def test_what_is_no_side_stays(sentence):
-    assert swap_left_right(sentence) == sentence
-
-
-@needs_refer_mini
-def test_few_sides_of_real_sentences_stay():
-    sentences = [text for rows in load_refer(REFER_MINI).values() for group in rows["sentences"] for text in group]
-    like_a_side = re.compile(r"[a-z]*(?:lef|rig[ht]|rihg)[a-z]*", re.IGNORECASE)
-    words = Counter(word for text in sentences for word in like_a_side.findall(text))
-    stay = Counter({word: number for word, number in words.items() if swap_left_right(word) == word})
-    other = {word for word in stay if re.fullmatch("b?rights?ly|bright(er|est)?|elefants?|upright", word)}
-    assert sum(words.values()) > 900
-    assert sum(number for word, number in stay.items() if word not in other) <= 2  # other misspellings, one of each
-
-
-def test_upper_case_sides_change_too():  # the tokenizer lower-cases, so case itself is free
-    assert swap_left_right("Right zebra, LEFT cup, Leftmost").lower() == "left zebra, right cup, rightmost"
 
 
 def test_flipped_images_carry_flipped_words():
