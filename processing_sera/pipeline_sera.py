@@ -124,16 +124,22 @@ class ReferringImageSegmentationPipeline(Pipeline):
         # model's outputs are kept among the features.
         is_batch = isinstance(model_inputs["features"], list)
         items, *flipped = (
-            model_inputs[name] if is_batch else [model_inputs[name]]
+            list(model_inputs[name]) if is_batch else [model_inputs[name]]
             for name in ("features", "flipped")
             if name in model_inputs
         )
-        outputs = self._run_model(self._join(items), max_expressions)
-        if flipped:
-            outputs = self.processor.average_flipped(outputs, self._run_model(self._join(*flipped), max_expressions))
-        counts = [len(item["input_ids"]) for item in items]
-        for name, values in outputs.items():
-            items = [{**item, name: own} for item, own in zip(items, values.split(counts), strict=True)]
+        by_shape: dict[tuple[int, ...], list[int]] = {}  # images without padding keep their shapes in a batch
+        for number, item in enumerate(items):
+            by_shape.setdefault(tuple(item["pixel_values"].shape[-2:]), []).append(number)
+        for numbers in by_shape.values():
+            outputs = self._run_model(self._join([items[number] for number in numbers]), max_expressions)
+            if flipped:
+                turned = self._run_model(self._join([flipped[0][number] for number in numbers]), max_expressions)
+                outputs = self.processor.average_flipped(outputs, turned)
+            counts = [len(items[number]["input_ids"]) for number in numbers]
+            for name, values in outputs.items():
+                for number, own in zip(numbers, values.split(counts), strict=True):
+                    items[number] = {**items[number], name: own}
         return {"text": model_inputs["text"], "features": items if is_batch else items[0]}
 
     def _join(self, items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -131,29 +131,27 @@ class Segmenter:
         def prediction(question: Question, **known: Any) -> Prediction:
             return Prediction(question.key, batch.shard, question.row, question.index, question.expression, **known)
 
-        asked = [question for question in batch.questions if question.error is None]
         for question in batch.questions:
             if question.error is not None:
                 yield question, prediction(question, error=question.error), None
-        if not asked:
-            return
-        inputs = {name: value.to(self.model.device) for name, value in batch.inputs.items()}
-        inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
-        with torch.inference_mode():
-            outputs = self.model(**inputs, max_expressions=self.max_expressions)
-        wait_for(outputs.logits)
-        self.timing.lap("model")
-        answers = {name: outputs[name] for name in ("logits", "presence_logits") if outputs.get(name) is not None}
-        for number, question in enumerate(asked):
-            one = slice(number, number + 1)
-            (result,) = self.processor.post_process_referring_segmentation(
-                {name: values[one] for name, values in answers.items()},
-                {**batch.inputs, "image_index": batch.inputs["image_index"][one]},
-                self.threshold,
-            )
-            mask = result["mask"].cpu().numpy()
-            known = {"score": result["score"], "no_target": result.get("no_target"), **describe_mask(mask)}
-            yield question, prediction(question, **known), mask
+        for shape in batch.inputs:
+            inputs = {name: value.to(self.model.device) for name, value in shape.inputs.items()}
+            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+            with torch.inference_mode():
+                outputs = self.model(**inputs, max_expressions=self.max_expressions)
+            wait_for(outputs.logits)
+            self.timing.lap("model")
+            answers = {name: outputs[name] for name in ("logits", "presence_logits") if outputs.get(name) is not None}
+            for number, question in enumerate(shape.questions):
+                one = slice(number, number + 1)
+                (result,) = self.processor.post_process_referring_segmentation(
+                    {name: values[one] for name, values in answers.items()},
+                    {**shape.inputs, "image_index": shape.inputs["image_index"][one]},
+                    self.threshold,
+                )
+                mask = result["mask"].cpu().numpy()
+                known = {"score": result["score"], "no_target": result.get("no_target"), **describe_mask(mask)}
+                yield question, prediction(question, **known), mask
 
 
 def wait_for(values: Tensor) -> None:
@@ -303,7 +301,7 @@ def segment(options: argparse.Namespace) -> Timing:
             "no_target_threshold": pipe.processor.no_target_threshold,
             "score_calibration": pipe.processor.score_calibration,
             "dtype": dtype,
-            "size": dict(pipe.processor.image_processor.size),
+            "images": pipe.processor.image_processor.to_dict(),
             "weights": checksum(pipe.model.state_dict()),
         }
         _check_manifest(output, manifest)

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, pipeline
 from transformers.utils import ModelOutput
 
 from modeling_sera import SeraForReferringSegmentation
-from processing_sera import ReferringImageSegmentationPipeline, SeraProcessor
+from processing_sera import ReferringImageSegmentationPipeline, SeraImageProcessor, SeraProcessor
 
 
 class BrightnessConfig(PreTrainedConfig):
@@ -340,6 +340,18 @@ def test_with_sera_itself(processor, predict_presence, options):
             assert mask.any() <= (result["no_target"] <= 0.5)
     if predict_presence:
         assert len({result["no_target"] > 0.5 for result in results}) == 2
+
+
+@pytest.mark.parametrize("options", [{}, {"tta": "flip"}])
+def test_without_padding_an_answer_does_not_depend_on_the_batch(processor, options):
+    unpadded = SeraProcessor(SeraImageProcessor(size=70, do_pad=False), processor.tokenizer)
+    pipe = ReferringImageSegmentationPipeline(model=make_sera(processor), processor=unpadded)
+    asked = [{"image": image, "text": text} for image, text in zip(IMAGES * 2, TEXTS * 2, strict=True)]
+    alone, together = pipe(asked, **options), pipe(asked, batch_size=4, **options)
+    for one, other in zip(alone, together, strict=True):
+        for single, batched in zip(one, other, strict=True):
+            assert batched["score"] == pytest.approx(single["score"], abs=1e-5)
+            assert (np.asarray(single["mask"]) == np.asarray(batched["mask"])).mean() > 0.999
 
 
 @pytest.mark.parametrize("dtype", ["float32", torch.bfloat16, "float16"])

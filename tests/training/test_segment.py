@@ -296,6 +296,24 @@ def test_a_model_that_predicts_presence_says_so(folder, tmp_path):
     assert all(0 < p.no_target < 1 for p in run(model, folder, tmp_path / "out"))
 
 
+def test_without_padding_an_answer_does_not_depend_on_the_batch(model, tmp_path):
+    unpadded = tmp_path / "model"
+    shutil.copytree(model, unpadded)
+    config = json.loads((unpadded / "processor_config.json").read_text())
+    config["image_processor"] |= {"do_pad": False, "size": {"height": 56, "width": 56}}
+    (unpadded / "processor_config.json").write_text(json.dumps(config))
+    data = tmp_path / "images"
+    data.mkdir()
+    for number, size in enumerate([(60, 40), (40, 60), (50, 50), (60, 40)]):
+        image_of(number).resize(size).save(data / f"{number}.png")
+    found = [run(unpadded, data, tmp_path / str(n), "--phrases", *PHRASES, "--batch_size", n) for n in (1, 4)]
+    assert len(found[0]) == len(found[1]) == 8
+    for single, batched in zip(*found, strict=True):
+        assert (single.image, single.expression) == (batched.image, batched.expression)
+        assert batched.score == pytest.approx(single.score, abs=1e-5)
+        assert (decode_mask(single.rle) == decode_mask(batched.rle)).mean() > 0.999
+
+
 def test_precision_and_threshold(model, folder, tmp_path):
     whole = run(model, folder, tmp_path / "whole", "--limit", 3)
     half = run(model, folder, tmp_path / "half", "--limit", 3, "--dtype", "bfloat16")

@@ -8,6 +8,7 @@ workers each, can take the parts that are missing.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,6 +49,19 @@ class Question:
 
 
 @dataclass
+class ShapeInputs:
+    """Inputs of the model for the images of one shape.
+
+    Attributes:
+        questions: The questions, one per expression, in the order of the inputs.
+        inputs: As the processor returns them, always with `image_index`.
+    """
+
+    questions: list[Question]
+    inputs: dict[str, Any]
+
+
+@dataclass
 class Batch:
     """Questions of one part.
 
@@ -57,7 +71,8 @@ class Batch:
         stop: Where the batch is the part's last: the row behind the part's last.
         rows: Number of input rows in the batch.
         questions: In the order of the input.
-        inputs: Of the model, with one expression per question without an error; `None` where there is none.
+        inputs: Of the model, for the questions without an error. Images of one shape are together, so that none is padded for
+            the sake of others.
         images: The images, where they were asked for.
     """
 
@@ -66,7 +81,7 @@ class Batch:
     stop: int | None = None
     rows: int = 0
     questions: list[Question] = field(default_factory=list)
-    inputs: dict[str, Any] | None = None
+    inputs: list[ShapeInputs] = field(default_factory=list)
     images: list[Image.Image] = field(default_factory=list)
 
 
@@ -149,14 +164,19 @@ class AskedBatches(IterableDataset):
 
     def _made(self, collected: _Collected, stop: int | None = None) -> Batch:
         batch = Batch(collected.shard, collected.first, stop, collected.rows, collected.questions)
-        if collected.images:
+        by_frame: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for number, image in enumerate(collected.images):
+            by_frame[self.processor.image_processor.frame_of([image.size[::-1]])].append(number)
+        for numbers in by_frame.values():
+            images, texts = ([values[number] for number in numbers] for values in (collected.images, collected.texts))
             try:
-                inputs = self.processor(images=collected.images, text=collected.texts, return_tensors="pt")
+                inputs = self.processor(images=images, text=texts, return_tensors="pt")
             except ValueError as error:
                 raise ValueError(f"row {collected.questions[0].row} and those after it: {error}") from error
             # the processor leaves it out where every image has one expression
             inputs.setdefault("image_index", torch.arange(len(inputs["input_ids"])))
-            batch.inputs = dict(inputs)
+            questions = [question for question in collected.questions if question.image in numbers]
+            batch.inputs.append(ShapeInputs(questions, dict(inputs)))
         if self.keep_images:
             batch.images = collected.images
         return batch
@@ -230,4 +250,4 @@ def whole_shards(done: Iterable[tuple[int, int, int]], part_size: int) -> set[in
     }
 
 
-__all__ = ["AskedBatches", "Batch", "Question", "whole_shards"]
+__all__ = ["AskedBatches", "Batch", "Question", "ShapeInputs", "whole_shards"]
