@@ -32,6 +32,8 @@ class ModelSettings:
         config: Fields of SeraConfig that differ from its defaults. With `pretrained`, fields that differ from the saved model's:
             it may gain decoder layers, adapters, routers that see the sentence, and a presence head. These begin without effect.
             No weight of the saved model may be dropped.
+        processor: Fields of SeraProcessor that differ from its defaults: how the masks of this model are selected, for example
+            `mask_threshold: expected_iou`. With `pretrained`, fields that differ from the saved processor's.
         vision_tuning: Which weights of the vision tower are trained: none ("frozen"), LayerNorm weights and all biases
             ("norm_bias"), or all ("full").
         text_tuning: The same for the text tower.
@@ -44,6 +46,7 @@ class ModelSettings:
     text_model: str | None = None
     tokenizer: str | None = None
     config: dict = field(default_factory=dict)
+    processor: dict = field(default_factory=dict)
     vision_tuning: Tuning = "norm_bias"
     text_tuning: Tuning = "norm_bias"
     whitened_start: bool = False
@@ -324,8 +327,9 @@ def read_settings_of(kind: type[Settings], arguments: list[str] | None = None) -
 def read_settings(arguments: list[str] | None = None) -> TrainingSettings:
     """[`read_settings_of`] a training run."""
     settings = read_settings_of(TrainingSettings, arguments)
-    fields = settings.model.config  # a dict without types: values from the command line are still text
-    fields.update({name: yaml.safe_load(value) for name, value in fields.items() if isinstance(value, str)})
+    for fields in (settings.model.config, settings.model.processor):
+        # dicts without types: values from the command line are still text
+        fields.update({name: yaml.safe_load(value) for name, value in fields.items() if isinstance(value, str)})
     return settings
 
 

@@ -23,6 +23,14 @@ IMAGE_SIZE = (448, 448)  # the paper's
 NUM_BYTES = 256  # a vocabulary of fewer tokens is no real one; CLIP's holds each of the bytes
 # fields of a saved model's configuration that cannot be changed: its weights depend on them, and image_size follows the data
 KEPT_FIELDS = {"vision_config", "text_config", "tap_layers", "image_size"}
+# fields of SeraProcessor that the settings may choose
+PROCESSOR_FIELDS = (
+    "mask_threshold",
+    "keep_largest_component",
+    "no_target_threshold",
+    "score_calibration",
+    "text_padding",
+)
 
 
 def build_processor(settings: TrainingSettings, train_rows: datasets.Dataset) -> SeraProcessor:
@@ -40,6 +48,9 @@ def build_processor(settings: TrainingSettings, train_rows: datasets.Dataset) ->
             processor.image_processor.size = _size(settings.data.image_size)
         if settings.data.padding is not None:
             processor.image_processor.do_pad = settings.data.padding
+        if model.processor:
+            known = {name: getattr(processor, name) for name in PROCESSOR_FIELDS}
+            return SeraProcessor(processor.image_processor, processor.tokenizer, **known | _processor_fields(settings))
         return processor
     vision, text = _family(settings, "vision"), _family(settings, "text")
     image_processor = SeraImageProcessor(
@@ -56,7 +67,15 @@ def build_processor(settings: TrainingSettings, train_rows: datasets.Dataset) ->
         raise ValueError("Name a tokenizer: set model.tokenizer, or model.text_model to a folder that holds one.")
     if model.text_model or "max_position_embeddings" in model.config.get("text_config", {}) or text.fixed_length:
         tokenizer.model_max_length = text.fixed_length or min(token_limit(tokenizer), text.max_tokens)
-    return SeraProcessor(image_processor, tokenizer, text_padding="max_length" if text.fixed_length else "longest")
+    padding = "max_length" if text.fixed_length else "longest"
+    return SeraProcessor(image_processor, tokenizer, **{"text_padding": padding} | _processor_fields(settings))
+
+
+def _processor_fields(settings: TrainingSettings) -> dict:
+    unknown = sorted(set(settings.model.processor) - set(PROCESSOR_FIELDS))
+    if unknown:
+        raise ValueError(f"model.processor has {unknown[0]!r}; it may have {', '.join(PROCESSOR_FIELDS)}.")
+    return settings.model.processor
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:

@@ -43,6 +43,21 @@ def test_a_model_goes_on_at_another_image_size(tmp_path):
         build_model(again, build_processor(again, rows))
 
 
+def test_settings_choose_how_masks_are_selected(tmp_path):
+    rows = generate_scenes(2, 0, 64)
+    own = {"mask_threshold": "expected_iou", "keep_largest_component": True}
+    settings = replace(TINY, model=ModelSettings(config=TINY.model.config, processor=own))
+    processor = build_processor(settings, rows)
+    save_model(build_model(settings, processor), processor, tmp_path / "first")
+    saved = SeraProcessor.from_pretrained(tmp_path / "first")
+    assert saved.mask_threshold == "expected_iou" and saved.keep_largest_component
+    later = ModelSettings(pretrained=str(tmp_path / "first"), processor={"mask_threshold": 0.4})
+    processor = build_processor(replace(settings, model=later), rows)
+    assert processor.mask_threshold == 0.4 and processor.keep_largest_component
+    with pytest.raises(ValueError, match=r"model\.processor has 'size'"):
+        build_processor(replace(settings, model=ModelSettings(processor={"size": 3})), rows)
+
+
 def test_a_model_saved_in_half_precision_is_trained_in_whole(tmp_path):
     rows = generate_scenes(2, 0, 64)
     settings = replace(TINY, model=ModelSettings(config=TINY.model.config))
