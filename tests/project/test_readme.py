@@ -17,7 +17,6 @@ from own_annotations import coco_content, photos, write_coco, write_cvat, write_
 from transformers import CLIPConfig, CLIPModel, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 from training.preparation import main as prepare
-from training.sources.asked_images import IMAGE_SUFFIXES
 from training.sources.hub_layouts import RowFolder
 from training.sources.images import open_image
 
@@ -28,6 +27,9 @@ SETS = {
     ("refcocog", "google"): {"train": [1, 2, 4, 5], "val": [9]},  # of the same images: both share instances.json
     ("grefcoco", "unc"): {"train": [1, 2], "val": [4], "testA": [5], "testB": [7]},
 }
+
+
+SHEETS = ("photos/preview.png", "sheet.png")
 
 
 @pytest.fixture(scope="module")
@@ -79,11 +81,13 @@ def test_the_demo(run):
     lines = [line for line in done.stdout.replace("\\\n", " ").splitlines() if " training/" in line]
     assert len(lines) == 3
     for line in lines:
-        brief = " --data.num_scenes '[12,2,3]'" + " --optimization.epochs 1 --evaluate_every 1" * ("train.py" in line)
+        brief = "" if "segment.py" in line else " --data.num_scenes '[12,2,3]'"
+        brief += " --optimization.epochs 1 --evaluate_every 1" * ("train.py" in line)
         run(line.replace(".venv/bin/", "") + brief)
     demo = run.place / "outputs" / "demo"
-    sheets = {path.relative_to(run.place).as_posix() for path in demo.rglob("sheet.png")}
-    assert sheets == set(re.findall(r"outputs/demo/\S*sheet\.png", README)) and len(sheets) == 2
+    drawn = {path.relative_to(run.place).as_posix() for path in demo.rglob("*.png")}
+    assert set(re.findall(r"outputs/demo/\S*\.png", README)) == drawn & {f"outputs/demo/{name}" for name in SHEETS}
+    assert len(re.findall(r"outputs/demo/\S*\.png", README)) == len(SHEETS)
     assert (demo / "model").is_dir()
     shutil.rmtree(demo)  # the other sections' model takes its place
 
@@ -126,6 +130,7 @@ def test_own_annotations(run, monkeypatch):
         assert sum(len(folder.read(split)) for split in ("train", "val")) == 20, command
         assert (output / "examples.png").is_file()
     first, train = commands("From ten annotated images to a model")
+    assert commands("Your own annotations") == [first, train]
     run(first)
     run(f"{train} --optimization.epochs 1 --num_workers 0")
     assert (run.place / "outputs" / "mine" / "model" / "model.safetensors").is_file()
@@ -140,8 +145,9 @@ def test_train_use_and_evaluate(run):
 
     if not (run.place / "prepared").exists():  # where this test runs alone
         test_data(run)
-    for command in commands("Evaluate"):
+    for command in commands("Scoring a model"):
         run(command)
+    assert commands("Evaluate")[0].partition("  ")[0] == commands("Scoring a model")[0]
     written = {path.name for path in (run.place / "outputs").rglob("*.json")}
     assert {"evaluation-testA.json", "calibrated-testA.json", "refcoco-plus-val.json"} <= written
 
@@ -149,18 +155,6 @@ def test_train_use_and_evaluate(run):
     (run.place / "outputs" / "demo").symlink_to(run.place / "outputs" / "refcoco")
     record = json.loads((model.parent / "evaluation-testA.json").read_text())
     (model.parent / "evaluation-test.json").write_text(json.dumps(record | {"model": "demo"}))
-    by_hand, in_one_call, faster = blocks("Use", "python")
-    same = "torch.testing.assert_close(outputs.logits, before.logits, atol=1e-4, rtol=1e-4)"
-    by_hand += f"\nprint(results[0]['mask'].shape, results[1]['score'])\nbefore = outputs\n{faster}\n{same}\n"
-    (run.place / "by_hand.py").write_text(by_hand)
-    assert "torch.Size([384, 384])" in run("python by_hand.py")
-    (run.place / "in_one_call.py").write_text(in_one_call)
-    said = run("python in_one_call.py")
-    assert "['yellow circle']" in said and "['red circle']" in said
-    for command in commands("Use"):
-        run(command)
-    assert (run.place / "prediction" / "overlay.png").is_file()
-
     (snippet,) = blocks("Serve", "python")
     (run.place / "serve.py").write_text(snippet + "\nprint(len(answers), answers[0]['label'])\n")
     assert "2 the spotted triangle" in run("python serve.py")
@@ -168,16 +162,40 @@ def test_train_use_and_evaluate(run):
     assert "model.safetensors" in run(command)
 
 
+def test_the_first_screen_and_use(run):
+    """One process for all Python of the README and of docs/python.md that needs no other towers, and the shell's commands."""
+    first = README[: README.index("## Install")]
+    snippets = re.findall(r"^```python\n(.*?)^```", first, re.DOTALL | re.MULTILINE) + blocks("Use", "python")
+    snippets += blocks("The pipeline", "python") + blocks("Many phrases about one image", "python")
+    checks = [
+        "",
+        "print(results[0]['mask'].shape, 0 <= results[0]['score'] <= 1)",
+        "",
+        "print(sorted(results[0]))",
+        "print(len(results), results[3]['mask'].shape)",
+    ]
+    assert len(snippets) == len(checks)
+    (run.place / "use.py").write_text(
+        "\n".join(f"{code}\n{check}" for code, check in zip(snippets, checks, strict=True))
+    )
+    said = run("python use.py")
+    assert "torch.Size([427, 640]) True" in said and "[('the yellow cap', " in said
+    assert "['label', 'mask', 'no_target', 'score']" in said and "4 torch.Size([512, 512])" in said
+    (command,) = re.findall(r"^```bash\n(.*?)\n```", first, re.DOTALL | re.MULTILINE)
+    run(command)
+    assert (run.place / "prediction" / "overlay.png").is_file()
+
+
 def test_segment_many_images(run):
-    (command,) = commands("Segment many images")
+    (command,) = commands("Use")
     assert "masks is complete" in run(command)
     snippets = [
         block for text in TEXTS for block in re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     ]
     (snippet,) = (snippet for snippet in snippets if "masks/parts" in snippet)
     (run.place / "read_masks.py").write_text(snippet + "\nprint(len(good), mask.dtype)\n")
-    images = [path for path in (REPOSITORY / "docs").rglob("*") if path.suffix in IMAGE_SUFFIXES]
-    assert f"{2 * len(images)} bool" in run("python read_masks.py")
+    phrases = (REPOSITORY / "docs" / "photos" / "phrases.csv").read_text().splitlines()[1:]
+    assert f"{len(phrases)} bool" in run("python read_masks.py")
 
 
 def test_the_papers_table(run):
@@ -187,7 +205,7 @@ def test_the_papers_table(run):
         (recipe,) = commands("Train")
         run(f"{recipe} --optimization.epochs 1 --data.image_size '[112, 112]' --num_workers 0")
     (command,) = commands("The table")
-    assert commands("The papers' table") == [command]
+    assert commands("Evaluate")[1].partition("  ")[0] == command
     said = run(f"{command} {brief}")
     assert "| SERA | mIoU | no | 76.5 |" in said and "| refcoco | mIoU | no |" in said
     (command,) = commands("Zero-shot transfer")
