@@ -43,7 +43,9 @@ def build_processor(settings: TrainingSettings, train_rows: datasets.Dataset) ->
     """
     model = settings.model
     if model.pretrained:
-        processor = SeraProcessor.from_pretrained(locate_model(model.pretrained).source)
+        source = locate_model(model.pretrained).source
+        processor = SeraProcessor.from_pretrained(source)
+        processor.image_processor.patch_size = SeraConfig.from_pretrained(source).patch_size  # older folders lack it
         if settings.data.image_size:
             processor.image_processor.size = _size(settings.data.image_size)
         if settings.data.padding is not None:
