@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import groupby
@@ -198,12 +198,10 @@ def plan(
         if not kept:
             logger.info(f"{column.key} is left out: the model was trained on all of its {len(left_out)} images")
             continue
-        names = {image_id: list(map(str, image_names(image_id, image))) for image_id, image in images}
-        refs = _refs(Path(options.root), column.dataset, column.split_by)
         manifest = {
             **made_with,
             "column": list(column),
-            "data": _digest([sha256_of(refs), sha256_of(refs.with_name("instances.json")), sorted(names.items())]),
+            "data": data_checksum(options.root, column, images),
             "kept": None if len(kept) == len(images) else _digest(kept),
         }
         made = _read_json(output / PREDICTIONS / column.key / MANIFEST) == manifest
@@ -351,13 +349,9 @@ def score_folder(options: argparse.Namespace, command: str) -> None:
         command=command,
         processes=1,
     )
-    refs = _refs(Path(options.root), column.dataset, column.split_by)
-    files = (
-        [refs, refs.with_name("instances.json")] if refs else sorted(Path(options.root).glob(f"data/{column.split}-*"))
-    )
-    everything = tuple(range(len(rows)))
-    manifest = {"column": list(column), "data": _digest(list(map(sha256_of, files)))}
-    record = completed(record, Task(column, everything, len(rows), 0, manifest, True, True), rows, None)
+    images = zip(rows["image_id"], rows["image"], strict=True)
+    manifest = {"column": list(column), "data": data_checksum(options.root, column, images)}
+    record = completed(record, Task(column, tuple(range(len(rows))), len(rows), 0, manifest, True, True), rows, None)
     output = Path(options.output) if options.output else folder
     write_record(output, record)
     write_tables({column: record}, output, command, False)
@@ -427,6 +421,20 @@ def data_of(options: argparse.Namespace, column: Column) -> DataSettings:
         dataset=column.dataset,
         split_by=column.split_by,
     )
+
+
+def data_checksum(root: str, column: Column, images: Iterable[tuple[int, Mapping[str, Any]]]) -> str:
+    """A checksum of all that a split's masks are compared with: its files of refs or rows, and its images.
+
+    Args:
+        root: The REFER folder, or a prepared one.
+        column: The split.
+        images: Image id and image of every row.
+    """
+    refs = _refs(Path(root), column.dataset, column.split_by)
+    files = [refs, refs.with_name("instances.json")] if refs else sorted(Path(root).expanduser().glob(f"data/{column.split}-*"))
+    names = {image_id: list(map(str, image_names(image_id, image))) for image_id, image in images}
+    return _digest([list(map(sha256_of, files)), sorted(names.items())])
 
 
 def _with_rows(tasks: Sequence[Task], options: argparse.Namespace) -> Iterator[tuple[datasets.Dataset, Task]]:

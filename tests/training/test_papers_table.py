@@ -1,6 +1,7 @@
 """The papers' table of a model: its figures, what is scored again, what is left out, and the comparison of two models."""
 
 import json
+import pickle
 import re
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import REFER_MINI, needs_refer_mini
 from papers import SETS, write_model, write_sets
 from runs import ENVIRONMENT, ON_CPU
 
@@ -15,6 +17,7 @@ from training import evaluation, papers_table, preparation, segment
 from training.configuration import DataSettings
 from training.scoring.kept_predictions import read_split
 from training.scoring.metric import SentenceScore, summarize
+from training.sources.refer_records import load_refs
 
 ALL_COLUMNS = [f"{name}-{by}-{split}" for (name, by), splits in SETS.items() for split in splits if split != "train"]
 NUMBERS = ("row", "sentence", "kind", "intersection", "predicted", "truth", "boundary_f", "no_target")
@@ -87,6 +90,7 @@ def test_the_predictions_can_be_scored_by_anybody(place, tmp_path, no_model):
     again = records_in(output)["refcoco-unc-val"]
     record = records_in(place / "trial" / "papers-table")["refcoco-unc-val"]
     assert again["scores"] == record["scores"] and again["summary"] == record["summary"]
+    table("--compare", place / "trial", output)  # of the same data
     assert "What the model was trained on is not known" in (output / "table.md").read_text()
 
 
@@ -100,6 +104,29 @@ def test_predictions_of_the_command_for_many_images_are_scored_too(place, tmp_pa
     assert again["summary"]["as written"]["all"] == pytest.approx(record["summary"]["as written"]["all"], abs=1e-3)
     assert again["weights"] == record["weights"]
     assert "| RefCOCO val* |" in (tmp_path / "masks" / "table.md").read_text()
+
+
+@needs_refer_mini
+def test_refer_mini_goes_through_all_parts(place, tmp_path):
+    """Prepared, segmented as many images, scored, and shown as a part of RefCOCO."""
+    root, model = tmp_path / "refer-mini", place / "trial" / "model"
+    (root / "refcoco").mkdir(parents=True)
+    refs = [ref for ref in load_refs(REFER_MINI / "refcoco" / "refs(unc).p") if ref["split"] == "val"]
+    (root / "refcoco" / "refs(unc).p").write_bytes(pickle.dumps(refs, 2))
+    (root / "refcoco" / "instances.json").symlink_to(REFER_MINI / "refcoco" / "instances.json")
+    (root / "images").symlink_to(REFER_MINI / "images")
+    preparation.prepare_refer(root, tmp_path / "prepared")
+    segment.main(
+        [str(model), "--data", str(tmp_path / "prepared"), "--split", "val", "--output", str(tmp_path / "masks")]
+    )
+    table("--predictions", tmp_path / "masks", "--only", "refcoco-unc-val", "--root", tmp_path / "prepared")
+    table(model, "--root", root, "--settings", place / "trial" / "settings.yaml", "--output", tmp_path / "table")
+    (kept,), (own,) = (records_in(tmp_path / name).values() for name in ("masks", "table"))
+    assert kept["counts"] == own["counts"] and own["counts"]["expressions"] == 241
+    assert kept["summary"]["as written"]["all"] == pytest.approx(own["summary"]["as written"]["all"], abs=2e-3)
+    for name in ("masks", "table"):
+        text = (tmp_path / name / "table.md").read_text()
+        assert "| RefCOCO val* | 241 | 75 |" in text and "84 of 3811 published objects" in text
 
 
 def cells(text: str, start: str) -> list[str]:
