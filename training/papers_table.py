@@ -432,7 +432,11 @@ def data_checksum(root: str, column: Column, images: Iterable[tuple[int, Mapping
         images: Image id and image of every row.
     """
     refs = _refs(Path(root), column.dataset, column.split_by)
-    files = [refs, refs.with_name("instances.json")] if refs else sorted(Path(root).expanduser().glob(f"data/{column.split}-*"))
+    files = (
+        [refs, refs.with_name("instances.json")]
+        if refs
+        else sorted(Path(root).expanduser().glob(f"data/{column.split}-*"))
+    )
     names = {image_id: list(map(str, image_names(image_id, image))) for image_id, image in images}
     return _digest([list(map(sha256_of, files)), sorted(names.items())])
 

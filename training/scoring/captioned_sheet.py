@@ -35,10 +35,14 @@ def draw_captioned(examples: Sequence[tuple[Image.Image | None, str, Sequence[Li
         path: Of the PNG file.
     """
     rows = -(-len(examples) // COLUMNS)
-    figure = new_figure(4 * COLUMNS, 5.2 * rows)
+    slots = 1 + max((min(len(lines), LINES + 1) for _, _, lines in examples), default=0)  # with the title
+    image_height, text_height = 3.0, 0.25 * slots  # inches
+    figure = new_figure(4 * COLUMNS, (image_height + text_height + 0.2) * rows)
     grid = figure.add_gridspec(rows, COLUMNS, left=0.01, right=0.99, top=0.99, bottom=0.01, wspace=0.05, hspace=0.05)
     for i, (image, title, lines) in enumerate(examples):
-        upper, lower = grid[i // COLUMNS, i % COLUMNS].subgridspec(2, 1, height_ratios=[3, 2], hspace=0.02)
+        upper, lower = grid[i // COLUMNS, i % COLUMNS].subgridspec(
+            2, 1, height_ratios=[image_height, text_height], hspace=0.02
+        )
         axis, text = figure.add_subplot(upper), figure.add_subplot(lower)
         for part in (axis, text):
             part.set_axis_off()
@@ -55,7 +59,7 @@ def draw_captioned(examples: Sequence[tuple[Image.Image | None, str, Sequence[Li
         if len(lines) > LINES:
             written.append((f"and {len(lines) - LINES} more", "black"))
         for place, (label, color) in enumerate(written):
-            text.text(0, 1 - place / (LINES + 2), label, color=color, va="top", fontsize=9, parse_math=False)
+            text.text(0, 1 - place / slots, label, color=color, va="top", fontsize=9, parse_math=False)
     write_binary(path, lambda partial: figure.savefig(partial, format="png", dpi=DPI))
 
 
