@@ -176,7 +176,7 @@ def test_a_model_without_a_run_is_scored_on_a_refer_folder(run_folder, tmp_path)
     (entry,) = yaml.safe_load((tmp_path / "a.yaml").read_text())["model-index"]
     dataset = entry["results"][0]["dataset"]
     assert dataset == {
-        "name": "RefCOCO (unc)",
+        "name": "a part of RefCOCO (unc)",
         "type": "refcoco",
         "config": "unc",
         "split": "testA",

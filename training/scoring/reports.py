@@ -15,6 +15,7 @@ from training.scoring.intervals import LEVEL, RESAMPLES, bootstrap_intervals
 from training.scoring.mask_selection import MaskSelection
 from training.scoring.metric import SentenceScore, by_kind, format_table, format_value, score_terms, summarize
 from training.scoring.slices import slice_scores
+from training.sources.published_counts import PUBLISHED_REFS
 from training.support.environment import counted, describe_hardware, library_versions, without_folders
 
 SET_NAMES = {"refcoco": "RefCOCO", "refcoco+": "RefCOCO+", "refcocog": "RefCOCOg", "grefcoco": "gRefCOCO"}
@@ -198,10 +199,12 @@ def model_index(record: dict[str, Any]) -> str:
 
 
 def data_name(record: dict[str, Any]) -> str:
-    """The usual name of a data set."""
+    """The usual name of a data set. One that has not all objects of the published split is called a part of it."""
     data = record["data"]
     if data["source"] == "refer":
-        return f"{SET_NAMES.get(data['dataset'], data['dataset'])} ({data['split_by']})"
+        published = PUBLISHED_REFS.get((data["dataset"], data["split_by"]), {}).get(record.get("split"))
+        part = "" if published in (None, record["counts"]["objects"]) else "a part of "
+        return f"{part}{SET_NAMES.get(data['dataset'], data['dataset'])} ({data['split_by']})"
     return "embedded scenes" if data["source"] == "scenes" else Path(data.get("root") or data["source"]).name
 
 

@@ -130,7 +130,7 @@ def test_every_figure_on_the_card_comes_from_a_file(record, tmp_path):
     sources.append(yaml.safe_load((tmp_path / "trial" / "settings.yaml").read_text()))
     for leaf in leaves(sources):
         if isinstance(leaf, float):
-            known |= {f"{100 * leaf:.1f}", f"{leaf:g}", str(round(100 * leaf, 2)), f"{leaf:.2f}"}
+            known |= {f"{100 * leaf:.1f}", f"{leaf:g}", str(round(100 * leaf, 2)), f"{leaf:.2f}", f"{leaf:.3f}"}
         known |= decimals(str(leaf))
     shown = decimals(card.split(CODE)[0]) | decimals(section(card, "Training")) | decimals(section(card, "Results"))
     shown -= {"2603.12538"}  # the paper's number on arXiv
@@ -246,7 +246,7 @@ def test_splits_of_the_same_name_are_told_apart(tmp_path):
         assert result["dataset"]["config"] == by and result["dataset"]["type"] == "refcocog"
     assert len(front_matter(card)["model-index"][0]["results"]) == 2
     assert len(re.findall("^### ", card, flags=re.MULTILINE)) == 2
-    with pytest.raises(ValueError, match=r"Two of the evaluations are of RefCOCOg \(umd\), split val"):
+    with pytest.raises(ValueError, match=r"Two of the evaluations are of a part of RefCOCOg \(umd\), split val"):
         make_card([records[0], records[0]])
 
 
