@@ -203,7 +203,7 @@ def data_name(record: dict[str, Any]) -> str:
     data = record["data"]
     if data["source"] == "refer":
         published = PUBLISHED_REFS.get((data["dataset"], data["split_by"]), {}).get(record.get("split"))
-        part = "" if published in (None, record["counts"]["objects"]) else "a part of "
+        part = "" if published in (None, record.get("counts", {}).get("objects", published)) else "a part of "
         return f"{part}{SET_NAMES.get(data['dataset'], data['dataset'])} ({data['split_by']})"
     return "embedded scenes" if data["source"] == "scenes" else Path(data.get("root") or data["source"]).name
 
