@@ -6,9 +6,11 @@ So every refusal here is a `ValueError` of one sentence that says what to send i
 """
 
 import base64
+import hashlib
 import io
 import logging
 import math
+import sys
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ MAX_PIXELS = 25_000_000  # of the image; a mask and its probabilities are as lar
 MAX_EXPRESSIONS = 100  # more take longer than a connection stays open
 MAX_CHARACTERS = 1000  # of one expression; the model reads at most 77 tokens of them
 EXPRESSIONS_AT_ONCE = 16  # memory grows with them
+MAX_KEPT_BYTES = 256 * 2**20  # of the last images' features, on the model's device
 NUM_BYTES = 256  # a CLIP tokenizer's vocabulary holds all of them
 # Pillow has more; some of them start other programs
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
@@ -32,7 +35,7 @@ TEXT_NAMES = ("text", "expressions")
 
 
 class EndpointHandler:
-    """Answers requests about one image each."""
+    """Answers requests about one image each. A further request about one of the last images computes only the expressions."""
 
     def __init__(self, path: str = ""):
         """
@@ -51,6 +54,8 @@ class EndpointHandler:
             )
         model = AutoModel.from_pretrained(path, trust_remote_code=True)
         self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        code = sys.modules[type(model).__module__]  # it lies beside the weights
+        self.kept = code.SeraFeatureCache(MAX_KEPT_BYTES)
 
     def __call__(self, data: dict[str, Any]) -> list[dict[str, Any]]:
         """Answer one request.
@@ -72,18 +77,43 @@ class EndpointHandler:
             RuntimeError: Where the model failed; the reason is in the log alone.
         """
         image, expressions, threshold = read_request(data)
-        image = open_image(image)
-        try:
-            image_inputs = self.processor(images=[image], return_tensors="pt")
-        except ValueError:
-            raise ValueError("The image's values are not colours; send an image of 8 bits per channel.") from None
+        content = read_content(image)
+        key = content_key(content) if isinstance(content, (bytes, bytearray)) else None
+        encoded = None if key is None else self.kept.get(key)
+        image_inputs = self._prepare(content) if encoded is None else None
         self._check_expressions(expressions)
         try:
-            return self._segment(image_inputs, expressions, threshold)
+            with torch.inference_mode():
+                encoded = encoded or self._encode(image_inputs, key)
+                return self._segment(*encoded, expressions, threshold)
         except Exception:
             logger.exception("a request failed")
             # The toolkit answers with the text of any exception. This one's text could name files of the machine.
             raise RuntimeError("The model could not answer this request; the endpoint's log says why.") from None
+
+    def _prepare(self, content: Any) -> dict[str, torch.Tensor]:
+        """The processor's outputs for an image as [`open_image`] takes it."""
+        image = open_image(content)
+        try:
+            return self.processor(images=[image], return_tensors="pt")
+        except ValueError:
+            raise ValueError("The image's values are not colours; send an image of 8 bits per channel.") from None
+
+    def _encode(self, image_inputs: dict[str, torch.Tensor], key: tuple | None) -> tuple[Any, torch.Tensor]:
+        """The model's features of an image and its (1, 2) size, which are kept from now on.
+
+        Args:
+            image_inputs: Of [`_prepare`].
+            key: Of the file; `None` where there is none. Images without a file are told apart by what the model gets of them.
+        """
+        pixel_values, size = image_inputs["pixel_values"], image_inputs["original_sizes"]
+        if key is None:
+            key = content_key(pixel_values.numpy().tobytes(), *size[0].tolist())
+            if (encoded := self.kept.get(key)) is not None:
+                return encoded
+        features = self.model.get_image_features(pixel_values.to(self.model.device, self.model.dtype))
+        self.kept.put(key, (features, size), features.nbytes)
+        return features, size
 
     def _check_expressions(self, expressions: list[str]) -> None:
         """Raise `ValueError` where an expression is empty after cleaning, or has more tokens than the model reads."""
@@ -96,14 +126,11 @@ class EndpointHandler:
                 raise ValueError(f"text[{i}] has more tokens than the model reads; shorten it.")
 
     def _segment(
-        self, image_inputs: dict[str, torch.Tensor], expressions: list[str], threshold: float | None
+        self, features: Any, size: torch.Tensor, expressions: list[str], threshold: float | None
     ) -> list[dict[str, Any]]:
-        inputs = {**image_inputs, **self.processor(text=[expressions], return_tensors="pt")}
-        inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
-        inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
-        with torch.inference_mode():
-            outputs = self.model(**inputs, max_expressions=EXPRESSIONS_AT_ONCE)
-        about_it = {name: inputs[name] for name in ("pixel_values", "original_sizes")}
+        text = self.processor(text=[expressions], return_tensors="pt").to(self.model.device)
+        outputs = self.model(image_features=features, **text, max_expressions=EXPRESSIONS_AT_ONCE)
+        about_it = {"original_sizes": size}
         answers = []
         for n, label in enumerate(expressions):  # masks have the image's own size and are large: one at a time
             alone = {name: outputs[name][n : n + 1] for name in ("logits", "presence_logits") if name in outputs}
@@ -138,14 +165,22 @@ def read_request(data: Any) -> tuple[Any, list[str], float | None]:
     return inputs["image"], _read_expressions(texts[0]), _read_threshold(parameters.get("threshold"))
 
 
+def read_content(image: Any) -> Any:
+    """The bytes of an image's file where it was sent as base64; anything else as it is."""
+    return _decode_base64(image) if isinstance(image, str) else image
+
+
+def content_key(content: bytes | bytearray, *size: int) -> tuple:
+    """What tells images apart: a checksum of their content and sizes, by default the number of bytes."""
+    return hashlib.sha256(content).hexdigest(), *(size or (len(content),))
+
+
 def open_image(image: Any) -> Image.Image:
-    """Decode an image as sent, after a check of its size in its header.
+    """Decode an image, a file's bytes or an opened one, after a check of its size in its header.
 
     Raises:
         ValueError: Where it is not an image, too large, cut off, or of a format that is not accepted.
     """
-    if isinstance(image, str):
-        image = _decode_base64(image)
     if isinstance(image, (bytes, bytearray)):
         if len(image) > MAX_IMAGE_BYTES:
             raise ValueError(f"The image has {len(image)} bytes; send at most {MAX_IMAGE_BYTES}.")

@@ -142,14 +142,17 @@ class SeraFusionView:
     """A tapped map with the results of its experts: all that the expressions about an image can share.
 
     Attributes:
-        grid: (B, fusion_dim, H, W), projected and normalised.
+        grid: (B, fusion_dim, H, W), projected and normalised. `None` where `refined` or `fused` holds all that is needed.
+        mean: (B, fusion_dim), its mean over positions, the router's input z. `None` without experts.
         refined: Results of the experts, (B, fusion_dim, H, W) by name; each is added when it is first used.
-        fused: Weighted sum (B, fusion_dim, H, W) and routing, once computed. Only of a router that does not see the sentence.
+        fused: Weighted sum (B, fusion_dim, H, W), once computed, of a router that does not see the sentence. Without experts
+            the grid itself.
     """
 
-    grid: Tensor
+    grid: Tensor | None
+    mean: Tensor | None = None
     refined: dict[str, Tensor] = field(default_factory=dict)
-    fused: tuple[Tensor, SeraRouting] | None = None
+    fused: Tensor | None = None
 
 
 class SeraFusion(nn.Module):
@@ -197,7 +200,24 @@ class SeraFusion(nn.Module):
 
     def look(self, tokens: Tensor, grid_size: tuple[int, int]) -> SeraFusionView:
         """What does not depend on the sentence, for one or more calls of [`mix`]; arguments as of [`forward`]."""
-        return SeraFusionView(tokens_to_grid(self.norm(self.project(tokens)), grid_size))
+        grid = tokens_to_grid(self.norm(self.project(tokens)), grid_size)
+        return SeraFusionView(grid, fused=grid) if self.router is None else SeraFusionView(grid, grid.mean(dim=(2, 3)))
+
+    def pack(self, view: SeraFusionView) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """All that [`mix`] may need of a view for any sentence, in inference: maps (B, fusion_dim, H, W) and the view's `mean`.
+
+        The maps are those of all experts, or one where the sentence does not reach the router.
+        """
+        if self.router is not None and self.router.sees_sentence:
+            return tuple(self._refine(view, name) for name in self.experts), view.mean
+        fused, _ = self.mix(view)
+        return (fused,), view.mean
+
+    def unpack(self, maps: tuple[Tensor, ...], mean: Tensor | None) -> SeraFusionView:
+        """The view of which [`pack`] made the maps and the mean."""
+        if self.router is not None and self.router.sees_sentence:
+            return SeraFusionView(None, mean, refined=dict(zip(self.experts, maps, strict=True)))
+        return SeraFusionView(None, mean, fused=maps[0])
 
     def mix(
         self,
@@ -207,30 +227,33 @@ class SeraFusion(nn.Module):
         num_images: int | None = None,
     ) -> tuple[Tensor, SeraRouting | None]:
         """The rest of [`forward`], whose arguments and result it has, from what [`look`] gave."""
-        if self.router is not None and self.router.sees_sentence:
-            routing = self.router(view.grid.mean(dim=(2, 3)), sentence, image_index, num_images)
-            return self._weigh(view, routing, image_index), routing
-        fused, routing = view.grid, None
+        routing = None
         if self.router is not None:
+            routing = self.router(view.mean, sentence, image_index, num_images)
+            if self.router.sees_sentence:
+                return self._weigh(view, routing, image_index), routing
             if view.fused is None:
-                routing = self.router(view.grid.mean(dim=(2, 3)), num_samples=num_images)
-                view.fused = self._weigh(view, routing), routing
-            fused, routing = view.fused
-        return (fused if image_index is None else fused[image_index]), routing
+                view.fused = self._weigh(view, routing)
+        return (view.fused if image_index is None else view.fused[image_index]), routing
 
     def _weigh(self, view: SeraFusionView, routing: SeraRouting, image_index: Tensor | None = None) -> Tensor:
-        weights = routing.weights.to(view.grid.dtype)
+        weights = routing.weights.to(view.mean.dtype)
         # In training every expert runs, so that each has a gradient (zero where unchosen) in every process.
         skip_unchosen = not (self.training or torch.compiler.is_compiling()) and self.router.k < len(self.experts)
         chosen = routing.selected.any(dim=0).tolist() if skip_unchosen else [True] * len(self.experts)
         fused = 0
-        for i, (name, expert) in enumerate(self.experts.items()):
+        for i, name in enumerate(self.experts):
             if chosen[i]:
-                if name not in view.refined:
-                    view.refined[name] = expert(view.grid)
-                refined = view.refined[name] if image_index is None else view.refined[name][image_index]
+                refined = self._refine(view, name)
+                refined = refined if image_index is None else refined[image_index]
                 fused = fused + weights[:, i, None, None, None] * refined
         return fused
+
+    def _refine(self, view: SeraFusionView, name: str) -> Tensor:
+        """An expert's map (B, fusion_dim, H, W), computed once."""
+        if name not in view.refined:
+            view.refined[name] = self.experts[name](view.grid)
+        return view.refined[name]
 
 
 __all__ = ["EXPERT_NAMES", "SeraFusion"]

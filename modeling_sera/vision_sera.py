@@ -32,19 +32,21 @@ class SeraImages(NamedTuple):
     """Results of the tower for images, as far as no text is needed; rows are images (B).
 
     Attributes:
-        hidden_states: (B, num_prefix + H·W, hidden_size) before the first adapted block. Without adapters: after the last block
-            that runs.
+        hidden_states: (B, num_prefix + H·W, hidden_size) before the first adapted block, `None` where `view` or `taps` hold all
+            that is needed. Without adapters: after the last block that runs.
         view: Results of the first adapted block; `None` without adapters, and in training from pixels.
         taps: Patch tokens (B, H·W, hidden_size) of the tapped depths before the first adapted block.
         grid_size: (H, W), in patches.
         positions: Further arguments of every block, of [`SeraVisionFamily.positions`].
+        num_images: B.
     """
 
-    hidden_states: Tensor
+    hidden_states: Tensor | None
     view: SeraBlockView | None
     taps: list[Tensor]
     grid_size: tuple[int, int]
     positions: dict[str, Any]
+    num_images: int
 
 
 class SeraAdaptedBlock(GradientCheckpointingLayer):
@@ -200,13 +202,22 @@ class SeraVisionEncoder(nn.Module):
                 normed = self.family.norm(self.blocks[self.first_adapted], attended)
                 adapter = self.adapted_blocks[str(self.first_adapted)].adapter
                 view = SeraBlockView(attended, update, adapter.look(normed[:, self.num_prefix :], grid_size))
-            return SeraImages(hidden_states, view, self._shared_taps(kept), grid_size, positions)
+            return SeraImages(hidden_states, view, self._shared_taps(kept), grid_size, positions, pixel_values.shape[0])
         hidden_states, kept = self._run_shared(pixel_values, positions)
         view = None
         if self.adapted_blocks and not self.training:  # in training the whole block's activations can be checkpointed
             adapted = self.adapted_blocks[str(self.first_adapted)]
             view = adapted.look(hidden_states, self.blocks[self.first_adapted], positions, grid_size)
-        return SeraImages(hidden_states, view, self._shared_taps(kept), grid_size, positions)
+        return SeraImages(hidden_states, view, self._shared_taps(kept), grid_size, positions, pixel_values.shape[0])
+
+    def images_of(
+        self, grid_size: tuple[int, int], num_images: int, block_states: tuple[Tensor, ...], maps: tuple[Tensor, ...]
+    ) -> SeraImages:
+        """What [`encode_images`] gave in inference, without the taps, from the fields of the view that it made."""
+        size = [side * self.patch_size for side in grid_size]
+        positions = self.family.positions(self.tower, torch.empty(1, 1, 1, 1).expand(num_images, 3, *size))
+        view = SeraBlockView(*block_states, maps) if block_states else None
+        return SeraImages(None, view, [], grid_size, positions, num_images)
 
     def forward(
         self, images: SeraImages, *, image_index: Tensor | None, condition: dict

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Integral, Real
 from types import GeneratorType
 from typing import Any
@@ -15,11 +16,31 @@ from .collation_sera import join_rows
 from .image_decoding_sera import as_image_list, as_list, is_undecoded
 
 
+@dataclass
+class PreparedImage:
+    """An image that the model has encoded, from `ReferringImageSegmentationPipeline.prepare`; for any number of calls.
+
+    Attributes:
+        pixel_values: (1, 3, H, W), as the processor makes them.
+        original_sizes: (1, 2), height and width of the upright image.
+        features: the model's features of the image.
+        flipped: those of the horizontally flipped image; made by the first call with `tta="flip"`.
+    """
+
+    pixel_values: torch.Tensor
+    original_sizes: torch.Tensor
+    features: Any
+    flipped: Any = None
+
+
 class ReferringImageSegmentationPipeline(Pipeline):
     """Segment what expressions refer to in images.
 
     `pipe(image, "left zebra")`, `pipe(image, ["left zebra", "zebra drinking"])`, `pipe({"image": image, "text": ...})`, or
     a list, generator or dataset of such dictionaries. With a list of images, one `text` goes to each of them.
+
+    `prepared = pipe.prepare(image)` encodes an image once. `pipe(prepared, "left zebra")` then takes it in every place of an image,
+    and computes only what depends on the expression.
 
     Args:
         model: a `SeraForReferringSegmentation`.
@@ -52,8 +73,8 @@ class ReferringImageSegmentationPipeline(Pipeline):
         """Masks for the expressions about one image or many.
 
         Args:
-            inputs: an image (see `to_rgb_image`), a dictionary {"image": image, "text": expressions}, or several of either: a
-                list, tuple, array of paths, pandas Series, generator, dataset or Column of a dataset.
+            inputs: an image (see `to_rgb_image`) or a prepared one, a dictionary {"image": image, "text": expressions}, or several
+                of either: a list, tuple, array of paths, pandas Series, generator, dataset or Column of a dataset.
             text: one expression or several in a list, tuple, array, Column or Series, about every image that comes without
                 its own.
             kwargs: `threshold`, `tta` and `max_expressions` as at construction; `batch_size`, how many images are processed at
@@ -77,6 +98,25 @@ class ReferringImageSegmentationPipeline(Pipeline):
         if isinstance(inputs, list) and not inputs:
             return []
         return super().__call__(inputs, **kwargs)
+
+    def prepare(self, image: Any) -> PreparedImage:
+        """Encode one image for any number of calls.
+
+        Args:
+            image: an image (see `to_rgb_image`).
+
+        Returns:
+            What calls of this pipeline take in the place of the image. It stays on the model's device.
+
+        Raises:
+            ValueError: an image that cannot be read.
+            TypeError: an image of a type that is not accepted.
+            FileNotFoundError: no file at a path.
+        """
+        inputs = self.processor(images=[image], return_tensors="pt")
+        with self.device_placement(), self.get_inference_context()():
+            features = self._encode(inputs["pixel_values"])
+        return PreparedImage(inputs["pixel_values"], inputs["original_sizes"], features)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Save model and processor, with their code; the base class would save parts of the processor only."""
@@ -115,9 +155,13 @@ class ReferringImageSegmentationPipeline(Pipeline):
         expressions = [text] if isinstance(text, str) else as_list(text)
         if expressions is None:
             raise TypeError(f"text must be a string or a list of strings, got {type(text).__name__}.")
-        features = self.processor(images=[image], text=[expressions], return_tensors="pt")
+        if isinstance(image, PreparedImage):
+            images = {"pixel_values": image.pixel_values, "original_sizes": image.original_sizes, "prepared": image}
+            features = images | dict(self.processor(text=[expressions], return_tensors="pt"))
+        else:
+            features = dict(self.processor(images=[image], text=[expressions], return_tensors="pt"))
         flipped = {} if tta is None else {"flipped": self.processor.flipped_inputs(features, expressions)}
-        return {"features": dict(features), "text": expressions, **flipped}
+        return {"features": features, "text": expressions, **flipped}
 
     def _forward(self, model_inputs: dict[str, Any], max_expressions: int = 32) -> dict[str, Any]:
         # The base class collates a batch into lists and takes them apart again, but reshapes the tensors in them. So the
@@ -128,26 +172,38 @@ class ReferringImageSegmentationPipeline(Pipeline):
             for name in ("features", "flipped")
             if name in model_inputs
         )
-        by_shape: dict[tuple[int, ...], list[int]] = {}  # images without padding keep their shapes in a batch
+        # Images without padding keep their shapes in a batch. Prepared images go through the model one by one.
+        groups: dict[tuple[int, ...], list[int]] = {}
         for number, item in enumerate(items):
-            by_shape.setdefault(tuple(item["pixel_values"].shape[-2:]), []).append(number)
-        for numbers in by_shape.values():
+            key = (number,) if "prepared" in item else tuple(item["pixel_values"].shape[-2:])
+            groups.setdefault(key, []).append(number)
+        for numbers in groups.values():
             outputs = self._run_model(self._join([items[number] for number in numbers]), max_expressions)
             if flipped:
-                turned = self._run_model(self._join([flipped[0][number] for number in numbers]), max_expressions)
-                outputs = self.processor.average_flipped(outputs, turned)
+                turned = self._join([flipped[0][number] for number in numbers], is_flipped=True)
+                outputs = self.processor.average_flipped(outputs, self._run_model(turned, max_expressions))
             counts = [len(items[number]["input_ids"]) for number in numbers]
             for name, values in outputs.items():
                 for number, own in zip(numbers, values.split(counts), strict=True):
                     items[number] = {**items[number], name: own}
         return {"text": model_inputs["text"], "features": items if is_batch else items[0]}
 
-    def _join(self, items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """The processor's outputs for single images, as one batch."""
+    def _join(self, items: list[dict[str, Any]], is_flipped: bool = False) -> dict[str, Any]:
+        """The model's inputs for one batch, from those for single images; or for one prepared image (flipped, if it is)."""
         batch = join_rows(items, self.processor)
-        return {**batch, "pixel_values": batch["pixel_values"].to(self.model.dtype)}
+        pixel_values = batch.pop("pixel_values")
+        prepared = items[0].get("prepared")
+        if prepared is None:
+            return {**batch, "pixel_values": pixel_values.to(self.model.dtype)}
+        if is_flipped and prepared.flipped is None:
+            prepared.flipped = self._encode(pixel_values)
+        return {**batch, "image_features": prepared.flipped if is_flipped else prepared.features}
 
-    def _run_model(self, features: dict[str, torch.Tensor], max_expressions: int) -> dict[str, torch.Tensor]:
+    def _encode(self, pixel_values: torch.Tensor) -> Any:
+        """The model's features of images (B, 3, H, W)."""
+        return self.model.get_image_features(pixel_values.to(self.device, self.model.dtype))
+
+    def _run_model(self, features: dict[str, Any], max_expressions: int) -> dict[str, torch.Tensor]:
         """`logits` (N, h, w) and, where the model gives them, `presence_logits` (N,)."""
         outputs = self.model(**features, max_expressions=max_expressions)
         return {name: outputs[name] for name in ("logits", "presence_logits") if name in outputs}
@@ -189,4 +245,4 @@ def _several(inputs: Any) -> Any:
     return (inputs[i] for i in range(len(inputs))) if is_indexed else inputs
 
 
-__all__ = ["ReferringImageSegmentationPipeline"]
+__all__ = ["PreparedImage", "ReferringImageSegmentationPipeline"]

@@ -8,7 +8,7 @@ from conftest import make_model
 from PIL import Image
 
 from modeling_sera import SeraForReferringSegmentation
-from modeling_sera.modeling_sera import SeraReferringSegmentationOutput
+from modeling_sera.outputs_sera import SeraReferringSegmentationOutput
 from processing_sera import SeraImageProcessor, SeraProcessor
 from training.scoring.metric import SentenceScore
 from training.sources.scenes.dataset import generate_scenes

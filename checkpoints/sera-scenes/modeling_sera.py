@@ -1,7 +1,6 @@
 """SERA: from images and expressions to mask logits (arXiv 2603.12538)."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from os import PathLike
 
@@ -11,15 +10,17 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.utils import ModelOutput, can_return_tuple, logging
+from transformers.utils import can_return_tuple, logging
 
 from .adapter_sera import SeraAdapterBoundaryExpert, SeraUpProjection
-from .checks_sera import check_batch, check_finite, check_requested_outputs
+from .checks_sera import check_batch, check_finite, check_pixels, check_requested_outputs
 from .configuration_sera import FAMILIES, SeraConfig
 from .decoder_sera import SeraMaskDecoder, SeraMerge, SeraOpenGate, SeraSentenceGate
+from .features_sera import SeraFeatureCache, SeraImageFeatures
 from .fusion_sera import SeraFixedFilters, SeraFusion, SeraFusionView, SeraSpatialExpert
 from .layers_sera import SeraConvUnit, SeraSampleNorm, SeraSampleStatistics
 from .loss_sera import mask_segmentation_loss, presence_detection_loss
+from .outputs_sera import SeraModelOutput, SeraReferringSegmentationOutput
 from .routing_sera import SeraAdapterRouter, SeraRouterScore, SeraRouting, SeraTopKRouter, mean_router_loss
 from .statistics_sera import freeze_statistics
 from .vision_sera import SeraAdaptedBlock, SeraImages, SeraVisionEncoder
@@ -28,59 +29,6 @@ logger = logging.get_logger(__name__)
 
 # classes of transformers that load a SERA; the last two are those of its task "image-segmentation"
 AUTO_CLASSES = ("AutoModel", "AutoModelForImageSegmentation", "AutoModelForUniversalSegmentation")
-
-
-@dataclass
-class SeraModelOutput(ModelOutput):
-    """
-    Output of [`SeraModel`]. N is the number of expressions.
-
-    Attributes:
-        fused_maps: One (N, fusion_dim, H/patch, W/patch) map per tap, refined by SERA-Fusion.
-        text_states: (N, L, text hidden size) token features of the expressions.
-        text_mask: Attention mask that hides the padding, in the form that the attention kernel takes. `None` without padding.
-        sentence: (N, projection_dim) sentence features.
-        fusion_routings: One [`SeraRouting`] per tap, of N rows; none where the taps have no experts.
-        decided_routings: The same, but with one row per image where the routing is the same for all expressions about it.
-        adapter_router_weights: One (N, 2) per adapter with experts: weights of the spatial and of the boundary expert.
-    """
-
-    fused_maps: tuple[Tensor, ...] | None = None
-    text_states: Tensor | None = None
-    text_mask: Tensor | None = None
-    sentence: Tensor | None = None
-    fusion_routings: tuple[SeraRouting, ...] | None = None
-    decided_routings: tuple[SeraRouting, ...] | None = None
-    adapter_router_weights: tuple[Tensor, ...] | None = None
-
-
-@dataclass
-class SeraReferringSegmentationOutput(ModelOutput):
-    """
-    Output of [`SeraForReferringSegmentation`]. N is the number of expressions.
-
-    Attributes:
-        loss: Scalar, the sum of the three losses below that are there. With labels only. With `num_items_in_batch`, this batch's
-            share of a step's loss.
-        logits: (N, h, w) mask logits over the (letterboxed) input; h and w are four times the grid of patches.
-        presence_logits: (N,), positive where the image holds what the expression means. With `config.predict_presence` only.
-        mask_loss: Scalar, weighted binary cross-entropy plus Dice. With labels only.
-        presence_loss: Scalar, binary cross-entropy of `presence_logits`. With labels and `config.predict_presence` only.
-        router_aux_loss: Scalar, auxiliary losses of the fusion routers, averaged over the taps. In training only.
-        adapter_router_weights: One (N, 2) per adapter: weights of the spatial and the boundary expert. With
-            `output_router_weights` only.
-        fusion_router_weights: One (N, 4) per tap: weights of the spatial, context, boundary and shape expert. With
-            `output_router_weights` only.
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    presence_logits: Tensor | None = None
-    mask_loss: Tensor | None = None
-    presence_loss: Tensor | None = None
-    router_aux_loss: Tensor | None = None
-    adapter_router_weights: tuple[Tensor, ...] | None = None
-    fusion_router_weights: tuple[Tensor, ...] | None = None
 
 
 class SeraPreTrainedModel(PreTrainedModel):
@@ -200,23 +148,26 @@ class SeraModel(SeraPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        pixel_values: Tensor,
-        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         image_index: Tensor | None = None,
         image_states: Tensor | None = None,
+        image_features: SeraImageFeatures | None = None,
         **kwargs,
     ) -> SeraModelOutput:
         """
         Args:
             pixel_values: (B, 3, H, W), normalised with the ImageNet mean and standard deviation; H and W are multiples of the
                 patch.
-            input_ids: (N, L) token ids of the text tower's tokenizer.
+            input_ids: (N, L) token ids of the text tower's tokenizer; required.
             attention_mask: (N, L), 1 for tokens and 0 for padding, which is on the right. `None` means no padding.
             image_index: (N,) row of `pixel_values` that each expression is about; each image needs an expression. `None`
                 means N = B: one expression for each image.
             image_states: (B, states, num_prefix + H·W, hidden_size), cached features of `SeraVisionEncoder.encode_states`. Of
                 `pixel_values` only the size is then used. `None`: the images are encoded.
+            image_features: Of [`get_image_features`], in the place of `pixel_values`. `image_index` then names its rows, and images
+                without an expression are allowed. In inference only.
             **kwargs: `return_dict=False` gives a tuple. Other names are ignored, so that `model(**inputs)` works with all that
                 the processor returns.
 
@@ -224,18 +175,56 @@ class SeraModel(SeraPreTrainedModel):
             ValueError: Where inputs do not fit each other or the patch, and for outputs that SERA does not return.
         """
         check_requested_outputs(self.config, kwargs)
-        check_batch(pixel_values, input_ids, attention_mask, image_index, image_states)
-        images = self.encode_images(pixel_values, image_states)
+        check_batch(self, pixel_values, input_ids, attention_mask, image_index, image_states, image_features)
+        images = self.encode_images(pixel_values, image_states, image_features)
         return self.condition(*images, input_ids, attention_mask, image_index)
 
+    @torch.no_grad()
+    def get_image_features(self, pixel_values: Tensor) -> SeraImageFeatures:
+        """Encode images once, for any number of calls `model(image_features=…, input_ids=…)`. In inference only (ours).
+
+        Args:
+            pixel_values: (B, 3, H, W), as the processor makes them; H and W are multiples of the patch.
+
+        Returns:
+            All that does not depend on the text, without gradients. A call with it gives what a call with the images gives. What
+            is made under `torch.inference_mode()` must be used under it or under `torch.no_grad()`.
+
+        Raises:
+            ValueError: In training mode, and for images of a wrong shape.
+        """
+        check_pixels(pixel_values)
+        if self.training:
+            raise ValueError(
+                "get_image_features is for inference, but the model is in training mode; call model.eval()."
+            )
+        images, views = self.encode_images(pixel_values)
+        packed = [fusion.pack(view) for fusion, view in zip(self.fusions, views, strict=False)]
+        states, maps = ((), ()) if images.view is None else (images.view[:2], images.view.maps)
+        return SeraImageFeatures(
+            grid_size=images.grid_size,
+            block_states=states,
+            adapter_maps=maps,
+            fusion_maps=tuple(maps for maps, _ in packed),
+            fusion_means=tuple(mean for _, mean in packed if mean is not None),
+        )
+
     def encode_images(
-        self, pixel_values: Tensor, image_states: Tensor | None = None
+        self,
+        pixel_values: Tensor | None,
+        image_states: Tensor | None = None,
+        image_features: SeraImageFeatures | None = None,
     ) -> tuple[SeraImages, list[SeraFusionView]]:
-        """Compute all that does not depend on the text, of (B, 3, H, W) images: their expressions share it.
+        """Compute all that does not depend on the text: the expressions share it. Arguments as of [`forward`].
 
         Returns:
             The results of the vision tower, and those of SERA-Fusion for every tap before the first adapter.
         """
+        if image_features is not None:
+            kept, means = image_features, iter(image_features.fusion_means)
+            images = self.vision.images_of(kept.grid_size, kept.batch_size, kept.block_states, kept.adapter_maps)
+            shared = zip(self.fusions, kept.fusion_maps, strict=False)
+            return images, [fusion.unpack(maps, next(means, None)) for fusion, maps in shared]
         images = self.vision.encode_images(pixel_values, image_states)
         views = [
             fusion.look(tokens, images.grid_size) for fusion, tokens in zip(self.fusions, images.taps, strict=False)
@@ -251,7 +240,7 @@ class SeraModel(SeraPreTrainedModel):
         image_index: Tensor | None = None,
     ) -> SeraModelOutput:
         """The rest of [`forward`], from what [`encode_images`] returned; for all of the expressions or for a part of them."""
-        grid_size, num_images = images.grid_size, images.hidden_states.shape[0]
+        grid_size = images.grid_size
         text_states, sentence = self.encode_text(input_ids, attention_mask)
         text_mask = create_bidirectional_mask(
             config=self.config,
@@ -261,7 +250,7 @@ class SeraModel(SeraPreTrainedModel):
         )
         routed = {
             "sentence": sentence if self.sentence_norm is None else self.sentence_norm(sentence),
-            "num_images": num_images,
+            "num_images": images.num_images,
         }
         condition = {"grid_size": grid_size, "text_states": text_states, "text_mask": text_mask, **routed}
         taps, adapter_weights = self.vision(images, image_index=image_index, condition=condition)
@@ -304,6 +293,10 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Give the text tower another token embedding."""
         self.model.set_input_embeddings(value)
+
+    def get_image_features(self, pixel_values: Tensor) -> SeraImageFeatures:
+        """See [`SeraModel.get_image_features`]."""
+        return self.model.get_image_features(pixel_values)
 
     @property
     def modules_to_save_for_lora(self) -> list[str]:
@@ -451,21 +444,22 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        pixel_values: Tensor,
-        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         image_index: Tensor | None = None,
         labels: Tensor | None = None,
         output_router_weights: bool = False,
         max_expressions: int | None = None,
         image_states: Tensor | None = None,
+        image_features: SeraImageFeatures | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs,
     ) -> SeraReferringSegmentationOutput:
         """
         Args:
             pixel_values: (B, 3, H, W), as the processor makes them; H and W are multiples of the patch.
-            input_ids: (N, L) token ids of the text tower's tokenizer.
+            input_ids: (N, L) token ids of the text tower's tokenizer; required.
             attention_mask: (N, L), 1 for tokens and 0 for padding, which is on the right. `None` means no padding.
             image_index: (N,) row of `pixel_values` that each expression is about; each image needs an expression. `None`
                 means N = B: one expression for each image.
@@ -477,6 +471,8 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
                 float32), and more with more patches.
             image_states: (B, states, num_prefix + H·W, hidden_size), cached features of `SeraVisionEncoder.encode_states`, so
                 that training does not run frozen blocks again. Of `pixel_values` only the size is then used.
+            image_features: Of [`get_image_features`], in the place of `pixel_values`. `image_index` then names its rows, and images
+                without an expression are allowed. In inference only, without labels.
             num_items_in_batch: Number of label values in all batches that make one step, as `Trainer` counts them. `loss` is then
                 this batch's share of the step's loss: the shares add up to the mean over all expressions of the step. `None`:
                 `loss` is the mean over this batch's expressions.
@@ -488,7 +484,7 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
                 `max_expressions` below 1 or in training and, in inference on a CPU, for logits that are not finite.
         """
         check_requested_outputs(self.config, kwargs)
-        check_batch(pixel_values, input_ids, attention_mask, image_index, image_states, labels)
+        check_batch(self, pixel_values, input_ids, attention_mask, image_index, image_states, image_features, labels)
         if self.training and not torch.compiler.is_compiling():
             freeze_statistics(self)  # what is frozen may have changed since train() was called
         if max_expressions is not None:
@@ -498,13 +494,21 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
                 raise ValueError(
                     "max_expressions is for inference, but the model is in training mode; call model.eval()."
                 )
+            images = self.model.encode_images(pixel_values, image_states, image_features)
             logits, presence_logits, adapter_weights, fusion_weights = self._in_parts(
-                pixel_values, input_ids, attention_mask, image_index, image_states, max_expressions
+                images, input_ids, attention_mask, image_index, max_expressions
             )
             router_aux_loss = None
         else:
             encoded = self.model(
-                pixel_values, input_ids, attention_mask, image_index, image_states, return_dict=True, **kwargs
+                pixel_values,
+                input_ids,
+                attention_mask,
+                image_index,
+                image_states,
+                image_features,
+                return_dict=True,
+                **kwargs,
             )
             logits, presence_logits = self._decode(encoded)
             adapter_weights = encoded.adapter_router_weights
@@ -513,7 +517,7 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
 
         if not (self.training or torch.compiler.is_compiling()) and logits.device.type == "cpu":
             # elsewhere the check would have to wait for the device; in training the loss shows it
-            check_finite(logits, presence_logits, self, pixel_values, image_states)
+            check_finite(logits, presence_logits, self, pixel_values, image_states, image_features)
 
         loss = mask_loss = presence_loss = None
         if labels is not None:
@@ -539,21 +543,19 @@ class SeraForReferringSegmentation(SeraPreTrainedModel):
 
     def _in_parts(
         self,
-        pixel_values: Tensor,
+        images: tuple[SeraImages, list[SeraFusionView]],
         input_ids: Tensor,
         attention_mask: Tensor | None,
         image_index: Tensor | None,
-        image_states: Tensor | None,
         max_expressions: int,
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Logits, presence logits, and the routers' weights of adapters and fusions, `max_expressions` rows at a time."""
-        shared = self.model.encode_images(pixel_values, image_states)
         if image_index is None:
             image_index = torch.arange(len(input_ids), device=input_ids.device)
         parts = []
         for rows in torch.arange(len(input_ids), device=input_ids.device).split(max_expressions):
             encoded = self.model.condition(
-                *shared, input_ids[rows], None if attention_mask is None else attention_mask[rows], image_index[rows]
+                *images, input_ids[rows], None if attention_mask is None else attention_mask[rows], image_index[rows]
             )
             routings = tuple(routing.weights for routing in encoded.fusion_routings)
             logits, presence = self._decode(encoded)
@@ -576,4 +578,4 @@ def _is_sera(checkpoint: str | PathLike) -> bool:
     return AutoConfig.from_pretrained(checkpoint).model_type == SeraConfig.model_type
 
 
-__all__ = ["SeraForReferringSegmentation", "SeraModel", "SeraPreTrainedModel"]
+__all__ = ["SeraFeatureCache", "SeraForReferringSegmentation", "SeraImageFeatures", "SeraModel", "SeraPreTrainedModel"]

@@ -71,7 +71,7 @@ class SeraProcessor(ProcessorMixin):
         text_padding: how expressions are padded where a call does not say it: "longest", or "max_length" for a tower that
             reads expressions of one length only. None: `text_padding_of` the tokenizer.
 
-    `mask_threshold` to `score_calibration` say how the masks of this checkpoint are selected. They are saved in `processor_config.json`.
+    All but the first two are saved in `processor_config.json`; most say how the masks of this checkpoint are selected.
     """
 
     def __init__(

@@ -4,6 +4,7 @@
 no other file of the repository: the model's code lies beside the weights. (Ours.)
 """
 
+import hashlib
 import html
 import json
 import logging
@@ -34,6 +35,9 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # Pillow has more; some
 SHOWN_SIDES = (640, 1024)  # least and most pixels of the longer side of what is shown; files have the image's own
 KEPT_SECONDS = 3600  # of a visitor's results in memory and files on the disk
 MAX_KEPT = 100  # results in memory, of a few MB each
+MAX_FEATURE_BYTES = (
+    256 * 2**20
+)  # of the last images, for all visitors: features on the model's device, and what is shown
 MAX_WAITING = 20  # visitors who wait for the model
 EXAMPLES = "examples/examples.json"
 
@@ -111,7 +115,7 @@ class Answer:
 
 
 class Segmenter:
-    """A model with its processor."""
+    """A model with its processor. A further answer about one of the last images computes only the expressions."""
 
     def __init__(self, name: str):
         """
@@ -131,6 +135,7 @@ class Segmenter:
         if len(getattr(self.processor, "tokenizer", ())) < NUM_BYTES:
             raise ValueError(f"{name} has no complete processor; is its tokenizer.json missing?")
         self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        self.kept = sys.modules[type(model).__module__].SeraFeatureCache(MAX_FEATURE_BYTES)
         self.to_rgb_image = sys.modules[type(self.processor.image_processor).__module__].to_rgb_image
 
     def answer(self, path: str, expressions: list[str]) -> Answer:
@@ -139,23 +144,34 @@ class Segmenter:
         Raises:
             ValueError: Where the image or an expression cannot be used; the message says what to change.
         """
-        image = self.to_rgb_image(open_image(path), name="The image")
+        key = content_key(path)
+        kept = self.kept.get(key)
+        image = self.to_rgb_image(open_image(path), name="The image") if kept is None else None
         for expression in expressions:
             self._check_expression(expression)
-        inputs = self.processor(images=[image], text=[expressions], return_tensors="pt").to(self.model.device)
         with torch.inference_mode():
-            outputs = self.model(**inputs, output_router_weights=True)
-        size = (image.height, image.width)
+            features, shown, size = kept or self._encode(image, key)
+            text = self.processor(text=[expressions], return_tensors="pt").to(self.model.device)
+            outputs = self.model(image_features=features, **text, output_router_weights=True)
         presence, config = outputs.presence_logits, self.model.config
         return Answer(
             expressions=expressions,
-            image=np.asarray(image.resize(shown_size(size)[::-1], Image.Resampling.LANCZOS)),
+            image=shown,
             size=size,
             logits=outputs.logits.float().cpu(),
             presence_logits=None if presence is None else presence.float().cpu(),
             fusion=_by_depth(config.tap_layers, outputs.fusion_router_weights),
             adapter=_by_depth(config.adapter_layers, outputs.adapter_router_weights),
         )
+
+    def _encode(self, image: Image.Image, key: tuple[str, int]) -> tuple[Any, np.ndarray, tuple[int, int]]:
+        """The model's features of an upright image, the image as it is shown, and its (height, width); they are kept."""
+        size = (image.height, image.width)
+        shown = np.asarray(image.resize(shown_size(size)[::-1], Image.Resampling.LANCZOS))
+        pixel_values = self.processor(images=[image], return_tensors="pt")["pixel_values"]
+        features = self.model.get_image_features(pixel_values.to(self.model.device))
+        self.kept.put(key, (features, shown, size), features.nbytes + shown.nbytes)
+        return features, shown, size
 
     def results(self, answer: Answer, threshold: float | None, size: tuple[int, int]) -> list[dict[str, Any]]:
         """Masks from an answer, without another run of the model.
@@ -200,14 +216,26 @@ def parse_expressions(text: str) -> list[str]:
     return expressions
 
 
+def content_key(path: str) -> tuple[str, int]:
+    """What tells images apart: the checksum and the number of bytes of a file. A file that is too large is refused first."""
+    check_size(path)
+    content = Path(path).read_bytes()
+    return hashlib.sha256(content).hexdigest(), len(content)
+
+
+def check_size(path: str) -> None:
+    """Raise a `ValueError` for a file that is too large."""
+    if os.path.getsize(path) > MAX_IMAGE_BYTES:
+        raise ValueError(f"The file is too large; choose one of at most {MAX_IMAGE_BYTES // 2**20} MB.")
+
+
 def open_image(path: str) -> Image.Image:
     """Decode the image in a file, after a check of its size in its header.
 
     Raises:
         ValueError: Where it is not an image, too large, cut off, or of a format that is not accepted.
     """
-    if os.path.getsize(path) > MAX_IMAGE_BYTES:
-        raise ValueError(f"The file is too large; choose one of at most {MAX_IMAGE_BYTES // 2**20} MB.")
+    check_size(path)
     try:
         image = Image.open(path, formats=FORMATS)
     except Image.DecompressionBombError:

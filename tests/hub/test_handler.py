@@ -9,6 +9,7 @@ import shutil
 import struct
 import sys
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +147,74 @@ def test_masks_lie_on_the_image_as_it_is_shown(handler):
     turned = image_bytes("JPEG", exif=exif)
     (mask,) = masks(handler(request(image=encoded(turned))))
     assert mask.shape == (60, 40)  # the file has 40 rows of 60 pixels
+
+
+@pytest.fixture
+def counting(module, folder, monkeypatch):
+    """A handler with an empty cache, and the list of the shapes of what its model encoded."""
+    handler, calls = module.EndpointHandler(str(folder)), []
+    encode = handler.model.get_image_features
+
+    def count(pixel_values):
+        calls.append(tuple(pixel_values.shape))
+        return encode(pixel_values)
+
+    monkeypatch.setattr(handler.model, "get_image_features", count)
+    return handler, calls
+
+
+def coloured(colour: str, size: tuple[int, int] = (30, 20)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_a_further_request_about_an_image_does_not_encode_it_again(counting, monkeypatch):
+    handler, calls = counting
+    first = handler(request(EXPRESSIONS))
+    assert len(calls) == 1
+    monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("it was decoded again"))
+    assert handler(request(EXPRESSIONS)) == first and handler(request("right"))[0]["label"] == "right"
+    assert handler({"inputs": bytearray(PNG), "parameters": {"text": EXPRESSIONS}}) == first
+    with pytest.raises(ValueError, match="text is empty"):
+        handler(request(""))
+    assert len(calls) == 1
+
+
+def test_images_without_a_file_are_known_by_what_the_model_gets(counting):
+    handler, calls = counting
+    opened = [Image.open(io.BytesIO(PNG)), Image.open(io.BytesIO(PNG)), Image.new("RGB", (60, 40), "red")]
+    answers = [handler({"inputs": image, "parameters": {"text": "cup"}}) for image in opened]
+    assert len(calls) == 2 and answers[0] == answers[1] != answers[2]
+    (mask,) = masks(handler({"inputs": Image.new("RGB", (120, 80), "red"), "parameters": {"text": "cup"}}))
+    assert len(calls) == 3 and mask.shape == (80, 120)  # the model gets the same, but the mask has another size
+
+
+def test_what_is_kept_is_bounded(counting):
+    handler, calls = counting
+    handler(request(image=encoded_image(0)))
+    size = handler.kept.num_bytes
+    handler.kept.max_bytes = 2 * size
+    for n in (1, 0, 2, 0, 1):  # of 0, 1 and 2, image 1 was not used for longest when 2 came
+        handler(request(image=encoded_image(n)))
+        assert handler.kept.num_bytes <= 2 * size and len(handler.kept) <= 2
+    assert len(calls) == 4
+    handler.kept.max_bytes = 0
+    before = handler(request(image=encoded_image(3)))
+    assert handler(request(image=encoded_image(3))) == before and len(calls) == 6
+
+
+def encoded_image(number: int) -> str:
+    return encoded(coloured(["red", "green", "blue", "white"][number]))
+
+
+def test_threads_get_the_answers_about_their_own_images(counting):
+    handler, _ = counting
+    alone = [handler(request(image=encoded_image(n))) for n in range(4)]
+    handler.kept.max_bytes = 2 * handler.kept.num_bytes // 4
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(lambda n: handler(request(image=encoded_image(n % 4))), range(16)))
+    assert together == [alone[n % 4] for n in range(16)]
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"])

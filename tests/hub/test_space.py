@@ -237,6 +237,28 @@ def test_masks_are_the_models_own_and_another_threshold_does_not_run_it_again(ap
     assert [block for block, _ in answer.adapter] == model.config.adapter_layers
 
 
+def test_a_further_answer_about_an_image_does_not_encode_it_again(app, folder, photo, tmp_path, monkeypatch):
+    segmenter, calls = app.Segmenter(str(folder)), []
+    encode = segmenter.model.get_image_features
+    monkeypatch.setattr(segmenter.model, "get_image_features", lambda images: calls.append(None) or encode(images))
+    first = segmenter.answer(str(photo), TEXTS)
+    copied = shutil.copy(photo, tmp_path / "renamed.jpg")
+    for path in (photo, copied):
+        again = segmenter.answer(str(path), TEXTS)
+        assert torch.equal(again.logits, first.logits) and again.size == first.size
+        assert np.array_equal(again.image, first.image) and len(calls) == 1
+    size = segmenter.kept.num_bytes
+    assert size > first.image.nbytes
+    segmenter.kept.max_bytes = 2 * size
+    for width in (50, 51, 52):
+        Image.new("RGB", (width, 40)).save(tmp_path / "image.png")
+        segmenter.answer(str(tmp_path / "image.png"), TEXTS)
+        assert segmenter.kept.num_bytes <= 2 * size and len(segmenter.kept) <= 3
+    assert len(calls) == 4
+    segmenter.answer(str(photo), TEXTS)
+    assert len(calls) == 5  # it was not used for longest
+
+
 def test_expressions_that_the_model_cannot_read_whole(app, folder, photo):
     segmenter = app.Segmenter(str(folder))
     for text, message in (("\u200b", "no visible character"), ("zebra " * 100, "longer than the model reads")):

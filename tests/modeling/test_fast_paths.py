@@ -8,6 +8,7 @@ import torch
 from builders import GEOMETRIES, disc
 from conftest import REPOSITORY, make_inputs, make_model
 from PIL import Image
+from variants import INDEX, VARIANTS
 
 from modeling_sera import SeraForReferringSegmentation
 from modeling_sera.layers_sera import SeraSampleNorm
@@ -16,19 +17,6 @@ from processing_sera.image_processing_sera import letterbox_box
 from training.configuration import read_settings
 
 CONFIGS = REPOSITORY / "training" / "configs"
-INDEX = [1, 0, 0, 2, 0, 1, 1]
-VARIANTS = {
-    "default": {},
-    "two of the experts": {"num_selected_experts": 2},
-    "routers of the image alone": {"expression_aware_routing": False, "num_selected_experts": 3},
-    "gates of the raw sentence": {"sentence_gate": "linear"},
-    "no gates": {"sentence_gate": "none"},
-    "no routers": {"routing": "uniform"},
-    "late": {"adapter_layers": [3]},
-    "no adapters": {"adapter_layers": []},
-    "from the first block": {"adapter_layers": [0]},
-    "presence": {"predict_presence": True, "num_selected_experts": 1},
-}
 
 
 def assert_same(got, expected, tolerance: float = 2e-5) -> None:

@@ -8,7 +8,7 @@ from conftest import make_inputs, make_model
 
 from modeling_sera import SeraConfig, SeraForReferringSegmentation
 from modeling_sera.loss_sera import mask_segmentation_loss
-from modeling_sera.modeling_sera import SeraReferringSegmentationOutput
+from modeling_sera.outputs_sera import SeraReferringSegmentationOutput
 
 
 def is_presence(name: str) -> bool:

@@ -151,6 +151,15 @@ def test_cached_states_of_a_dinov3_stand_for_the_images(training):
         assert torch.equal(model(**blank, image_states=states).logits, expected)
 
 
+def test_image_features_of_a_dinov3_stand_for_the_images():
+    """The rotary positions of the blocks after them are those of the images' size."""
+    model, inputs = tiny("dinov3_vit", "bert"), inputs_for("bert")
+    text = {name: value for name, value in inputs.items() if name != "pixel_values"}
+    with torch.no_grad():
+        features = model.get_image_features(inputs["pixel_values"])
+        assert torch.equal(model(image_features=features, **text).logits, model(**inputs).logits)
+
+
 def test_activation_checkpointing_keeps_a_dinov3s_gradients():
     inputs, gradients = inputs_for("siglip_text_model"), []
     for checkpointed in (False, True):

@@ -354,6 +354,46 @@ def test_without_padding_an_answer_does_not_depend_on_the_batch(processor, optio
             assert (np.asarray(single["mask"]) == np.asarray(batched["mask"])).mean() > 0.999
 
 
+@pytest.mark.parametrize("do_pad", [True, False])
+@pytest.mark.parametrize("options", [{}, {"tta": "flip"}, {"max_expressions": 2, "threshold": 0.4}])
+def test_a_prepared_image_gives_the_masks_of_the_image(processor, do_pad, options):
+    """It is encoded once, and once more if the flipped image is needed, for all calls and in every place of an image."""
+    processor = SeraProcessor(SeraImageProcessor(size=56 if do_pad else 70, do_pad=do_pad), processor.tokenizer)
+    model = make_sera(processor, predict_presence=True)
+    pipe = ReferringImageSegmentationPipeline(model=model, processor=processor)
+    expected = [pipe(image, texts, **options) for image, texts in zip(IMAGES, TEXTS, strict=True)]
+    encoded = []
+    model.model.vision.tower.embeddings.register_forward_hook(lambda *_: encoded.append(None))
+    prepared = [pipe.prepare(image) for image in IMAGES]
+    asked = [{"image": image, "text": texts} for image, texts in zip(prepared, TEXTS, strict=True)]
+    found = [
+        [pipe(image, texts, **options) for image, texts in zip(prepared, TEXTS, strict=True)],
+        pipe(asked, **options),
+        pipe(asked, batch_size=2, **options),
+        list(pipe((one for one in asked), batch_size=2, **options)),
+    ]
+    assert all(results == expected for results in found)
+    assert len(encoded) == 2 * (1 + ("tta" in options))
+
+
+def test_prepared_images_and_others_in_one_batch(processor):
+    model = make_sera(processor)
+    pipe = ReferringImageSegmentationPipeline(model=model, processor=processor)
+    images = [pipe.prepare(IMAGES[0]), IMAGES[1], pipe.prepare(IMAGES[1])]
+    first, second, third = pipe(images, text=["dark", "left"], batch_size=3)
+    assert first == pipe(IMAGES[0], ["dark", "left"]) and second == third == pipe(IMAGES[1], ["dark", "left"])
+
+
+def test_an_image_that_cannot_be_prepared_is_named(processor):
+    pipe = ReferringImageSegmentationPipeline(model=make_sera(processor), processor=processor)
+    with pytest.raises(TypeError, match=r"must be a PIL image.*got int"):
+        pipe.prepare(5)
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.png"):
+        pipe.prepare("nowhere.png")
+    with pytest.raises(ValueError, match="argument text is missing"):
+        pipe(pipe.prepare(IMAGES[0]))
+
+
 @pytest.mark.parametrize("dtype", ["float32", torch.bfloat16, "float16"])
 def test_device_and_dtype_pass_through_the_library_factory(processor, tmp_path, dtype):
     model = make_sera(processor)

@@ -166,13 +166,15 @@ def test_the_first_screen_and_use(run):
     """One process for all Python of the README and of docs/python.md that needs no other towers, and the shell's commands."""
     first = README[: README.index("## Install")]
     snippets = re.findall(r"^```python\n(.*?)^```", first, re.DOTALL | re.MULTILINE) + blocks("Use", "python")
-    snippets += blocks("The pipeline", "python") + blocks("Many phrases about one image", "python")
+    for section in ("The pipeline", "Many phrases about one image", "Encode once, ask many times"):
+        snippets += blocks(section, "python")
     checks = [
         "",
         "print(results[0]['mask'].shape, 0 <= results[0]['score'] <= 1)",
         "",
         "print(sorted(results[0]))",
         "print(len(results), results[3]['mask'].shape)",
+        "print(yellow[0]['label'], red[0]['mask'].size, found['mask'].shape)",
     ]
     assert len(snippets) == len(checks)
     (run.place / "use.py").write_text(
@@ -181,6 +183,7 @@ def test_the_first_screen_and_use(run):
     said = run("python use.py")
     assert "torch.Size([427, 640]) True" in said and "[('the yellow cap', " in said
     assert "['label', 'mask', 'no_target', 'score']" in said and "4 torch.Size([512, 512])" in said
+    assert "the yellow cap (640, 427) torch.Size([512, 512])" in said
     (command,) = re.findall(r"^```bash\n(.*?)\n```", first, re.DOTALL | re.MULTILINE)
     run(command)
     assert (run.place / "prediction" / "overlay.png").is_file()
