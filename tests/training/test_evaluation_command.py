@@ -292,14 +292,15 @@ def test_every_record_says_how_honest_the_scores_are(evaluated):
 def test_fitted_scores_and_their_mask_selection_become_the_models_own(run_folder, tmp_path):
     folder = Path(shutil.copytree(run_folder, tmp_path / "run"))
     before = json.loads((folder / "model" / "processor_config.json").read_text())
+    val = ["--split", "val", "--data.num_scenes", "[1, 6, 1]"]
     selection = ["--expected_iou", "--largest_component"]
-    fitted = evaluate(folder, "--split", "val", *selection, "--fit_scores", tmp_path / "a.json")
+    fitted = evaluate(folder, *val, *selection, "--fit_scores", tmp_path / "a.json")
     after = json.loads((folder / "model" / "processor_config.json").read_text())
     changed = {"mask_threshold": "expected_iou", "keep_largest_component": True}
     assert after == before | changed | {"score_calibration": after["score_calibration"]}
     assert "fitted on this split" in fitted["score_quality"]["calibration"]
-    own = evaluate(folder, "--split", "val", tmp_path / "b.json")
-    plain = evaluate(run_folder, "--split", "val", *selection, tmp_path / "c.json")
+    own = evaluate(folder, *val, tmp_path / "b.json")
+    plain = evaluate(run_folder, *val, *selection, tmp_path / "c.json")
     for score, reference, other in zip(own["scores"], fitted["scores"], plain["scores"], strict=True):
         assert score == reference | {"score": pytest.approx(reference["score"], abs=1e-6)}
         assert other | {"score": None} == score | {"score": None}
