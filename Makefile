@@ -42,9 +42,9 @@ lint: $(VENV)/.installed
 # checkpoints/sera-photos from data and towers in $(DATA), see docs/training.md. Each step goes on where it was stopped.
 sera-photos: $(VENV)/.installed
 	test -f outputs/photos-text/config.json || $(BIN)/python training/distil_text.py --config training/configs/photos-text.yaml
-	$(BIN)/python training/train.py --config training/configs/photos.yaml --output_dir outputs/photos
-	$(BIN)/python training/evaluation.py outputs/photos --split held_out --fit_scores
-	$(BIN)/python training/evaluation.py outputs/photos --split val
+	$(BIN)/python training/train.py --config training/configs/photos.yaml --output_dir outputs/sera-photos
+	$(BIN)/python training/evaluation.py outputs/sera-photos --split held_out --fit_scores
+	$(BIN)/python training/evaluation.py outputs/sera-photos --split val
 
 # The archive of a release, for those who do not clone, and its checksum.
 archive:
