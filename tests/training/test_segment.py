@@ -591,13 +591,10 @@ def test_the_file_alone_runs_with_the_package_that_its_header_names(model, folde
     script = shutil.copy(REPOSITORY / "training" / "segment.py", empty)
     arguments = [str(model), "--data", str(folder), "--output", "out"]
     environment = os.environ | ENVIRONMENT | {"PYTHONPATH": str(site), "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(
-        [sys.executable, script, *arguments], cwd=empty, env=environment, capture_output=True, text=True
-    )
+    options = {"cwd": empty, "env": environment, "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, script, *arguments], **options)
     assert done.returncode == 0, done.stderr
     assert len(list(read_predictions(empty / "out"))) == sum(len(phrases_of(i)) for i in range(NUMBER))
     ask = "import training, modeling_sera; print(training.__file__, modeling_sera.__file__)"
-    said = subprocess.run(
-        [sys.executable, "-c", ask], cwd=empty, env=environment, capture_output=True, text=True
-    ).stdout
+    said = subprocess.run([sys.executable, "-c", ask], **options).stdout
     assert said.count(str(site)) == 2
