@@ -3,8 +3,11 @@
 from pathlib import Path
 
 import numpy as np
+import torch
 from conftest import save_tiny_model
 from PIL import Image
+
+from modeling_sera import SeraForReferringSegmentation
 
 TASKS = ("image-segmentation", "referring-image-segmentation")
 EXPRESSIONS = ["left zebra", "the cup", "right"]
@@ -19,6 +22,16 @@ def save_photo(path: Path) -> Path:
     """An image of noise, 40 high and 60 wide."""
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)).save(path)
     return path
+
+
+def spread_logits(model: SeraForReferringSegmentation, inputs: dict[str, torch.Tensor]) -> None:
+    """Scale and shift the mask logits of a random model, so that masks for these inputs have pixels on both sides."""
+    kernel = model.decoder.projector.predict_kernel
+    with torch.no_grad():
+        kernel.weight *= 20
+        kernel.bias *= 20
+        logits = model(**inputs).logits
+        kernel.bias[-1] -= logits.mean() + logits.std()
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -24,6 +24,7 @@ from accelerate.utils import gather_object
 
 from modeling_sera import SeraForReferringSegmentation
 from processing_sera import SeraProcessor
+from processing_sera.mask_selection_sera import EXPECTED_IOU
 from training.configuration import DataSettings, load_settings
 from training.evaluation import answer_sentences
 from training.examples.mixtures import ReferSet
@@ -115,11 +116,10 @@ def make_table(options: argparse.Namespace, command: str) -> None:
     output = Path(options.output) if options.output else location.home / FOLDER
     model, processor = load_whole(location.source)
     selection = MaskSelection(
-        threshold=options.threshold,
+        threshold=EXPECTED_IOU if options.expected_iou else options.threshold,
+        keep_largest_component=True if options.largest_component else None,
         flip=options.tta == "flip",
-        largest_component=options.largest_component,
-        expected_iou=options.expected_iou,
-    )
+    ).completed(processor)
 
     def decide() -> tuple[TrainingImages | None, list[Task]]:
         trained = find_training_images(options, location)
@@ -238,8 +238,8 @@ def _score(
     scores = gather_object(score_predictions(kept, predictions, task.kept, share))
     if not accelerator.is_main_process:
         return
-    value = None if selection.expected_iou else selection.threshold or processor.mask_threshold
-    source = "each answer's own" if selection.expected_iou else "given" if selection.threshold else "the processor's"
+    value = None if selection.threshold == EXPECTED_IOU else selection.threshold
+    source = "each answer's own" if value is None else "the processor's" if options.threshold is None else "given"
     record = evaluation_record(
         model=name,
         data=data_of(options, task.column),

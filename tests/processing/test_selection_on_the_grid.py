@@ -185,7 +185,7 @@ def test_the_padding_counts_for_nothing(processor, original, frame, value):
     processor = processor_of(processor, frame, score_calibration=[[0.0, 0.0], [1.0, 1.0]])
     cells = (frame[0] // 4, frame[1] // 4)
     logits, inputs = smooth_logits(0, cells), inputs_of(original, frame)
-    box = processor._box(original, frame)
+    box = processor.image_processor.box(original, frame)
     rows = image_axis(cells[0], original[0], box.top / frame[0], box.height / frame[0]).cells
     columns = image_axis(cells[1], original[1], box.left / frame[1], box.width / frame[1]).cells
     padded = torch.full_like(logits, value)

@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from conftest import REPOSITORY, save_tiny_model
 from PIL import Image
+from saved import spread_logits
 from squares import png
 from stand_ins import counts_of
 
@@ -53,15 +54,12 @@ def folder(tmp_path_factory) -> Path:
     path = folder / "processor_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | SELECTION))
     model, inputs = SeraForReferringSegmentation.from_pretrained(folder).eval(), inputs_of(folder)
-    decoder = model.decoder
-    kernel, presence = decoder.projector.predict_kernel, decoder.presence_head.score
+    spread_logits(model, inputs)
+    presence = model.decoder.presence_head.score
     with torch.no_grad():
-        for layer, factor in ((kernel, 20), (presence, -1)):
-            layer.weight *= factor
-            layer.bias *= factor
-        outputs = model(**inputs)
-        kernel.bias[-1] -= outputs.logits.mean() + outputs.logits.std()
-        presence.bias -= outputs.presence_logits.sort().values[:2].mean()
+        presence.weight *= -1
+        presence.bias.zero_()
+        presence.bias -= model(**inputs).presence_logits.sort().values[:2].mean()
     model.save_pretrained(folder)
     return folder
 

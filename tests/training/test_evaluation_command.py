@@ -7,14 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from accelerate import Accelerator
 from builders import Folder
 from PIL import Image
 from runs import ENVIRONMENT, ON_CPU
+from saved import spread_logits
 from stand_ins import StandIn, make_processor, make_rows, places, tiny_model
 
+from modeling_sera import SeraForReferringSegmentation
 from processing_sera import SeraProcessor
 from training import evaluation
 from training.configuration import DataSettings, TrainingSettings, dump_settings
@@ -266,15 +269,20 @@ def test_a_missing_model_or_its_data_is_named(refusal, run_folder, tmp_path):
 
 
 def test_the_processors_mask_selection_is_the_default_and_can_be_overridden(run_folder, tmp_path):
-    folder = Path(shutil.copytree(run_folder, tmp_path / "run"))
-    processor = SeraProcessor.from_pretrained(folder / "model")
+    plain_folder = Path(shutil.copytree(run_folder, tmp_path / "plain"))
+    model = SeraForReferringSegmentation.from_pretrained(plain_folder / "model").eval()
+    processor = SeraProcessor.from_pretrained(plain_folder / "model")
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    spread_logits(model, processor(images=[noise], text=["the left cup"], return_tensors="pt"))
+    model.save_pretrained(plain_folder / "model")
+    folder = Path(shutil.copytree(plain_folder, tmp_path / "run"))
     processor.mask_threshold, processor.keep_largest_component = "expected_iou", True
     processor.save_pretrained(folder / "model")
     own = evaluate(folder, tmp_path / "a.json")
-    asked = evaluate(run_folder, "--expected_iou", "--largest_component", tmp_path / "b.json")
+    asked = evaluate(plain_folder, "--expected_iou", "--largest_component", tmp_path / "b.json")
     assert own["scores"] == asked["scores"] and own["expected_iou"] and own["largest_component"]
     off = evaluate(folder, "--threshold", 0.5, "--no_largest_component", tmp_path / "c.json")
-    plain = evaluate(run_folder, tmp_path / "d.json")
+    plain = evaluate(plain_folder, tmp_path / "d.json")
     assert off["scores"] == plain["scores"] != own["scores"]
     assert off["threshold"]["value"] == 0.5 and not off["expected_iou"] and not off["largest_component"]
 

@@ -181,7 +181,6 @@ def test_what_it_cannot_use_is_named(model, photo, tmp_path, capsys, monkeypatch
         photo, text, "\u200b", "--model", model
     )  # nothing is left of it after cleaning
     assert "required: expression" in said(photo, "--model", model)
-    assert "required: --model" in said(photo, text)
     for threshold in ("1.5", "0", "nan", "half"):
         assert f"--threshold: '{threshold}' is not a number between 0 and 1" in said(
             photo, text, "--model", model, "--threshold", threshold
