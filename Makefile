@@ -31,9 +31,10 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# What takes too long for the tests: 20,000 images, segmented in a memory that does not grow.
+# What takes too long for the tests: 20,000 images, segmented in a memory that does not grow; the cost of checking 10,000 rows.
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/dataset_segmentation.py --model $(SCENES)
+	$(BIN)/python benchmarks/row_checks.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

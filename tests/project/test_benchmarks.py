@@ -119,3 +119,12 @@ def test_memory_is_the_new_processs_own_and_not_its_parents(tmp_path):
     subprocess.run(
         [sys.executable, script], check=True, cwd=REPOSITORY, env=os.environ | {"PYTHONPATH": "benchmarks:."}
     )
+
+
+def test_row_checks(tmp_path):
+    command = [sys.executable, "benchmarks/row_checks.py", "--rows", "30", "--output", str(tmp_path / "checks.json")]
+    done = subprocess.run(command, cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "checks.json").read_text())
+    assert record["rows"] == 30 and record["hardware"] and record["checks_s"] > 0 < record["decoding_s"]
+    assert record["share"] == pytest.approx(record["checks_s"] / record["decoding_s"])
