@@ -12,7 +12,7 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from itertools import groupby
 from pathlib import Path
@@ -117,7 +117,7 @@ def make_table(options: argparse.Namespace, command: str) -> None:
     model, processor = load_whole(location.source)
     selection = MaskSelection(
         threshold=EXPECTED_IOU if options.expected_iou else options.threshold,
-        keep_largest_component=True if options.largest_component else None,
+        keep_largest_component=options.largest_component,
         flip=options.tta == "flip",
     ).completed(processor)
 
@@ -126,8 +126,7 @@ def make_table(options: argparse.Namespace, command: str) -> None:
         made_with = {
             "weights": checksum(model.state_dict()),
             "settings": _digest([_plain(model.config.to_dict()), _plain(processor.to_dict())]),
-            "selection": {name: getattr(options, name) for name in ("threshold", "tta", "expected_iou")}
-            | {"largest_component": options.largest_component},
+            "selection": asdict(selection),
             "precision": accelerator.mixed_precision,
         }
         return trained, plan(options, trained, made_with, output)
@@ -249,6 +248,7 @@ def _score(
         shuffled=None,
         threshold=Threshold(value, source),
         selection=selection,
+        calibration=None if processor.score_calibration is None else "the processor's estimates of the IoU",
         weights=task.manifest["weights"],
         command=command,
         processes=accelerator.num_processes,
@@ -432,11 +432,8 @@ def data_checksum(root: str, column: Column, images: Iterable[tuple[int, Mapping
         images: Image id and image of every row.
     """
     refs = _refs(Path(root), column.dataset, column.split_by)
-    files = (
-        [refs, refs.with_name("instances.json")]
-        if refs
-        else sorted(Path(root).expanduser().glob(f"data/{column.split}-*"))
-    )
+    prepared = Path(root).expanduser().glob(f"data/{column.split}-*")
+    files = [refs, refs.with_name("instances.json")] if refs else sorted(prepared)
     names = {image_id: list(map(str, image_names(image_id, image))) for image_id, image in images}
     return _digest([list(map(sha256_of, files)), sorted(names.items())])
 
@@ -504,7 +501,12 @@ def papers_table_parser() -> OneLineParser:
     masks = parser.add_argument_group("masks (default: as the processor does)")
     masks.add_argument("--threshold", type=probability_argument, metavar="P", help="probability at a mask's edge")
     masks.add_argument("--expected_iou", action="store_true", help="the expected-IoU threshold of each answer")
-    masks.add_argument("--largest_component", action="store_true", help="keep the largest connected component")
+    masks.add_argument(
+        "--largest_component", action="store_true", default=None, help="keep the largest connected component"
+    )
+    masks.add_argument(
+        "--no_largest_component", action="store_false", dest="largest_component", help="keep all of a mask"
+    )
     masks.add_argument("--tta", choices=("flip",), help="average with the answers for the flipped image")
     speed = parser.add_argument_group("speed and memory")
     speed.add_argument("--batch_size", type=_count, default=8, metavar="N", help="images at once (default: 8)")

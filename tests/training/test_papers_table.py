@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from runs import ENVIRONMENT, ON_CPU
 
 from training import evaluation, papers_table, preparation, segment
 from training.configuration import DataSettings
-from training.scoring.kept_predictions import read_split
+from training.scoring.kept_predictions import read_split, write_split
 from training.scoring.metric import SentenceScore, summarize
 from training.sources.refer_records import load_refs
 
@@ -92,6 +93,17 @@ def test_the_predictions_can_be_scored_by_anybody(place, tmp_path, no_model):
     assert again["scores"] == record["scores"] and again["summary"] == record["summary"]
     table("--compare", place / "trial", output)  # of the same data
     assert "What the model was trained on is not known" in (output / "table.md").read_text()
+
+
+def test_predictions_without_scores_are_scored(place, tmp_path, no_model):
+    """As other programs may write them."""
+    kept = list(read_split(place / "trial" / "papers-table" / "predictions" / "refcoco-unc-val"))
+    bare = [replace(prediction, score=None, no_target=None) for prediction in kept]
+    write_split(tmp_path / "others", bare, kept[-1].row + 1)
+    table("--predictions", tmp_path / "others", "--only", "refcoco-unc-val", "--root", place / "refer")
+    (again,) = records_in(tmp_path / "others").values()
+    record = records_in(place / "trial" / "papers-table")["refcoco-unc-val"]
+    assert again["summary"] == record["summary"] and "score_quality" in record and "score_quality" not in again
 
 
 def test_predictions_of_the_command_for_many_images_are_scored_too(place, tmp_path, no_model):
@@ -223,6 +235,21 @@ def test_other_weights_settings_or_data_are_scored_again(place, copy, tmp_path, 
     assert len(asked) == 1
     table(copy, "--root", root, "--only", "refcoco-unc-val", *options)
     assert len(asked) == 1
+
+
+def test_masks_are_selected_as_the_processor_does_or_as_asked(place, copy, monkeypatch):
+    path = copy / "model" / "processor_config.json"
+    changed = {"mask_threshold": "expected_iou", "keep_largest_component": True}
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    only = ("--root", place / "refer", "--only", "refcoco-unc-val")
+    asked = asked_columns(monkeypatch)
+    table(copy, *only)
+    own = records_in(copy / "papers-table")["refcoco-unc-val"]
+    assert own["expected_iou"] and own["largest_component"] and own["threshold"]["value"] is None
+    table(copy, *only, "--threshold", "0.5", "--no_largest_component")
+    plain = records_in(copy / "papers-table")["refcoco-unc-val"]
+    assert scores_in(plain) == scores_in(records_in(place / "trial" / "papers-table")["refcoco-unc-val"])
+    assert not plain["largest_component"] and plain["threshold"]["source"] == "given" and len(asked) == 2
 
 
 def test_two_processes_give_the_same_table(place, tmp_path):

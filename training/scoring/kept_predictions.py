@@ -32,10 +32,10 @@ def score_answer(
         kind: Kind of the sentence.
         predicted: The predicted mask, bool (H, W).
         truth: The true mask, bool (H, W).
-        answer: Its "score" in [0, 1], and its "no_target", the model's probability of no target, in [0, 1]; absent or `None` if the
-            model predicts none.
+        answer: Its "score" in [0, 1]; absent or `None` if it is not known. Its "no_target" is the model's probability of no target,
+            in [0, 1]; absent or `None` if the model predicts none.
     """
-    absence = answer.get("no_target")
+    absence, score = answer.get("no_target"), answer.get("score")
     return SentenceScore(
         row=row,
         sentence=sentence,
@@ -45,7 +45,7 @@ def score_answer(
         truth=int(np.count_nonzero(truth)),
         boundary_f=boundary_f_score(predicted, truth),
         no_target=None if absence is None else as_kept(absence),
-        score=as_kept(answer["score"]),
+        score=None if score is None else as_kept(score),
     )
 
 
@@ -163,7 +163,7 @@ def score_predictions(
             kinds[place][index],
             decode_mask(found[place, index].rle),
             decode_mask(masks[place]),
-            {"no_target": found[place, index].no_target, "score": found[place, index].score},
+            {"score": found[place, index].score, "no_target": found[place, index].no_target},
         )
         for place, index in wanted[share[0] :: share[1]]
     ]

@@ -85,6 +85,11 @@ def evaluation_record(
             return {}  # one image does not tell how images differ
         return bootstrap_intervals(score_terms(group), shown)
 
+    quality = {}
+    if all(score.score is not None for score in scores):  # predictions of others may be without
+        shown = [images[score.row] for score in scores]
+        figures = score_quality([score.score for score in scores], [score.iou for score in scores], shown)
+        quality = {"score_quality": figures | {"calibration": calibration}}
     return {
         "model": model,
         "weights": weights,
@@ -113,10 +118,7 @@ def evaluation_record(
             }
             for dimension, groups in slice_scores(rows, scores).items()
         },
-        "score_quality": score_quality(
-            [score.score for score in scores], [score.iou for score in scores], [images[score.row] for score in scores]
-        )
-        | {"calibration": calibration},
+        **quality,
         "bootstrap": {"resamples": RESAMPLES, "level": LEVEL, "unit": "image", "seed": 0},
         "boundary_tolerance": TOLERANCE,
         "command": command,
