@@ -72,10 +72,10 @@ def printed(folder: Path, rank: int = 0) -> str:
 
 
 def wait_for_step(process: BaseProcess, folder: Path, step: int, before: int | None) -> None:
-    """Wait until this process (not the one before, whose log was file number `before`) has logged a step."""
+    """Wait until this process (not the one before, which last changed its log at the time `before`) has logged a step."""
     log = folder / "losses.jsonl"
     while process.is_alive():
-        if log.exists() and log.stat().st_ino != before and len(log.read_text().splitlines()) >= step:
+        if log.exists() and log.stat().st_mtime_ns != before and len(log.read_text().splitlines()) >= step:
             return
         time.sleep(0.005)
     raise AssertionError(printed(folder))

@@ -139,7 +139,7 @@ def test_a_second_run_in_one_folder_is_refused_and_the_first_goes_on_after_its_e
     assert first.is_alive()
     first.kill()
     first.join()
-    before = (folder / "losses.jsonl").stat().st_ino
+    before = (folder / "losses.jsonl").stat().st_mtime_ns
     third = start(long, folder)
     wait_for_step(third, folder, 5, before)
     assert "going on" in printed(folder)

@@ -46,7 +46,7 @@ def test_a_run_killed_five_times_loses_nothing(whole, tmp_path):
     folder, log = tmp_path / "run", tmp_path / "run" / "losses.jsonl"
     resumed, workers = [], []
     for step in sorted(random.Random(0).sample(range(1, STEPS), 5)):
-        before = log.stat().st_ino if log.exists() else None
+        before = log.stat().st_mtime_ns if log.exists() else None
         process = start(NOISY, folder)
         wait_for_step(process, folder, step, before)
         if step % (STEPS // 2) not in (0, STEPS // 2 - 1):  # far from an evaluation
