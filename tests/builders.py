@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -230,3 +231,16 @@ def _moondream_rows(folder: Folder, joined: list[tuple]) -> list[dict]:
 
 
 HUB_LAYOUTS = {"lmms_lab": _lmms_lab_rows, "jxu124": _jxu124_rows, "moondream": _moondream_rows}
+
+
+def spoil(**changes: dict) -> Callable[[Folder], None]:
+    """Changes fields of one record, by record list and index; None removes a field."""
+
+    def apply(folder: Folder) -> None:
+        for where, fields in changes.items():
+            records, index = where.rsplit("_", 1)
+            for key, value in fields.items():
+                record = getattr(folder, records)[int(index)]
+                record.pop(key) if value is None else record.update({key: value})
+
+    return apply
