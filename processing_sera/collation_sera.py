@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .image_processing_sera import centred_on_patches
+
 IMAGE_NAMES = ("pixel_values", "original_sizes")  # one entry per image
 TEXT_NAMES = ("input_ids", "attention_mask", "labels")  # one entry per expression
 NUM_AXES = {"pixel_values": 4, "original_sizes": 2, "input_ids": 2, "attention_mask": 2, "labels": 3}
@@ -83,7 +85,7 @@ def _in_frame(values: Tensor, frame: Sequence[int], patch: int) -> Tensor:
     """Values (…, h, w) in a larger frame, where `SeraImageProcessor.box` puts images without padding. The rest is 0."""
     missing = []
     for own, whole in zip(values.shape[:-3:-1], frame[::-1], strict=True):  # the last axis first, as `pad` wants it
-        before = (whole - own) // 2 // patch * patch
+        before = centred_on_patches(own, whole, patch)
         missing += [before, whole - own - before]
     return torch.nn.functional.pad(values, missing) if any(missing) else values
 

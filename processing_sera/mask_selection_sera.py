@@ -13,9 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 EXPECTED_IOU = "expected_iou"
-MARGIN = (
-    1e-3  # how far below the threshold's logit the cells of other components are put, more than rounding can raise them
-)
+# How far below the threshold's logit the cells of other components are put. Rounding cannot raise them so far.
+MARGIN = 1e-3
 
 
 class GridSelection(NamedTuple):

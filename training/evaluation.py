@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from modeling_sera import SeraForReferringSegmentation
 from processing_sera import SeraProcessor
-from processing_sera.mask_selection_sera import EXPECTED_IOU, calibrated
+from processing_sera.mask_selection_sera import calibrated
 from training.configuration import DataSettings, default_data
 from training.examples.batches import Collator, EvaluationExamples, shuffled_sentences
 from training.examples.shapes import ShapeBatches
@@ -33,9 +33,17 @@ from training.learning.checkpoints import checksum
 from training.scoring.calibration import IDENTITY, fit_calibration
 from training.scoring.figures import draw_report, draw_sheet
 from training.scoring.kept_predictions import score_answer
-from training.scoring.mask_selection import PROCESSORS_OWN, MaskSelection
+from training.scoring.mask_selection import PROCESSORS_OWN, MaskSelection, selection_of
 from training.scoring.metric import SentenceScore, format_table
-from training.scoring.reports import Threshold, evaluation_record, format_report, model_index, selection_note
+from training.scoring.reports import (
+    Threshold,
+    calibration_of,
+    evaluation_record,
+    format_report,
+    model_index,
+    selection_note,
+    threshold_of,
+)
 from training.support.commands import run_command
 from training.support.environment import command_line
 from training.support.files import write_text
@@ -238,21 +246,14 @@ def main(arguments: list[str] | None = None) -> None:
 
     ask = {"batch_size": options.batch_size, "max_expressions": options.max_expressions}
     ask |= {"num_workers": options.num_workers}
-    selection = MaskSelection(
-        threshold=EXPECTED_IOU if options.expected_iou else options.threshold,
-        keep_largest_component=options.largest_component,
-        flip=options.tta == "flip",
-    ).completed(processor)
+    selection = selection_of(options, processor)
+    threshold = threshold_of(selection, is_given=options.threshold is not None)
     if options.calibrate:
         curve = threshold_curve(model, processor, calibration_rows[0], accelerator, selection, **ask)
         here = ", the split scored here," if options.calibrate == options.split else ""
         threshold = Threshold(best_threshold(curve), f"chosen on {options.calibrate}{here} for the highest mIoU", curve)
         selection = replace(selection, threshold=threshold.value)
-    elif selection.threshold == EXPECTED_IOU:
-        threshold = Threshold(None, "each answer's own")
-    else:
-        threshold = Threshold(selection.threshold, "the processor's" if options.threshold is None else "given")
-    calibration = None if processor.score_calibration is None else "the processor's estimates of the IoU"
+    calibration = calibration_of(processor)
     if options.fit_scores:
         processor.score_calibration = IDENTITY
     scores = score_sentences(model, processor, rows, accelerator, selection, **ask)

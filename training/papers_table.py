@@ -10,7 +10,6 @@ import argparse
 import hashlib
 import json
 import logging
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -24,22 +23,22 @@ from accelerate.utils import gather_object
 
 from modeling_sera import SeraForReferringSegmentation
 from processing_sera import SeraProcessor
-from processing_sera.mask_selection_sera import EXPECTED_IOU
 from training.configuration import DataSettings, load_settings
 from training.evaluation import answer_sentences
 from training.examples.mixtures import ReferSet
 from training.examples.splits import load_splits
 from training.learning.building import load_whole
 from training.learning.checkpoints import checksum
-from training.prediction import OneLineParser, probability_argument
+from training.prediction import OneLineParser, count_argument, probability_argument
 from training.scoring.comparison import comparison_table
 from training.scoring.kept_predictions import prediction_of, read_split, score_predictions, write_split
 from training.scoring.leakage import TrainingImages, image_names, training_images
-from training.scoring.mask_selection import MaskSelection
+from training.scoring.mask_selection import MaskSelection, selection_of
 from training.scoring.paper_tables import Record, format_latex, format_markdown, in_order, papers_tables
 from training.scoring.predictions import Prediction
 from training.scoring.published import COLUMNS, Column
-from training.scoring.reports import Threshold, evaluation_record
+from training.scoring.reports import Threshold, calibration_of, evaluation_record, threshold_of
+from training.sources.refer import find_refs
 from training.support.commands import run_command
 from training.support.environment import command_line
 from training.support.files import partial_folder, replace_folder, sha256_of, write_text
@@ -115,11 +114,7 @@ def make_table(options: argparse.Namespace, command: str) -> None:
     location = locate_model(options.model)
     output = Path(options.output) if options.output else location.home / FOLDER
     model, processor = load_whole(location.source)
-    selection = MaskSelection(
-        threshold=EXPECTED_IOU if options.expected_iou else options.threshold,
-        keep_largest_component=options.largest_component,
-        flip=options.tta == "flip",
-    ).completed(processor)
+    selection = selection_of(options, processor)
 
     def decide() -> tuple[TrainingImages | None, list[Task]]:
         trained = find_training_images(options, location)
@@ -176,7 +171,7 @@ def plan(
     """
     found: dict[Column, ReferSet] = {}
     for dataset, split_by in dict.fromkeys((column.dataset, column.split_by) for column in COLUMNS):
-        if _refs(Path(options.root), dataset, split_by) is None:
+        if find_refs(Path(options.root).expanduser(), dataset, split_by) is None:
             continue
         member = ReferSet(options.root, dataset, split_by, options.image_dir)
         found |= {Column(dataset, split_by, split): member for split in member.splits if split != "train"}
@@ -237,8 +232,6 @@ def _score(
     scores = gather_object(score_predictions(kept, predictions, task.kept, share))
     if not accelerator.is_main_process:
         return
-    value = None if selection.threshold == EXPECTED_IOU else selection.threshold
-    source = "each answer's own" if value is None else "the processor's" if options.threshold is None else "given"
     record = evaluation_record(
         model=name,
         data=data_of(options, task.column),
@@ -246,9 +239,9 @@ def _score(
         rows=kept,
         scores=sorted(scores, key=lambda score: (score.row, score.sentence)),
         shuffled=None,
-        threshold=Threshold(value, source),
+        threshold=threshold_of(selection, is_given=options.threshold is not None),
         selection=selection,
-        calibration=None if processor.score_calibration is None else "the processor's estimates of the IoU",
+        calibration=calibration_of(processor),
         weights=task.manifest["weights"],
         command=command,
         processes=accelerator.num_processes,
@@ -412,7 +405,7 @@ def write_tables(records: Mapping[Column, Record], output: Path, command: str, z
 
 def data_of(options: argparse.Namespace, column: Column) -> DataSettings:
     """The data of a column: a set below the REFER folder, or a prepared folder."""
-    if _refs(Path(options.root), column.dataset, column.split_by) is None:
+    if find_refs(Path(options.root).expanduser(), column.dataset, column.split_by) is None:
         return DataSettings(source="folder", root=options.root, image_dir=options.image_dir)
     return DataSettings(
         source="refer",
@@ -431,7 +424,7 @@ def data_checksum(root: str, column: Column, images: Iterable[tuple[int, Mapping
         column: The split.
         images: Image id and image of every row.
     """
-    refs = _refs(Path(root), column.dataset, column.split_by)
+    refs = find_refs(Path(root).expanduser(), column.dataset, column.split_by)
     prepared = Path(root).expanduser().glob(f"data/{column.split}-*")
     files = [refs, refs.with_name("instances.json")] if refs else sorted(prepared)
     names = {image_id: list(map(str, image_names(image_id, image))) for image_id, image in images}
@@ -452,14 +445,6 @@ def _with_rows(tasks: Sequence[Task], options: argparse.Namespace) -> Iterator[t
 
 def _is_zero_shot(column: Column, trained: TrainingImages | None) -> bool:
     return trained is not None and column.dataset not in trained.sets
-
-
-def _refs(root: Path, dataset: str, split_by: str) -> Path | None:
-    """The file of a set's refs; `None` where there is none."""
-    folder = root.expanduser() / dataset
-    return next(
-        (path for path in (folder / f"refs({split_by}).p", folder / f"grefs({split_by}).json") if path.is_file()), None
-    )
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -509,17 +494,13 @@ def papers_table_parser() -> OneLineParser:
     )
     masks.add_argument("--tta", choices=("flip",), help="average with the answers for the flipped image")
     speed = parser.add_argument_group("speed and memory")
-    speed.add_argument("--batch_size", type=_count, default=8, metavar="N", help="images at once (default: 8)")
-    speed.add_argument("--max_expressions", type=_count, default=64, metavar="N", help="phrases at once (default: 64)")
+    speed.add_argument("--batch_size", type=count_argument, default=8, metavar="N", help="images at once (default: 8)")
+    speed.add_argument(
+        "--max_expressions", type=count_argument, default=64, metavar="N", help="phrases at once (default: 64)"
+    )
     speed.add_argument("--num_workers", type=int, default=0, metavar="N", help="processes that prepare batches")
     speed.add_argument("--mixed_precision", choices=("no", "bf16", "fp16"), help="precision of the forward pass")
     return parser
-
-
-def _count(text: str) -> int:
-    if not re.fullmatch(r"0*[1-9]\d*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -270,6 +270,13 @@ def expression_argument(text: str) -> str:
     return text
 
 
+def count_argument(text: str) -> int:
+    """A whole number of a command line, from 1 on; `ArgumentTypeError` for anything else."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+    return int(text)
+
+
 def probability_argument(text: str) -> float:
     """A probability of a command line, between 0 and 1; `ArgumentTypeError` for anything else."""
     try:

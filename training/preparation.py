@@ -33,6 +33,7 @@ from training.sources.annotations import AnnotatedImage, Findings, PhraseMaker
 from training.sources.coco_records import read_coco
 from training.sources.cvat_records import read_cvat
 from training.sources.hub_columns import HubColumns, read_hub
+from training.sources.images import upright_for
 from training.sources.labelme_records import read_labelme
 from training.sources.mask_folder import TableColumns, read_mask_folder
 from training.sources.own_rows import VAL_SHARE, make_rows
@@ -143,8 +144,7 @@ def prepare_own(
         logger.info("%s", made.division)
 
         def also(folder: Path) -> None:
-            upright = None if orientation == "by_source" else orientation == "upright"
-            draw_rows(made.splits, upright, folder / "examples.png")
+            draw_rows(made.splits, upright_for(orientation), folder / "examples.png")
             if findings.problems:
                 write_text(folder / "left-out.txt", "".join(f"{problem}\n" for problem in findings.problems))
 
@@ -251,14 +251,18 @@ def _own_parser(what: str) -> ArgumentParser:
         default=None,
         help=f"share of the images for validation; default: {VAL_SHARE}, or the splits of the data",
     )
+    _add_orientation(parser)
+    parser.add_argument("--skip_unusable", action="store_true", help="leave out what cannot be used, and list it")
+    return parser
+
+
+def _add_orientation(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--orientation",
         type=Orientation,
         default="by_source",
         help="which pixels masks are drawn on where an image has an orientation tag, see data.orientation",
     )
-    parser.add_argument("--skip_unusable", action="store_true", help="leave out what cannot be used, and list it")
-    return parser
 
 
 def _add_texts(parser: ArgumentParser, **helps: str) -> None:
@@ -274,12 +278,7 @@ def _refer_parser() -> ArgumentParser:
     )
     parser.add_argument("--split_by", type=str, default="unc", help="whose split: unc, umd or google")
     _add_texts(parser, image_dir="folder of the images; default: under the root")
-    parser.add_argument(
-        "--orientation",
-        type=Orientation,
-        default="by_source",
-        help="which pixels masks are drawn on where an image has an orientation tag, see data.orientation",
-    )
+    _add_orientation(parser)
     parser.add_argument("--output", type=str, required=True, help="folder to make")
     return parser
 

@@ -32,7 +32,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from training.prediction import OneLineParser, expression_argument, load_pipeline, probability_argument
+from training.prediction import (
+    OneLineParser,
+    count_argument,
+    expression_argument,
+    load_pipeline,
+    probability_argument,
+)
 from training.support.commands import run_command
 from training.support.files import write_text
 from training.support.processes import agree
@@ -461,12 +467,6 @@ def _default_workers(accelerator: Accelerator) -> int:
     return max(1, min(8, usable // local - 1))
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
-    return int(text)
-
-
 def segment_parser() -> OneLineParser:
     """The options of the command."""
     parser = OneLineParser(
@@ -481,8 +481,8 @@ def segment_parser() -> OneLineParser:
     add("--data", required=True, metavar="DATA", help="folder, table, files or Hub id")
     add("--output", required=True, metavar="DIR", help="folder for the results")
     add("--phrases", nargs="+", type=expression_argument, metavar="PHRASE", help="ask these of every image")
-    add("--limit", type=_count, metavar="N", help="the first N images only")
-    add("--preview", type=_count, metavar="N", help=f"draw the first N images as {PREVIEW}, and stop")
+    add("--limit", type=count_argument, metavar="N", help="the first N images only")
+    add("--preview", type=count_argument, metavar="N", help=f"draw the first N images as {PREVIEW}, and stop")
     add("--masks", action="store_true", help="also write each mask as a PNG file")
     add("--overlays", action="store_true", help="also write each image with its masks")
     add(
@@ -498,10 +498,10 @@ def segment_parser() -> OneLineParser:
     data.add_argument("--text_column", metavar="NAME", help="column of phrases, one or a list in a row")
     data.add_argument("--key_column", metavar="NAME", help="column of what images are called")
     speed = parser.add_argument_group("speed and memory")
-    speed.add_argument("--batch_size", type=_count, metavar="N", help="images at once (default: 16, on a CPU 4)")
-    speed.add_argument("--max_expressions", type=_count, default=32, metavar="N", help="phrases at once (default: 32)")
+    speed.add_argument("--batch_size", type=count_argument, metavar="N", help="images at once (default: 16, on a CPU 4)")
+    speed.add_argument("--max_expressions", type=count_argument, default=32, metavar="N", help="phrases at once (default: 32)")
     speed.add_argument("--num_workers", type=int, metavar="N", help="processes that read images, for each process")
-    speed.add_argument("--part_size", type=_count, default=256, metavar="N", help="images in a file (default: 256)")
+    speed.add_argument("--part_size", type=count_argument, default=256, metavar="N", help="images in a file (default: 256)")
     speed.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),

@@ -54,6 +54,19 @@ def letterbox_box(original_size: tuple[int, int], size: tuple[int, int]) -> Lett
     return LetterboxBox(top, left, box_height, box_width)
 
 
+def centred_on_patches(length: int, whole: int, patch_size: int) -> int:
+    """Where an image without padding begins on an axis of a larger frame: centred, on the grid of patches.
+
+    So the same pixels share a patch in every frame.
+
+    Args:
+        length: Of the image, pixels.
+        whole: Of the frame, pixels.
+        patch_size: Side of a patch, pixels.
+    """
+    return (whole - length) // 2 // patch_size * patch_size
+
+
 def letterbox_masks(masks: Sequence[Any], size: tuple[int, int]) -> np.ndarray:
     """Put masks into the letterboxed frame as area averages: the share of each pixel that the object covers.
 
@@ -255,10 +268,10 @@ class SeraImageProcessor(BaseImageProcessor):
         height, width = self._unpadded_size(original_size)
         if height > frame[0] or width > frame[1]:
             raise ValueError(f"an image of {height}×{width} pixels does not fit into a frame of {frame[0]}×{frame[1]}.")
-        # on the grid of patches, so that the same pixels share a patch in every frame
-        free = (side - own for side, own in zip(frame, (height, width), strict=True))
-        offsets = (side // 2 // self.patch_size * self.patch_size for side in free)
-        return LetterboxBox(*offsets, height, width)
+        top, left = (
+            centred_on_patches(own, whole, self.patch_size) for own, whole in zip((height, width), frame, strict=True)
+        )
+        return LetterboxBox(top, left, height, width)
 
     def _unpadded_size(self, original_size: tuple[int, int]) -> tuple[int, int]:
         """(height, width) in multiples of the patch, of an image that is scaled until it fits (ours)."""

@@ -35,9 +35,8 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # Pillow has more; some
 SHOWN_SIDES = (640, 1024)  # least and most pixels of the longer side of what is shown; files have the image's own
 KEPT_SECONDS = 3600  # of a visitor's results in memory and files on the disk
 MAX_KEPT = 100  # results in memory, of a few MB each
-MAX_FEATURE_BYTES = (
-    256 * 2**20
-)  # of the last images, for all visitors: features on the model's device, and what is shown
+# Of the last images, for all visitors: features on the model's device, and what is shown.
+MAX_FEATURE_BYTES = 256 * 2**20
 MAX_WAITING = 20  # visitors who wait for the model
 EXAMPLES = "examples/examples.json"
 

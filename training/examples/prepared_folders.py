@@ -16,6 +16,7 @@ from datasets.table import embed_table_storage
 
 from training.configuration import Orientation
 from training.examples.batches import open_as_annotated
+from training.sources.images import upright_for
 from training.sources.refer import REFER_FEATURES
 from training.support.files import partial_folder, replace_folder, sha256_of, write_text
 
@@ -83,15 +84,13 @@ def check_images(splits: Mapping[str, datasets.Dataset], orientation: Orientatio
 
     Returns the images that have an orientation tag other than 1, with their tags.
     """
-    sizes = {}
+    sizes, upright = {}, upright_for(orientation)
     for rows in splits.values():
         for image, mask in zip(rows["image"], rows["mask"], strict=True):
             sizes[image["path"]] = tuple(mask["size"])
 
     def check(path: str) -> tuple[str | None, int]:
-        row = {"image": {"path": path, "bytes": None}, "mask": {"size": sizes[path]}}
-        if orientation != "by_source":
-            row["upright"] = orientation == "upright"
+        row = {"image": {"path": path, "bytes": None}, "mask": {"size": sizes[path]}, "upright": upright}
         try:
             return None, open_as_annotated(row)[1]
         except ValueError as error:

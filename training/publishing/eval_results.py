@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml, parse_eval_result_entries
 
 from training.scoring.reports import data_name, selection_note
-from training.sources.published_counts import PUBLISHED_REFS
+from training.sources.published_counts import is_part
 
 FOLDER = ".eval_results"
 METRIC = "mIoU"
@@ -48,7 +48,7 @@ def eval_result_files(evaluations: list[dict[str, Any]]) -> dict[str, str]:
         key = (data.get("dataset"), data.get("split_by"), record["split"])
         if data["source"] != "refer" or key not in HUB_SPLITS:
             continue
-        if record["counts"]["objects"] != PUBLISHED_REFS[key[:2]][key[2]]:
+        if is_part(*key, record["counts"]["objects"]):
             continue
         found = HUB_SPLITS[key]
         entry = EvalResultEntry(

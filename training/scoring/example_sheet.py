@@ -29,7 +29,7 @@ def draw_rows(splits: Mapping[str, datasets.Dataset], upright: bool | None, path
     examples = []
     for split, group in chosen:
         rows = [splits[split][row] for row in group[: LINES + 1]]
-        image = image_as_annotated(rows[0] if upright is None else rows[0] | {"upright": upright})
+        image = image_as_annotated(rows[0] | {"upright": upright})
         drawn = overlay(image, [decode_mask(row["mask"]) for row in rows[:LINES]])
         drawn.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
         lines = [Line(["; ".join(row["sentences"]), "(nothing)" if row["no_target"] else ""]) for row in rows]

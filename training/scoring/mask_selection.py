@@ -1,11 +1,13 @@
 """How an evaluation selects masks: the processor's own mask selection, and what takes its place."""
 
+from argparse import Namespace
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from processing_sera import SeraProcessor
+from processing_sera.mask_selection_sera import EXPECTED_IOU
 
 
 @dataclass(frozen=True)
@@ -65,4 +67,13 @@ class MaskSelection:
 PROCESSORS_OWN = MaskSelection()
 
 
-__all__ = ["PROCESSORS_OWN", "MaskSelection"]
+def selection_of(options: Namespace, processor: SeraProcessor) -> MaskSelection:
+    """The selection that a command's options `threshold`, `expected_iou`, `largest_component` and `tta` ask for, completed."""
+    return MaskSelection(
+        threshold=EXPECTED_IOU if options.expected_iou else options.threshold,
+        keep_largest_component=options.largest_component,
+        flip=options.tta == "flip",
+    ).completed(processor)
+
+
+__all__ = ["PROCESSORS_OWN", "MaskSelection", "selection_of"]

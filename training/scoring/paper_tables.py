@@ -16,7 +16,7 @@ from training.scoring.published import (
     PublishedRow,
 )
 from training.scoring.reports import SET_NAMES, selection_note
-from training.sources.published_counts import PUBLISHED_REFS
+from training.sources.published_counts import PUBLISHED_REFS, is_part
 
 Record = dict[str, Any]
 ZERO_SHOT, OTHER_SPLIT = "†", "*"
@@ -187,8 +187,7 @@ def _size_note(column: Column, record: Record) -> str:
 
 def is_other_split(column: Column, record: Record) -> bool:
     """Whether a record is about other objects than those of the published split, as far as the numbers tell."""
-    published = PUBLISHED_REFS.get((column.dataset, column.split_by), {}).get(column.split)
-    return bool(record["left_out"]["images"]) or (published is not None and record["counts"]["objects"] != published)
+    return bool(record["left_out"]["images"]) or is_part(*column, record["counts"]["objects"])
 
 
 def in_order(columns: Mapping[Column, Any] | Sequence[Column]) -> list[Column]:

@@ -7,6 +7,7 @@ from typing import Any
 import datasets
 from huggingface_hub import EvalResult, ModelCardData
 
+from processing_sera import SeraProcessor
 from processing_sera.mask_selection_sera import EXPECTED_IOU
 from training.configuration import DataSettings
 from training.scoring.boundary import TOLERANCE
@@ -15,7 +16,7 @@ from training.scoring.intervals import LEVEL, RESAMPLES, bootstrap_intervals
 from training.scoring.mask_selection import MaskSelection
 from training.scoring.metric import SentenceScore, by_kind, format_table, format_value, score_terms, summarize
 from training.scoring.slices import slice_scores
-from training.sources.published_counts import PUBLISHED_REFS
+from training.sources.published_counts import is_part
 from training.support.environment import counted, describe_hardware, library_versions, without_folders
 
 SET_NAMES = {"refcoco": "RefCOCO", "refcoco+": "RefCOCO+", "refcocog": "RefCOCOg", "grefcoco": "gRefCOCO"}
@@ -42,6 +43,18 @@ class Threshold:
     value: float | None
     source: str
     curve: dict[float, float] | None = None
+
+
+def threshold_of(selection: MaskSelection, *, is_given: bool) -> Threshold:
+    """The threshold of a completed selection; `is_given`: whether an option named it."""
+    if selection.threshold == EXPECTED_IOU:
+        return Threshold(None, "each answer's own")
+    return Threshold(selection.threshold, "given" if is_given else "the processor's")
+
+
+def calibration_of(processor: SeraProcessor) -> str | None:
+    """Where the calibration of a processor's scores is from, for `evaluation_record`; `None` without one."""
+    return None if processor.score_calibration is None else "the processor's estimates of the IoU"
 
 
 def evaluation_record(
@@ -204,8 +217,8 @@ def data_name(record: dict[str, Any]) -> str:
     """The usual name of a data set. One that has not all objects of the published split is called a part of it."""
     data = record["data"]
     if data["source"] == "refer":
-        published = PUBLISHED_REFS.get((data["dataset"], data["split_by"]), {}).get(record.get("split"))
-        part = "" if published in (None, record.get("counts", {}).get("objects", published)) else "a part of "
+        key = data["dataset"], data["split_by"], record.get("split")
+        part = "a part of " if "counts" in record and is_part(*key, record["counts"]["objects"]) else ""
         return f"{part}{SET_NAMES.get(data['dataset'], data['dataset'])} ({data['split_by']})"
     return "embedded scenes" if data["source"] == "scenes" else Path(data.get("root") or data["source"]).name
 

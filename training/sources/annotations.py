@@ -3,7 +3,6 @@
 A reader is a function that yields `AnnotatedImage`s, such as `read_coco`. `training.sources.own_rows` checks them and makes rows.
 """
 
-import json
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -170,12 +169,12 @@ def _turned(points: np.ndarray, centre: tuple[float, float], turn: float) -> lis
     return ((points - centre) @ matrix + centre).ravel().tolist()
 
 
-def load_json(path: Path) -> Any:
-    """The content of a JSON file; `ValueError` naming the file, the line and the column where it is none."""
-    try:
-        return json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+def check_inside(what: str, left: int, top: int, wide: int, high: int, height: int, width: int) -> None:
+    """`ValueError` where a rectangle of `wide` × `high` pixels does not lie in an image; the end of a sentence about it."""
+    if min(left, top) < 0 or min(wide, high) < 1 or left + wide > width or top + high > height:
+        raise ValueError(
+            f"is malformed: its {what} of {wide}×{high} pixels at {left}, {top} is not in its image of {width}×{height}"
+        )
 
 
 def refuse_twice(seen: dict[str, str], key: str, place: str, what: str) -> None:
@@ -194,8 +193,8 @@ __all__ = [
     "Annotation",
     "Findings",
     "PhraseMaker",
+    "check_inside",
     "ellipse",
-    "load_json",
     "rectangle",
     "refuse_twice",
     "without_images",

@@ -20,6 +20,7 @@ from training.sources.annotations import (
     Findings,
     PhraseMaker,
     Rle,
+    check_inside,
     ellipse,
     rectangle,
     refuse_twice,
@@ -202,10 +203,7 @@ class _CroppedMask:
 
     def __call__(self, height: int, width: int) -> tuple[Rle, bool]:
         left, top, wide, high = self.box
-        if min(left, top) < 0 or min(wide, high) < 1 or left + wide > width or top + high > height:
-            raise ValueError(
-                f"is malformed: its box of {wide}×{high} pixels at {left}, {top} is not in its image of {width}×{height}"
-            )
+        check_inside("box", *self.box, height, width)
         if min(self.runs) < 0 or sum(self.runs) != wide * high or wide * high > MAX_PIXELS:
             raise ValueError(
                 f"is malformed: its runs must be >= 0 and fill its box of {wide}×{high} pixels, they add up to {sum(self.runs)}"

@@ -86,6 +86,11 @@ def is_upright(path: str | None, upright: bool | None) -> bool:
     return coco_id(path) is None if upright is None else upright
 
 
+def upright_for(orientation: str) -> bool | None:
+    """What `data.orientation` chooses for every image, as [`is_upright`] takes it: None for "by_source"."""
+    return None if orientation == "by_source" else orientation == "upright"
+
+
 def check_size(
     name: str, image: tuple[int, int], mask: tuple[int, int], tag: int, upright: bool, what: str = "mask"
 ) -> None:

@@ -16,8 +16,8 @@ from training.sources.annotations import (
     Annotation,
     Findings,
     Rle,
+    check_inside,
     ellipse,
-    load_json,
     rectangle,
     refuse_twice,
     without_images,
@@ -25,7 +25,7 @@ from training.sources.annotations import (
 from training.sources.asked_images import IMAGE_SUFFIXES
 from training.sources.images import find_image, open_image
 from training.sources.masks import encode_mask
-from training.sources.refer_records import is_id, is_number, is_text, shown
+from training.sources.refer_records import is_id, is_number, is_text, load_json, shown
 
 SHAPES = ("polygon", "rectangle", "circle", "mask")
 
@@ -145,14 +145,10 @@ class _PastedMask:
             cut = np.asarray(open_image({"path": "in mask", "bytes": self.data}).convert("L")) > 0
         except ValueError as error:
             raise ValueError(f"is malformed: {error}") from error
-        bottom, right = self.top + cut.shape[0], self.left + cut.shape[1]
-        if self.left < 0 or self.top < 0 or bottom > height or right > width:
-            raise ValueError(
-                f"is malformed: its mask of {cut.shape[1]}×{cut.shape[0]} pixels at {self.left}, {self.top} is not in its image of "
-                f"{width}×{height}"
-            )
+        high, wide = cut.shape
+        check_inside("mask", self.left, self.top, wide, high, height, width)
         mask = np.zeros((height, width), dtype=bool)
-        mask[self.top : bottom, self.left : right] = cut
+        mask[self.top : self.top + high, self.left : self.left + wide] = cut
         return encode_mask(mask), False
 
 

@@ -20,7 +20,7 @@ from pycocotools import mask as coco_mask
 from training.configuration import Orientation
 from training.sources.annotations import AnnotatedImage, Annotation, Findings, Rle
 from training.sources.asked_images import with_bytes
-from training.sources.images import check_size, coco_id, is_upright, open_image, open_upright
+from training.sources.images import check_size, coco_id, is_upright, open_image, open_upright, upright_for
 from training.sources.masks import merge_rles
 from training.sources.refer import REFER_FEATURES
 from training.sources.row_checks import check_sentences, check_target
@@ -119,7 +119,7 @@ def make_rows(
     Raises:
         ValueError: Where something cannot be used, or nothing can.
     """
-    upright = None if orientation == "by_source" else orientation == "upright"
+    upright = upright_for(orientation)
     found: dict[tuple[str, str | None], _Image] = {}
     turned: dict[str, int] = {}
     for read in _read_all(images, scratch, upright):

@@ -10,4 +10,10 @@ PUBLISHED_REFS: Mapping[tuple[str, str], Mapping[str, int]] = {
     ("refcocog", "google"): {"train": 44822, "val": 5000},
 }
 
-__all__ = ["PUBLISHED_REFS"]
+
+def is_part(dataset: str, split_by: str, split: str, number: int) -> bool:
+    """Whether so many refs are another number than the split's published one. False where none is published."""
+    return PUBLISHED_REFS.get((dataset, split_by), {}).get(split, number) != number
+
+
+__all__ = ["PUBLISHED_REFS", "is_part"]

@@ -162,12 +162,19 @@ def refer_categories(root: str | PathLike[str], dataset: str, split_by: str) -> 
     return found
 
 
+def find_refs(root: Path, dataset: str, split_by: str) -> Path | None:
+    """The file of a set's refs, REFER's or gRefCOCO's; None where there is none."""
+    folder = root / dataset
+    files = (folder / f"refs({split_by}).p", folder / f"grefs({split_by}).json")
+    return next((path for path in files if path.is_file()), None)
+
+
 def _refer_files(root: Path, dataset: str, split_by: str) -> tuple[Path, Path]:
     """Returns the paths of refs and instances; a FileNotFoundError says which refs there are instead."""
     if not root.is_dir():
         raise FileNotFoundError(f"the REFER root {root} is not a folder")
-    refs, generalized = root / dataset / f"refs({split_by}).p", root / dataset / f"grefs({split_by}).json"
-    paths = generalized if generalized.is_file() and not refs.is_file() else refs, root / dataset / "instances.json"
+    refs = find_refs(root, dataset, split_by) or root / dataset / f"refs({split_by}).p"
+    paths = refs, root / dataset / "instances.json"
     for path in paths:
         if not path.is_file():
             files = [path for pattern in ("*/refs(*).p", "*/grefs(*).json") for path in root.glob(pattern)]

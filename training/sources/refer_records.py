@@ -90,15 +90,17 @@ def shown(value: Any) -> str:
 # Files
 
 
+def load_json(path: Path) -> Any:
+    """The content of a JSON file; raises ValueError naming the file, the line and the column where it is none."""
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+
+
 def load_refs(path: Path) -> list[dict[str, Any]]:
     """Reads the refs of either file; raises pickle.UnpicklingError or ValueError naming it when it is something else."""
-    if path.suffix == ".json":
-        try:
-            refs = json.loads(path.read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not JSON: {error}") from error
-    else:
-        refs = load_plain_pickle(path)
+    refs = load_json(path) if path.suffix == ".json" else load_plain_pickle(path)
     is_refs = isinstance(refs, list) and all(isinstance(ref, dict) for ref in refs)
     if not is_refs or not all(is_text(ref.get("split")) for ref in refs):
         raise ValueError(f"{path} must hold a list of refs, dicts that each name their split")
@@ -240,6 +242,7 @@ __all__ = [
     "is_number",
     "is_text",
     "load_instances",
+    "load_json",
     "load_plain_pickle",
     "load_refs",
     "ref_problem",
