@@ -12,12 +12,21 @@ import datasets
 import numpy as np
 from accelerate import PartialState
 
+from training.configuration import DataSettings, MixedSet
 from training.sources.masks import encode_mask
 from training.sources.refer import REFER_FEATURES, refer_categories
 
 logger = logging.getLogger(__name__)
 
 SEED = 31_200  # the sentences are the same in every run
+
+
+def check_absent(data: DataSettings | MixedSet) -> None:
+    """`ValueError` where sentences about absent things are asked of data that do not tell what else is in an image."""
+    if data.absent and data.source != "refer":
+        raise ValueError(
+            f"data.absent needs a source refer, whose annotations tell what is in an image; the source is {data.source!r}."
+        )
 
 
 def with_absent(rows: datasets.Dataset, number: int, root: str, dataset: str, split_by: str) -> datasets.Dataset:
@@ -77,4 +86,4 @@ def with_absent(rows: datasets.Dataset, number: int, root: str, dataset: str, sp
     return datasets.concatenate_datasets([rows, datasets.Dataset.from_list(added, features=REFER_FEATURES)])
 
 
-__all__ = ["with_absent"]
+__all__ = ["check_absent", "with_absent"]

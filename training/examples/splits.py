@@ -9,9 +9,10 @@ from accelerate import PartialState
 
 from training.configuration import DataSettings
 from training.examples import held_out
-from training.examples.absent import with_absent
+from training.examples.absent import check_absent, with_absent
 from training.examples.mixtures import ReferSet, mix_training_rows, open_sets
 from training.sources.hub_layouts import RowFolder
+from training.sources.images import upright_for
 from training.sources.refer import load_refer
 from training.sources.scenes.dataset import check_scenes, generate_scenes, load_scenes
 
@@ -29,6 +30,7 @@ def load_splits(data: DataSettings, splits: list[str]) -> list[datasets.Dataset]
         FileNotFoundError: Where there are no such data.
         ValueError: Where there is no such split.
     """
+    check_absent(data)
     if data.hide_sentences:
         return [_hide_sentences(rows) for rows in load_splits(replace(data, hide_sentences=False), splits)]
     if held_out.SPLIT in splits and not data.held_out:
@@ -118,16 +120,14 @@ def load_training_splits(data: DataSettings) -> tuple[datasets.Dataset | dataset
         raise ValueError(
             "data.weight is the share of a set in a mixture; name further sets in data.mix, or leave it out."
         )
+    for part in (data, *data.mix):
+        check_absent(part)
     sources = [data.source, *(part.source for part in data.mix)]
     if data.streaming and set(sources) != {"folder"}:
         other = next(source for source in sources if source != "folder")
         raise ValueError(f"data.streaming takes data.source folder, not {other}; prepare the data first.")
     if data.streaming and data.held_out:
         raise ValueError("data.held_out does not go together with data.streaming.")
-    if data.absent and data.source != "refer":
-        raise ValueError(
-            f"data.absent needs data.source refer, whose annotations tell what is in an image; it is {data.source!r}."
-        )
     if data.source == "scenes" or not (data.mix or data.streaming):
         train, val = load_splits(data, [data.train_split, data.val_split])
         return train, val
@@ -142,9 +142,9 @@ def load_training_splits(data: DataSettings) -> tuple[datasets.Dataset | dataset
 
 def _oriented(rows: datasets.Dataset | datasets.IterableDataset, data: DataSettings) -> Any:
     """The rows, which say where the settings do which pixels their masks are drawn on."""
-    if data.orientation == "by_source":
+    upright = upright_for(data.orientation)
+    if upright is None:
         return rows
-    upright = data.orientation == "upright"
     if isinstance(rows, datasets.IterableDataset):
         features = rows.features.copy() | {"upright": datasets.Value("bool")}
         return rows.map(_marked, fn_kwargs={"upright": upright}, features=datasets.Features(features))

@@ -4,8 +4,8 @@ import pytest
 from builders import Folder
 from PIL import Image
 
-from training.configuration import DataSettings
-from training.examples.splits import load_splits
+from training.configuration import DataSettings, MixedSet
+from training.examples.splits import load_splits, load_training_splits
 
 
 @pytest.fixture
@@ -54,3 +54,11 @@ def test_each_image_gets_sentences_about_categories_that_it_has_none_of(root):
     ]
     (again,) = load_splits(DataSettings(root=str(root), absent=2), ["train"])
     assert list(again["sentences"]) == list(rows["sentences"])
+
+
+def test_data_that_do_not_tell_what_else_is_in_an_image_are_refused(root, tmp_path):
+    with pytest.raises(ValueError, match=r"data\.absent needs a source refer.*'folder'"):
+        load_splits(DataSettings(source="folder", root=str(tmp_path), absent=1), ["train"])
+    mixed = DataSettings(root=str(root), mix=[MixedSet(source="folder", root=str(tmp_path), absent=1)])
+    with pytest.raises(ValueError, match=r"data\.absent needs a source refer.*'folder'"):
+        load_training_splits(mixed)
