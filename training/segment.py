@@ -400,25 +400,30 @@ def _as_it_is(batch: Batch) -> Batch:
 
 
 def _preview(segmenter: Segmenter, asked: AskedImages, output: Path, batch_size: int) -> None:
-    """Draw the sheet of all rows of the input."""
+    """Draw the sheet of all rows of the input. Each phrase has a panel of its own, unless an image has too many of them."""
+    from training.scoring.captioned_sheet import LINES
     from training.scoring.overlay import overlay
     from training.scoring.prediction_sheet import draw_predictions
 
     examples: list[tuple[Image.Image | None, Sequence[Prediction]]] = []
+    images = 0
     # one part, so that rows come in their order
     for batch in _batches(segmenter, asked, [], part_size=sys.maxsize, batch_size=batch_size, keep_images=True):
         answers = sorted(segmenter.answer(batch), key=lambda answer: (answer[0].row, answer[0].index))
         for _, group in groupby(answers, key=lambda answer: answer[0].row):
-            questions, predictions, masks = zip(*group, strict=True)
-            image = next((batch.images[question.image] for question in questions if question.image is not None), None)
-            if image is not None:
-                image = overlay(image, (mask for mask in masks if mask is not None))
-                image.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
-            examples.append((image, predictions))
+            group, images = list(group), images + 1
+            for panel in [[answer] for answer in group] if len(group) <= LINES else [group]:
+                questions, predictions, masks = zip(*panel, strict=True)
+                found = (batch.images[question.image] for question in questions if question.image is not None)
+                image = next(found, None)
+                if image is not None:
+                    image = overlay(image, (mask for mask in masks if mask is not None))
+                    image.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
+                examples.append((image, predictions))
     if not examples:
         raise ValueError("The data has no rows, so there is nothing to preview.")
     draw_predictions(examples, output / PREVIEW)
-    logger.info(f"{output / PREVIEW}: {len(examples)} images; nothing else was written")
+    logger.info(f"{output / PREVIEW}: {images} images; nothing else was written")
 
 
 def _check_manifest(output: Path, manifest: dict[str, Any]) -> None:
@@ -498,10 +503,16 @@ def segment_parser() -> OneLineParser:
     data.add_argument("--text_column", metavar="NAME", help="column of phrases, one or a list in a row")
     data.add_argument("--key_column", metavar="NAME", help="column of what images are called")
     speed = parser.add_argument_group("speed and memory")
-    speed.add_argument("--batch_size", type=count_argument, metavar="N", help="images at once (default: 16, on a CPU 4)")
-    speed.add_argument("--max_expressions", type=count_argument, default=32, metavar="N", help="phrases at once (default: 32)")
+    speed.add_argument(
+        "--batch_size", type=count_argument, metavar="N", help="images at once (default: 16, on a CPU 4)"
+    )
+    speed.add_argument(
+        "--max_expressions", type=count_argument, default=32, metavar="N", help="phrases at once (default: 32)"
+    )
     speed.add_argument("--num_workers", type=int, metavar="N", help="processes that read images, for each process")
-    speed.add_argument("--part_size", type=count_argument, default=256, metavar="N", help="images in a file (default: 256)")
+    speed.add_argument(
+        "--part_size", type=count_argument, default=256, metavar="N", help="images in a file (default: 256)"
+    )
     speed.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),

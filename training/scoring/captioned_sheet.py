@@ -10,7 +10,9 @@ from training.scoring.figures import DPI, new_figure
 from training.scoring.overlay import COLORS, fit_lines
 from training.support.files import write_binary
 
-COLUMNS, LINES, LETTERS = 4, 6, 44  # images beside each other; lines below each, of parts with so many letters
+LINES = 6  # below each image
+WIDTH = 16.0  # inches of the sheet
+LETTERS = 192  # of all parts of a line that stand beside each other
 
 
 @dataclass(frozen=True)
@@ -34,13 +36,14 @@ def draw_captioned(examples: Sequence[tuple[Image.Image | None, str, Sequence[Li
             Six of each are written, the others counted.
         path: Of the PNG file.
     """
-    rows = -(-len(examples) // COLUMNS)
+    columns = 4 if len(examples) <= 12 else 6
+    rows, letters = -(-len(examples) // columns), LETTERS // columns
     slots = 1 + max((min(len(lines), LINES + 1) for _, _, lines in examples), default=0)  # with the title
-    image_height, text_height = 3.0, 0.25 * slots  # inches
-    figure = new_figure(4 * COLUMNS, (image_height + text_height + 0.2) * rows)
-    grid = figure.add_gridspec(rows, COLUMNS, left=0.01, right=0.99, top=0.99, bottom=0.01, wspace=0.05, hspace=0.05)
+    image_height, text_height = 0.75 * WIDTH / columns, 0.25 * slots  # inches
+    figure = new_figure(WIDTH, (image_height + text_height + 0.2) * rows)
+    grid = figure.add_gridspec(rows, columns, left=0.01, right=0.99, top=0.99, bottom=0.01, wspace=0.05, hspace=0.05)
     for i, (image, title, lines) in enumerate(examples):
-        upper, lower = grid[i // COLUMNS, i % COLUMNS].subgridspec(
+        upper, lower = grid[i // columns, i % columns].subgridspec(
             2, 1, height_ratios=[image_height, text_height], hspace=0.02
         )
         axis, text = figure.add_subplot(upper), figure.add_subplot(lower)
@@ -49,22 +52,17 @@ def draw_captioned(examples: Sequence[tuple[Image.Image | None, str, Sequence[Li
         if image is not None:
             axis.imshow(image)
         axis.set_anchor("S")
-        written = [(_label(title), "black")]
+        written = [(fit_lines(title, letters, len, max_lines=1), "black")]
         masks = 0
         for line in lines[:LINES]:
-            written.append(
-                ("  ".join(map(_label, line.parts)), COLORS[masks % len(COLORS)] if line.has_mask else "black")
-            )
+            parts = [fit_lines(part, letters, len, max_lines=1) for part in line.parts]
+            written.append(("  ".join(parts), COLORS[masks % len(COLORS)] if line.has_mask else "black"))
             masks += line.has_mask
         if len(lines) > LINES:
             written.append((f"and {len(lines) - LINES} more", "black"))
         for place, (label, color) in enumerate(written):
             text.text(0, 1 - place / slots, label, color=color, va="top", fontsize=9, parse_math=False)
     write_binary(path, lambda partial: figure.savefig(partial, format="png", dpi=DPI))
-
-
-def _label(text: str) -> str:
-    return fit_lines(text, LETTERS, len, max_lines=1)
 
 
 __all__ = ["LINES", "Line", "draw_captioned"]

@@ -7,12 +7,12 @@ from PIL import Image
 
 from training.scoring.boundary import mask_outline
 
-COLORS = (
-    (0.90, 0.20, 0.20),
+COLORS = (  # the first is rare in photographs
+    (0.60, 0.30, 0.80),
     (0.15, 0.45, 0.90),
     (0.10, 0.65, 0.35),
     (0.95, 0.60, 0.10),
-    (0.60, 0.30, 0.80),
+    (0.90, 0.20, 0.20),
     (0.0, 0.65, 0.70),
 )
 
